@@ -1,5 +1,356 @@
-"""What every script needs once: clear errors, config -> flags, atomic checkpoints, metrics.jsonl."""
+"""What every script needs once: flags from a dataclass, seeds, checkpoints that survive kill -9, metrics.jsonl.
+
+Nothing here knows about reasoning or rewards. Two rules carry the whole of "resume":
+1. All randomness is a function of (seed, purpose, step): see generator(). There is no generator state to save.
+2. A checkpoint is a folder that appears by one rename, so it is either whole or absent.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 
 class UserError(ValueError):
     """Bad input from a person or a file. One line that names the mend; scripts print it and exit 2."""
+
+
+# ----------------------------------------------------------------------------------------------------
+# Flags: one dataclass per script, one line of help per field.
+
+
+def opt(default, help, group="main", choices=None, low=None, high=None, above=None):
+    """A dataclass field that is also a flag. low/high are inclusive bounds, above an exclusive one."""
+    meta = dict(help=help, group=group, choices=choices, low=low, high=high, above=above)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def parse(cls, argv=None, description=None):
+    """Command line -> config. Unknown flags and impossible values end the program with one line."""
+    formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110)  # noqa: E731
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+    groups = {}
+    for f in dataclasses.fields(cls):
+        m = f.metadata
+        group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        flag = "--" + f.name.replace("_", "-")
+        text = m["help"] + (f" (default: {default})" if default not in (None, "", []) else "")
+        if isinstance(default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=m["help"])
+        elif isinstance(default, list):
+            kind = type(default[0]) if default else str
+            group.add_argument(flag, nargs="*", type=kind, default=default, help=text, choices=m["choices"])
+        else:
+            kind = type(default) if default is not None else str
+            group.add_argument(flag, type=kind, default=default, help=text, choices=m["choices"])
+    cfg = cls(**vars(parser.parse_args(argv)))
+    check_bounds(cfg)
+    return cfg
+
+
+def check_bounds(cfg):
+    for f in dataclasses.fields(cfg):
+        value, m = getattr(cfg, f.name), f.metadata
+        flag = "--" + f.name.replace("_", "-")
+        for v in value if isinstance(value, list) else [value]:
+            if isinstance(v, (int, float)) and not isinstance(v, bool):
+                if v != v:
+                    raise UserError(f"{flag} is not a number")
+                if m["low"] is not None and v < m["low"]:
+                    raise UserError(f"{flag} must be at least {m['low']}, got {v}")
+                if m["high"] is not None and v > m["high"]:
+                    raise UserError(f"{flag} must be at most {m['high']}, got {v}")
+                if m["above"] is not None and v <= m["above"]:
+                    raise UserError(f"{flag} must be greater than {m['above']}, got {v}")
+
+
+def flags(cfg, names=None):
+    """The command line that gives this config: for starting another script with the same settings."""
+    out = []
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if (names is not None and f.name not in names) or value is None:
+            continue
+        flag = f.name.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            out += [f"--{flag}", *map(str, value)] if value else []
+        else:
+            out.append(f"--{flag}={value}")
+    return out
+
+
+def script(main):
+    """Run main(); a UserError or a full disk becomes one line and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(_complain(e))
+    except OSError as e:
+        if e.errno not in (28, 30, 13):  # no space, read-only, no permission: the user's to mend
+            raise
+        sys.exit(_complain(f"{e.strerror}: {e.filename or 'while saving'}; nothing saved before is lost, mend it and "
+                           "run the same command again"))  # fmt: skip
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+# ----------------------------------------------------------------------------------------------------
+# Seeds and devices.
+
+
+def derive(seed, *purpose):
+    """A 63-bit seed for one purpose: derive(0, "rollouts", 17). Other purposes do not move it."""
+    text = json.dumps([seed, *purpose])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(seed, *purpose):
+    return torch.Generator().manual_seed(derive(seed, *purpose))
+
+
+def setup(device, threads):
+    """Pick the device, fix the thread count (another count adds floats in another order)."""
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
+    torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")
+    return device
+
+
+# ----------------------------------------------------------------------------------------------------
+# Run directories: config.json written once, step_000100/ checkpoints, metrics.jsonl.
+
+
+def open_run(run_dir, cfg, ignore=()):
+    """Create or re-enter a run directory. Another process in it, or other settings, are refused.
+
+    Returns a lock that lives as long as the caller keeps it (the kernel drops it even on kill -9).
+    """
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{run_dir} is in use by another process; wait for it or give another --run-dir") from None
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ignore}
+    path = run_dir / "run_config.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        changed = [k for k in settings if old.get(k, settings[k]) != settings[k]]
+        if changed:
+            k = changed[0]
+            raise UserError(f"{run_dir} holds a run with {k}={old[k]!r}, not {settings[k]!r}: give another --run-dir, "
+                            "or delete that one")  # fmt: skip
+    write_json(path, settings)
+    for leftover in run_dir.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return lock
+
+
+def write_json(path, value):
+    """Whole or not at all: a reader never sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(run_dir, step, write, optimizer=None, params=(), state=None, keep=1):
+    """run_dir/step_000100/ in one rename. write(folder) puts the model there; the optimizer's moments go
+    beside it as safetensors, everything else as JSON. Older checkpoints but `keep` are removed after."""
+    run_dir = Path(run_dir)
+    final, temporary = run_dir / f"step_{step:06d}", run_dir / f".tmp-step_{step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        if optimizer is not None:
+            moments = {}
+            for i, p in enumerate(params):
+                for k, v in optimizer.state[p].items():
+                    moments[f"{i}.{k}"] = v.detach().cpu().contiguous()
+            save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(dict(step=step, **(state or {}))) + "\n")
+        for path in temporary.iterdir():
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"checkpoint {final} could not be written ({e}); the one before it is intact: free some "
+                        "space and run the same command again") from None  # fmt: skip
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    for old in sorted(run_dir.glob("step_*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(run_dir):
+    """Newest checkpoint folder with a readable state.json, or None."""
+    for folder in sorted(Path(run_dir).glob("step_*"), reverse=True):
+        try:
+            json.loads((folder / "state.json").read_text())
+            return folder
+        except (OSError, ValueError):
+            print(f"warning: {folder} is incomplete, looking for the one before it", file=sys.stderr)
+    return None
+
+
+def load_state(folder, optimizer=None, params=()):
+    """Undo save_checkpoint for the optimizer; returns the JSON state (with its step)."""
+    state = json.loads((folder / "state.json").read_text())
+    if optimizer is not None:
+        try:
+            moments = load_file(folder / "optimizer.safetensors")
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{folder}/optimizer.safetensors cannot be read ({e}); delete {folder} to go on from "
+                            "an earlier step") from None  # fmt: skip
+        for i, p in enumerate(params):
+            mine = {k.split(".", 1)[1]: v for k, v in moments.items() if k.split(".", 1)[0] == str(i)}
+            optimizer.state[p] = {k: v if v.dim() == 0 else v.to(p.device) for k, v in mine.items()}
+    return state
+
+
+class Metrics:
+    """metrics.jsonl, one line a step. On resume the lines after the checkpoint are cut off first."""
+
+    def __init__(self, run_dir, resume_step=0):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        rows = [r for r in read_metrics(run_dir) if r["step"] <= resume_step] if self.path.exists() else []
+        temporary = self.path.with_name(f".tmp-metrics-{os.getpid()}")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        temporary.rename(self.path)
+
+    def write(self, step, **values):
+        row = dict(step=step) | {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def read_metrics(run_dir):
+    """Rows of metrics.jsonl; a last line cut off by a kill is dropped."""
+    rows = []
+    for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------
+# Progress and jobs.
+
+
+def progress(iterable, label, total=None, every=10.0):
+    """tqdm on a terminal; elsewhere a plain line every `every` seconds."""
+    if sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+
+            yield from tqdm(iterable, desc=label, total=total, leave=False)
+            return
+        except ImportError:
+            pass
+    total = total or (len(iterable) if hasattr(iterable, "__len__") else None)
+    last = time.time()
+    for i, item in enumerate(iterable):
+        yield item
+        if time.time() - last > every:
+            last = time.time()
+            print(f"  {label}: {i + 1}" + (f"/{total}" if total else ""), flush=True)
+
+
+def run_jobs(jobs, workers, log_dir):
+    """Run command lines side by side, at most `workers` at once; jobs: list of (label, needs, argv).
+
+    `needs` names labels that must have ended first. Output goes to log_dir/LABEL.log, its last line to
+    the screen. Each job resumes by itself, so a killed batch is simply run again.
+    """
+    log_dir = Path(log_dir)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    waiting, running, done = list(jobs), {}, set()
+    try:
+        while waiting or running:
+            ready = [j for j in waiting if set(j[1]) <= done][: workers - len(running)]
+            for job in ready:
+                waiting.remove(job)
+                log = open(log_dir / f"{job[0].replace('/', '_')}.log", "w")  # noqa: SIM115 (the child's)
+                child = subprocess.Popen([sys.executable, *job[2]], stdout=log, stderr=subprocess.STDOUT)
+                running[job[0]] = (child, log, time.time())
+            time.sleep(0.1)
+            for label, (child, log, start) in list(running.items()):
+                if child.poll() is None:
+                    continue
+                log.close()
+                del running[label]
+                lines = Path(log.name).read_text().strip().splitlines() or [""]
+                if child.returncode:
+                    raise UserError(f"stage {label} failed ({lines[-1]}); all of its output: {log.name}")
+                done.add(label)
+                print(f"  {label:<28} {time.time() - start:6.0f} s   {lines[-1]}", flush=True)
+    finally:
+        for child, _, _ in running.values():
+            child.terminate()
+
+
+def shuffled(n, seed, *purpose):
+    """A permutation of range(n), the same on every machine."""
+    order = list(range(n))
+    random.Random(derive(seed, *purpose)).shuffle(order)
+    return order
+
+
+def mean(values):
+    values = list(values)
+    return float(np.mean(values)) if values else 0.0
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """The flags that every training script shares."""
+
+    task: str = opt("planted", "what to solve", "task", choices=["planted", "countdown", "jsonl"])
+    data: list = opt([], "jsonl files of the user, for --task jsonl", "task")
+    question_field: str = opt("", "name of the question in --data (default: guessed)", "task")
+    answer_field: str = opt("", "name of the answer in --data (default: guessed)", "task")
+    max_completion_length: int = opt(0, "tokens a completion may have (0: the task's own)", "task", low=0)
+    run_dir: str = opt("", "where the run is written", "run")
+    seed: int = opt(0, "fixes every random choice", "run", low=0)
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")
+    dtype: str = opt("float32", "of weights and activations; log-probs are float32 always", "run",
+                     choices=["float32", "bfloat16"])  # fmt: skip
+    threads: int = opt(0, "CPU threads (0: torch's choice; 1 is best for the tiny models)", "run", low=0)
+    smoke: bool = opt(False, "the same road with few steps, for a look in under a minute", "run")

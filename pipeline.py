@@ -1,0 +1,149 @@
+"""From nothing to a comparison: which stages an arm of train_rl.py needs, built in order, side by side.
+
+    train_rl.py --reward pav  ->  runs/TASK/seed0/{sft, prover, verifier, rl_outcome, rl_pav}, then the report
+
+Every stage is a plain command line of another script in its own process and directory, so each can be run,
+killed and resumed alone; the log of each holds the exact command.
+"""
+
+import json
+import os
+import shlex
+from dataclasses import fields, replace
+from pathlib import Path
+
+from common import UserError, flags, run_jobs
+
+# Settings of the stages, per task. What was searched to arrive at them stands in docs/log.md; the RL settings
+# are shared by all arms of a comparison.
+STAGES = {
+    "planted": dict(
+        sft=dict(steps=400, num_examples=6000),
+        verifier=dict(num_problems=40000, n_cov=1, cuts=1, n_mc=1, epochs=6),
+        rl=dict(),
+        prover="scripted",
+    ),
+    "countdown": dict(
+        sft=dict(steps=1500, num_examples=100000, hidden_size=96, num_hidden_layers=3),
+        verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
+        rl=dict(learning_rate=3e-4, gate="legal"),
+        prover="scripted",
+    ),
+    # Open weights have no scripted teacher: the prover is Best-of-4 of the base policy (the paper's best K).
+    "jsonl": dict(
+        sft=dict(steps=60, batch_size=16, learning_rate=2e-5, warmup_steps=5, num_examples=960, eval_problems=64),
+        verifier=dict(n_cov=2, cuts=0, n_mc=4, epochs=2, batch_size=32, learning_rate=2e-5, prover_k=4, slots=128,
+                      eval_problems=32, eval_mc=8),
+        rl=dict(num_prompts=8, num_generations=8, steps=10, learning_rate=2e-6, entropy_coef=0.0, micro_batch_size=16,
+                eval_steps=5, eval_problems=64, slots=128, save_steps=5),
+        prover="base",
+    ),
+}  # fmt: skip
+SMOKE = {"sft": dict(steps=20, num_examples=256), "verifier": dict(num_problems=64, epochs=1),
+         "rl": dict(steps=3, eval_steps=1, eval_problems=32)}  # fmt: skip
+
+TASK_FLAGS = ("task", "data", "question_field", "answer_field", "max_completion_length", "device", "dtype", "smoke")
+
+
+def arm_name(cfg):
+    return "pav" if cfg.reward == "pav" and cfg.alpha > 0 else cfg.reward
+
+
+def plan(cfg, given):
+    """The jobs of a comparison: list of (label, needs, argv). `given` are the flags that the user typed, which
+    win over the table above."""
+    here = Path(__file__).parent
+    table = STAGES[cfg.task]
+    extra = json.loads(cfg.stage_flags) if cfg.stage_flags else {}
+    threads = cfg.threads or (0 if cfg.model else 1)
+    shared = [f for f in flags(cfg, TASK_FLAGS) if f not in ("--no-smoke",)] + [f"--threads={threads}"]
+    rl_table = table["rl"] | (SMOKE["rl"] if cfg.smoke else {})
+    rl = replace(cfg, **{k: v for k, v in rl_table.items() if k not in given or cfg.smoke}, threads=threads)
+    rl_flags = flags(rl, [f.name for f in fields(cfg) if f.name not in
+                          (*TASK_FLAGS, "run_dir", "seed", "seeds", "arms", "workers", "stage_flags", "reward", "policy",
+                           "verifier", "model", "constant_value", "threads")])  # fmt: skip
+    root = Path(cfg.run_dir or f"runs/{cfg.task}")
+    jobs = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        home, mine = root / f"seed{seed}", [*shared, f"--seed={seed}"]
+
+        def stage(name, script, needs, arguments, settings, home=home, mine=mine, seed=seed):
+            settings = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
+            argv = [str(here / script), *mine, *arguments, *settings, f"--run-dir={home / name}"]
+            jobs.append((f"seed{seed}/{name}", [f"seed{seed}/{n}" for n in needs], argv))
+
+        def sft(name, strength, home=home):
+            arguments = [f"--model={cfg.model}"] if cfg.model else [f"--strength={strength}"]
+            settings = table["sft"] | extra.get("sft", {}) | (SMOKE["sft"] if cfg.smoke else {})
+            stage(name, "train_sft.py", [], arguments, settings)
+
+        def verifier(name, prover, strength, label="q", home=home):
+            arguments = [f"--policy={policy}", f"--label={label}"]
+            arguments += [f"--prover={home / prover}"] if prover else []
+            arguments += [f"--prover-strength={strength}"] if strength is not None else []
+            settings = table["verifier"] | extra.get("verifier", {}) | (SMOKE["verifier"] if cfg.smoke else {})
+            stage(name, "pav.py", [n for n in ("sft", prover) if n and not cfg.policy], arguments, settings)
+
+        policy = cfg.policy or str(home / "sft")
+        strengths = scripted_strengths(cfg) if table["prover"] == "scripted" else None
+        if not cfg.policy:
+            sft("sft", strengths and strengths["base"])
+        arms = [arm_name(cfg)] + [a for a in cfg.arms if a != arm_name(cfg)]
+        needed = {v for v in (verifier_of(a) for a in arms) if v}
+        scripted = strengths is not None
+        for name, prover in [("verifier", "prover"), ("verifier_strong", "strong"), ("verifier_base", None),
+                             ("verifier_outcome", None)]:  # fmt: skip
+            if name not in needed or (name == "verifier" and cfg.verifier):
+                continue
+            if prover and not scripted:
+                if name == "verifier_strong":
+                    raise UserError(f"--task {cfg.task} has no scripted stronger prover; leave the arm strong-prover out")
+                prover = None
+            if prover:
+                sft(prover, strengths[prover])
+            strength = strengths[prover or "base"] if scripted else None
+            verifier(name, prover, strength, "outcome" if name == "verifier_outcome" else "q")
+        for arm in arms:
+            name = verifier_of(arm) or ("verifier" if "verifier" in needed else None)
+            path = cfg.verifier if name == "verifier" and cfg.verifier else name and str(home / name)
+            needs = ([] if cfg.policy else ["sft"]) + ([name] if name and not (name == "verifier" and cfg.verifier) else [])
+            reward = {"constant": "pav", "base-prover": "pav", "strong-prover": "pav"}.get(arm, arm)
+            arguments = [*rl_flags, f"--reward={reward}", f"--policy={policy}"]
+            arguments += [f"--verifier={path}"] if path else []
+            arguments += ["--constant-value"] if arm == "constant" else []
+            stage(f"rl_{arm}", "train_rl.py", needs, arguments, {})
+    return root, jobs
+
+
+def verifier_of(arm):
+    """The verifier that an arm is paid by; None for the outcome arm."""
+    return {"pav": "verifier", "q": "verifier", "constant": "verifier", "orm": "verifier_outcome",
+            "base-prover": "verifier_base", "strong-prover": "verifier_strong"}.get(arm)  # fmt: skip
+
+
+def scripted_strengths(cfg):
+    from tasks import get_task
+
+    return get_task(cfg).strengths
+
+
+def run(cfg, given):
+    """Build what is missing, run the arms, draw the report. Returns the run's root."""
+    root, jobs = plan(cfg, given)
+    workers = cfg.workers or (1 if cfg.model else max(1, os.cpu_count() or 1))
+    missing = [j for j in jobs if not (Path(flag_value(j[2], "run-dir")) / "summary.json").exists()]
+    if missing:
+        print(f"{root}: {len(missing)} of {len(jobs)} stages to build, {workers} at a time: "
+              + ", ".join(j[0] for j in missing), flush=True)  # fmt: skip
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "commands.txt").write_text("".join(f"python {shlex.join(j[2])}\n" for j in jobs))
+    done = {j[0] for j in jobs} - {j[0] for j in missing}
+    run_jobs([(label, [n for n in needs if n not in done], argv) for label, needs, argv in missing], workers, root / "logs")
+    import report
+
+    report.write(root)
+    return root
+
+
+def flag_value(argv, name):
+    return next(a.split("=", 1)[1] for a in argv if a.startswith(f"--{name}="))

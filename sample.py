@@ -1,0 +1,174 @@
+"""Generate: one engine for reading, for evaluation and for RL rollouts.
+
+    python sample.py --model smollm2 --prompt "Tom has 3 apples and buys 4 more. How many apples does he have?"
+    python sample.py --model runs/planted/seed0/sft --task planted --n 64          # accuracy and pass@k
+
+How it decodes. Every sequence owns a row of the KV cache while it lives. Prompts are prefilled once each
+(G samples of a prompt share that work), longest first, in right-padded buckets of similar length. A row
+that has finished leaves at once: the last row moves into its place, so that the batch is always rows
+0..n-1, and waiting prompts are admitted when enough places are free. Nothing a sequence receives depends
+on its neighbours: its random numbers are a function of (seed, sequence id, index of the token).
+
+What is left out: paging (a row owns its full length: at these sizes memory is not the limit), stop
+*strings* (stop ids only; text is decoded after the fact), speculative decoding.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from common import UserError
+from kernels import linear_greedy, linear_sample, linear_sample_filtered, philox_uniform
+from model import KVCache
+
+PREFILL_TOKENS = 2048  # padded tokens of one prefill batch: enough to fill the cores, small enough to bound memory
+
+
+@dataclass
+class Rollouts:
+    """Completions as token ids, with everything a trainer needs to know about them.
+
+    tokens [B,T] int64: prompt, completion (its EOS included), then zeros; prompt_len [B], length [B]
+    int64 (length counts prompt and completion); logprob [B,T] float32, the sampler's, 0 outside the
+    completion; finish_reason: "stop" (a stop id was drawn) or "length"; seconds: time spent generating.
+    """
+
+    tokens: torch.Tensor
+    prompt_len: torch.Tensor
+    length: torch.Tensor
+    logprob: torch.Tensor
+    finish_reason: list
+    seconds: float = 0.0
+
+    def __len__(self):
+        return len(self.finish_reason)
+
+    def mask(self):
+        """[B,T] bool: True on completion tokens, EOS included."""
+        t = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (t >= self.prompt_len[:, None]) & (t < self.length[:, None])
+
+    def completion(self, b):
+        return self.tokens[b, self.prompt_len[b] : self.length[b]].tolist()
+
+
+@torch.no_grad()
+def generate(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, sequence_ids=None, slots=128,
+             top_k=0, top_p=1.0, min_p=0.0):  # fmt: skip
+    """Complete every prompt once. prompts: B lists of token ids; temperature 0 means greedy.
+
+    max_new_tokens: an int, or B of them. sequence_ids: B ints (default 0..B-1); with seed they fix each completion, whatever the batch, the
+    order or `slots` (the rows decoded at once). top_k/top_p/min_p cut the distribution; the log-probs
+    stay those of the uncut one. Returns Rollouts. UserError: empty prompt, prompt longer than the context.
+    """
+    start, B, device = time.time(), len(prompts), model.head.device
+    context = model.cfg.max_position_embeddings
+    prompt_len = torch.tensor([len(p) for p in prompts])
+    for i, p in enumerate(prompts):
+        if not 0 < len(p) < context:
+            raise UserError(f"prompt {i} has {len(p)} tokens; it needs 1 to {context - 1} (the model's context)")
+    budget = torch.as_tensor(max_new_tokens).expand(B)
+    if B and int(budget.min()) < 1:
+        raise UserError("max_new_tokens must be at least 1")
+    limit = (prompt_len + budget).clamp(max=context)  # (B,) final length if nothing stops it
+    longest_draw = int(budget.max()) if B else 1
+    T = int(limit.max()) if B else 1
+    out = Rollouts(torch.zeros(B, T, dtype=torch.int64), prompt_len, prompt_len.clone(), torch.zeros(B, T), [""] * B)
+    for i, p in enumerate(prompts):
+        out.tokens[i, : len(p)] = torch.tensor(p)
+    ids = torch.arange(B) if sequence_ids is None else torch.as_tensor(sequence_ids, dtype=torch.int64)
+    stops = torch.zeros(model.cfg.vocab_size, dtype=torch.bool)
+    stops[list(stop_ids)] = True
+
+    slots = min(slots, B)
+    cache = KVCache(model.cfg, slots, T, device, model.head.dtype)
+    queue = deque(sorted(range(B), key=lambda i: (-len(prompts[i]), prompts[i])))  # equal prompts are neighbours
+    seq = torch.zeros(slots, dtype=torch.int64)  # which sequence a cache row holds
+    length = torch.zeros(slots, dtype=torch.int64)  # tokens in that row
+    draws = torch.zeros(slots, longest_draw, 2, dtype=torch.float64)
+    hidden = torch.zeros(0, model.cfg.hidden_size, device=device, dtype=model.head.dtype)
+    n = 0  # rows 0..n-1 are alive
+    while queue or n:
+        # 1. Admit: a few at a time, so that a prefill is worth its call.
+        if queue and slots - n >= min(len(queue), max(1, slots // 8)):
+            new = [queue.popleft() for _ in range(min(len(queue), slots - n))]
+            rows = torch.arange(n, n + len(new))
+            seq[rows], length[rows] = torch.tensor(new), prompt_len[new]
+            draws[rows] = philox_uniform(seed, ids[new][:, None], torch.arange(longest_draw))
+            hidden = torch.cat([hidden, _prefill(model, [prompts[i] for i in new], cache, n)])
+            n += len(new)
+        # 2. Draw a token for every row.
+        rows, s, at = slice(0, n), seq[:n], length[:n]
+        if temperature == 0:
+            token, logprob = linear_greedy(hidden, model.head)
+        else:
+            uniform = draws[torch.arange(n), at - prompt_len[s]].to(device)
+            if top_k or top_p < 1 or min_p:
+                token, logprob, _ = linear_sample_filtered(hidden, model.head, temperature, uniform, top_k, top_p, min_p)
+            else:
+                token, logprob = linear_sample(hidden, model.head, temperature, uniform)
+        token, logprob = token.cpu(), logprob.cpu()
+        out.tokens[s, at], out.logprob[s, at], out.length[s] = token, logprob, at + 1
+        # 3. Finished rows leave; rows from the end move into the holes.
+        stopped = stops[token]
+        done = stopped | (at + 1 >= limit[s])
+        if done.any():
+            for i, reason in zip(s[done].tolist(), stopped[done].tolist()):
+                out.finish_reason[i] = "stop" if reason else "length"
+            alive = (~done).nonzero()[:, 0]
+            n = len(alive)
+            movers, holes = alive[alive >= n], done[:n].nonzero()[:, 0]
+            cache.copy_rows(movers, holes, int(at.max()))
+            for state in (seq, length, draws, token):
+                state[holes] = state[movers]
+        # 4. Advance the survivors.
+        hidden = hidden[:0]
+        if n:
+            at = length[:n]
+            hidden = model.decode(token[:n].to(device), cache, at.to(device), int(at.max()))
+            length[:n] += 1
+    out.seconds = time.time() - start
+    used = int(out.length.max()) if B else 1
+    out.tokens, out.logprob = out.tokens[:, :used].clone(), out.logprob[:, :used].clone()
+    return out
+
+
+def _prefill(model, prompts, cache, first_row):
+    """Write prompts (neighbours may be equal) to cache rows first_row...; returns last hidden states [n,D]."""
+    source = []  # prompt i shares the prefill of prompt source[i]
+    for i, p in enumerate(prompts):
+        source.append(source[i - 1] if i and p == prompts[i - 1] else i)
+    unique = sorted(set(source))
+    hidden = torch.empty(len(prompts), model.cfg.hidden_size, device=cache.k.device, dtype=cache.k.dtype)
+    while unique:
+        longest = len(prompts[unique[0]])  # sorted, longest first
+        bucket, unique = unique[: max(1, PREFILL_TOKENS // longest)], unique[max(1, PREFILL_TOKENS // longest) :]
+        tokens = torch.zeros(len(bucket), longest, dtype=torch.int64)
+        for row, i in enumerate(bucket):
+            tokens[row, : len(prompts[i])] = torch.tensor(prompts[i])
+        rows = torch.tensor(bucket) + first_row
+        last = torch.tensor([len(prompts[i]) - 1 for i in bucket])
+        states = model.prefill(tokens.to(cache.k.device), cache, rows)
+        hidden[bucket] = states[torch.arange(len(bucket)), last]
+    twins = [i for i, j in enumerate(source) if i != j]
+    if twins:
+        origins = torch.tensor([source[i] for i in twins])
+        cache.copy_rows(origins + first_row, torch.tensor(twins) + first_row, max(len(p) for p in prompts))
+        hidden[twins] = hidden[origins]
+    return hidden
+
+
+def pass_at_k(num_samples, num_correct, k):
+    """Probability that k of num_samples, drawn without replacement, hold a correct one: 1 - C(n-c,k)/C(n,k)
+    (Chen et al. 2021, unbiased; k <= n). With step counts it is Q under the Best-of-k prover."""
+    n, c = num_samples, num_correct
+    if not 1 <= k <= n:
+        raise UserError(f"pass@{k} needs 1 <= k <= {n} samples; take more samples or a smaller k")
+    if n - c < k:
+        return 1.0
+    miss = 1.0
+    for i in range(k):
+        miss *= (n - c - i) / (n - i)
+    return 1.0 - miss

@@ -1,0 +1,230 @@
+"""Supervised fine-tuning: imitate demonstrations. The first stage of everything.
+
+    python train_sft.py --task planted --run-dir runs/sft                        # tiny model from nothing, CPU, 15 s
+    python train_sft.py --task jsonl --data gsm8k_train.jsonl --model smollm2    # open weights
+
+The loss is the mean negative log-prob of the completion's tokens, its EOS included, the prompt's left
+out. What is left out of the textbook: packing several examples into one row (rows of a micro-batch have
+similar lengths instead), dropout, label smoothing.
+
+With --task planted or countdown the demonstrations come from a scripted policy whose --strength says how
+often it knows what it is doing: a weak one makes the base policy, a stronger one a prover.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tasks import get_task
+
+from common import (
+    Metrics,
+    RunConfig,
+    UserError,
+    derive,
+    generator,
+    latest_checkpoint,
+    load_state,
+    open_run,
+    opt,
+    parse,
+    progress,
+    save_checkpoint,
+    script,
+    setup,
+    shuffled,
+    write_json,
+)
+from model import Config as ModelConfig
+from model import Transformer, init_weights, load_model, load_weights, pad_right, token_logprobs, write_model
+from sample import generate
+
+
+@dataclass
+class Config(RunConfig):
+    model: str = opt("", "folder or name of the weights to start from (default: a tiny random model)", "model")
+    hidden_size: int = opt(64, "width of the tiny model", "model", low=8)
+    num_hidden_layers: int = opt(2, "depth of the tiny model", "model", low=1)
+    num_attention_heads: int = opt(4, "heads of the tiny model", "model", low=1)
+    strength: float = opt(-1.0, "demonstrator's strength (-1: the task's base strength)", "task")
+    num_examples: int = opt(6000, "demonstrations (a file is used whole where it has fewer)", "task", low=1)
+    steps: int = opt(400, "optimizer steps", "optimization", low=1)
+    batch_size: int = opt(128, "examples a step", "optimization", low=1)
+    micro_batch_size: int = opt(0, "examples a backward pass, to save memory (0: the whole batch)", "optimization", low=0)
+    learning_rate: float = opt(3e-3, "peak learning rate of AdamW", "optimization", above=0)
+    warmup_steps: int = opt(20, "linear warm-up, then cosine decay to a tenth", "optimization", low=0)
+    weight_decay: float = opt(0.0, "decoupled weight decay of matrices", "optimization", low=0)
+    max_grad_norm: float = opt(1.0, "gradient clipping by global norm", "optimization", above=0)
+    logging_steps: int = opt(20, "steps between lines of metrics.jsonl", "evaluation", low=1)
+    save_steps: int = opt(200, "steps between checkpoints", "evaluation", low=1)
+    eval_problems: int = opt(256, "problems for the accuracy at the end (one sample each, temperature 1)", "evaluation", low=1)
+
+
+def learning_rate(step, cfg):
+    """Rate of 1-based step: linear warm-up, then a cosine from the peak to a tenth of it."""
+    if step <= cfg.warmup_steps:
+        return cfg.learning_rate * step / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    return cfg.learning_rate * (0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * done))))
+
+
+def build_examples(task, tokenizer, problems, cfg):
+    """[(prompt ids, completion ids)], EOS at the end where the task has one."""
+    strength = cfg.strength if cfg.strength >= 0 else task.strengths["base"]
+    examples = []
+    for i in range(cfg.num_examples):
+        problem = problems[i % len(problems)]
+        if i >= len(problems) and not task.random_demonstrations:
+            break  # a file has one solution per problem
+        text = task.demonstration(problem, strength, derive(cfg.seed, "demonstration", i))
+        completion = tokenizer.encode(text)
+        completion += [tokenizer.eos_ids[0]] if task.ends_with_eos else []
+        examples.append((task.prompt_tokens(problem, tokenizer), completion))
+    return examples
+
+
+def sft_batch(examples, device):
+    """Rows of (prompt, completion) -> tokens [B,T], targets [B,T] bool (completion tokens)."""
+    tokens, length = pad_right([p + c for p, c in examples])
+    prompt_len = torch.tensor([len(p) for p, _ in examples])
+    t = torch.arange(tokens.shape[1])
+    targets = (t >= prompt_len[:, None]) & (t < length[:, None])
+    return tokens.to(device), targets.to(device)
+
+
+def sft_step(model, batch, cfg, device):
+    """Accumulate the gradient of the batch's mean NLL. One denominator for all micro-batches: the number
+    of trained tokens in the whole batch, so the split does not change the gradient. Returns nll, entropy."""
+    batch = sorted(batch, key=lambda e: len(e[0]) + len(e[1]))  # rows of one micro-batch have similar lengths
+    total = sum(len(c) for _, c in batch)
+    nll = entropy_sum = 0.0
+    size = cfg.micro_batch_size or len(batch)
+    for i in range(0, len(batch), size):
+        tokens, targets = sft_batch(batch[i : i + size], device)
+        logprob, entropy = token_logprobs(model, tokens, targets, temperature=1.0)
+        loss = -logprob.sum() / total
+        loss.backward()
+        nll += loss.item()
+        entropy_sum += entropy.sum().item() / total
+    return nll, entropy_sum
+
+
+def adamw(model, cfg):
+    """AdamW with decay on matrices only (norm gains have no reason to shrink)."""
+    params = list(model.parameters())
+    groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in params if p.dim() == 1], weight_decay=0.0)]  # fmt: skip
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(0.9, 0.99)), params
+
+
+def start_model(cfg, task, device):
+    """The model to train: open weights, or a tiny one with the task's own alphabet."""
+    dtype = getattr(torch, cfg.dtype)
+    if cfg.model:
+        return load_model(cfg.model, device, dtype)
+    tokenizer = task.tokenizer()
+    if tokenizer is None:
+        raise UserError(f"--task {cfg.task} has no alphabet of its own: give --model (a folder, or smollm2)")
+    if cfg.hidden_size % (2 * cfg.num_attention_heads):
+        raise UserError("--hidden-size must be a multiple of 2 * --num-attention-heads (rotary pairs)")
+    shape = ModelConfig(
+        vocab_size=tokenizer.n_vocab,
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.hidden_size * 8 // 3,
+        num_hidden_layers=cfg.num_hidden_layers,
+        num_attention_heads=cfg.num_attention_heads,
+        num_key_value_heads=cfg.num_attention_heads,
+        head_dim=cfg.hidden_size // cfg.num_attention_heads,
+        max_position_embeddings=256,
+    )
+    model = init_weights(Transformer(shape), generator(cfg.seed, "init"))
+    return model.to(device, dtype), tokenizer
+
+
+def accuracy(model, tokenizer, task, problems, max_new_tokens, seed, temperature=1.0):
+    """Share of problems solved with one sample each, and the share of samples cut off by the limit."""
+    prompts = [task.prompt_tokens(p, tokenizer) for p in problems]
+    rollouts = generate(model, prompts, max_new_tokens=max_new_tokens, temperature=temperature,
+                        seed=derive(seed, "evaluation"), stop_ids=tokenizer.eos_ids)  # fmt: skip
+    right = [task.grade(p, tokenizer.decode(rollouts.completion(i))) for i, p in enumerate(problems)]
+    clipped = sum(r == "length" for r in rollouts.finish_reason) / len(problems)
+    return sum(right) / len(problems), clipped
+
+
+def train(cfg):
+    device = setup(cfg.device, cfg.threads)
+    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/sft"
+    run = Path(cfg.run_dir)
+    task = get_task(cfg)
+    lock = open_run(run, cfg, ignore=("run_dir", "device", "logging_steps"))  # noqa: F841 (held until the end)
+    if (run / "summary.json").exists():
+        print(f"{run} is complete")
+        return json.loads((run / "summary.json").read_text())
+    model, tokenizer = start_model(cfg, task, device)
+    optimizer, params = adamw(model, cfg)
+    start, spent = 0, 0.0
+    if folder := latest_checkpoint(run):
+        load_weights(model, folder)
+        state = load_state(folder, optimizer, params)
+        start, spent = state["step"], state["seconds"]
+        print(f"resuming {run} at step {start}")
+    metrics = Metrics(run, start)
+    examples = build_examples(task, tokenizer, task.problems("train", None, cfg.seed), cfg)
+    longest = max(len(p) + len(c) for p, c in examples)
+    if longest > model.cfg.max_position_embeddings:
+        raise UserError(f"an example has {longest} tokens, the model's context is {model.cfg.max_position_embeddings}: "
+                        "shorten the data or take another model")  # fmt: skip
+
+    clock = time.time() - spent
+    for step in progress(range(start + 1, cfg.steps + 1), "sft"):
+        first = (step - 1) * cfg.batch_size
+        batch = []
+        for i in range(first, first + cfg.batch_size):  # every epoch has its own order
+            order = shuffled_cached(len(examples), cfg.seed, i // len(examples))
+            batch.append(examples[order[i % len(examples)]])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        nll, entropy = sft_step(model, batch, cfg, device)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
+        if grad_norm != grad_norm:
+            raise UserError(f"the gradient is not a number at step {step}; lower --learning-rate (now {cfg.learning_rate})")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % cfg.logging_steps == 0 or step == cfg.steps:
+            metrics.write(step, loss=nll, entropy=entropy, grad_norm=grad_norm, learning_rate=learning_rate(step, cfg),
+                          epoch=(first + cfg.batch_size) / len(examples))  # fmt: skip
+        if step % cfg.save_steps == 0 or step == cfg.steps:
+            save_checkpoint(run, step, lambda f: write_model(f, model, tokenizer), optimizer, params,
+                            dict(seconds=time.time() - clock))  # fmt: skip
+
+    held_out = task.problems("val", cfg.eval_problems, cfg.seed)
+    score, clipped = accuracy(model, tokenizer, task, held_out, cfg.max_completion_length or task.max_new_tokens, cfg.seed)
+    summary = dict(loss=nll if start < cfg.steps else None, accuracy=score, clipped_ratio=clipped,
+                   examples=len(examples), seconds=round(time.time() - clock, 1))  # fmt: skip
+    write_json(run / "summary.json", summary)
+    print(f"sft: {cfg.steps} steps on {len(examples)} demonstrations, sampled accuracy {score:.3f} "
+          f"(val, n={len(held_out)}), {summary['seconds']:.0f} s -> {run}")  # fmt: skip
+    return summary
+
+
+_orders = {}
+
+
+def shuffled_cached(n, seed, epoch):
+    if (n, seed, epoch) not in _orders:
+        _orders.clear()
+        _orders[n, seed, epoch] = shuffled(n, seed, "epoch", epoch)
+    return _orders[n, seed, epoch]
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    if cfg.smoke:
+        cfg.steps, cfg.num_examples, cfg.eval_problems = min(cfg.steps, 20), min(cfg.num_examples, 256), 32
+    return train(cfg)
+
+
+if __name__ == "__main__":
+    script(main)
