@@ -107,7 +107,7 @@ def script(main):
         if e.errno not in (28, 30, 13):  # no space, read-only, no permission: the user's to mend
             raise
         sys.exit(_complain(f"{e.strerror}: {e.filename or 'while saving'}; nothing saved before is lost, mend it and "
-                           "run the same command again"))  # fmt: skip
+                           "run the same command again"))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -168,7 +168,7 @@ def open_run(run_dir, cfg, ignore=()):
         if changed:
             k = changed[0]
             raise UserError(f"{run_dir} holds a run with {k}={old[k]!r}, not {settings[k]!r}: give another --run-dir, "
-                            "or delete that one")  # fmt: skip
+                            "or delete that one")
     write_json(path, settings)
     for leftover in run_dir.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -208,7 +208,7 @@ def save_checkpoint(run_dir, step, write, optimizer=None, params=(), state=None,
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"checkpoint {final} could not be written ({e}); the one before it is intact: free some "
-                        "space and run the same command again") from None  # fmt: skip
+                        "space and run the same command again") from None
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
@@ -236,7 +236,7 @@ def load_state(folder, optimizer=None, params=()):
             moments = load_file(folder / "optimizer.safetensors")
         except (SafetensorError, OSError) as e:
             raise UserError(f"{folder}/optimizer.safetensors cannot be read ({e}); delete {folder} to go on from "
-                            "an earlier step") from None  # fmt: skip
+                            "an earlier step") from None
         for i, p in enumerate(params):
             mine = {k.split(".", 1)[1]: v for k, v in moments.items() if k.split(".", 1)[0] == str(i)}
             optimizer.state[p] = {k: v if v.dim() == 0 else v.to(p.device) for k, v in mine.items()}
@@ -351,6 +351,6 @@ class RunConfig:
     seed: int = opt(0, "fixes every random choice", "run", low=0)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")
     dtype: str = opt("float32", "of weights and activations; log-probs are float32 always", "run",
-                     choices=["float32", "bfloat16"])  # fmt: skip
+                     choices=["float32", "bfloat16"])
     threads: int = opt(0, "CPU threads (0: torch's choice; 1 is best for the tiny models)", "run", low=0)
     smoke: bool = opt(False, "the same road with few steps, for a look in under a minute", "run")

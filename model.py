@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import UserError
-from kernels import linear_logprob
+from kernels import Linear, linear_logprob
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -56,7 +56,7 @@ class Config:
         rope = raw.get("rope_parameters") or {}  # where transformers >= 5 keeps rope_theta
         scaling = raw.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
         for name, value in [("rope_scaling", scaling), ("attention_bias", raw.get("attention_bias")),
-                            ("mlp_bias", raw.get("mlp_bias"))]:  # fmt: skip
+                            ("mlp_bias", raw.get("mlp_bias"))]:
             if value:
                 raise UserError(f"{path}: {name}={value} is not supported yet; use a model without it")
         if raw.get("hidden_act", "silu") != "silu":
@@ -72,7 +72,7 @@ class Config:
 
     def to_json(self, tokenizer=None):
         raw = asdict(self) | dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
-                                  attention_bias=False, mlp_bias=False, torch_dtype="float32")  # fmt: skip
+                                  attention_bias=False, mlp_bias=False, torch_dtype="float32")
         if tokenizer is not None:
             raw |= dict(bos_token_id=tokenizer.bos_id, eos_token_id=list(tokenizer.eos_ids))
         return raw
@@ -115,11 +115,11 @@ class Layer(nn.Module):
         self.cfg = cfg
         D, heads, kv = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads
         self.attn_norm = nn.RMSNorm(D, eps=cfg.rms_norm_eps)
-        self.qkv = nn.Linear(D, (heads + 2 * kv) * cfg.head_dim, bias=False)
-        self.out = nn.Linear(heads * cfg.head_dim, D, bias=False)
+        self.qkv = Linear(D, (heads + 2 * kv) * cfg.head_dim)
+        self.out = Linear(heads * cfg.head_dim, D)
         self.mlp_norm = nn.RMSNorm(D, eps=cfg.rms_norm_eps)
-        self.gate_up = nn.Linear(D, 2 * cfg.intermediate_size, bias=False)
-        self.down = nn.Linear(cfg.intermediate_size, D, bias=False)
+        self.gate_up = Linear(D, 2 * cfg.intermediate_size)
+        self.down = Linear(cfg.intermediate_size, D)
 
     def forward(self, x, cos, sin, attend):
         """x [B,T,D] -> [B,T,D]; attend(q [B,T,H,d], k [B,T,K,d], v [B,T,K,d]) -> [B,T,H*d]."""
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
-        self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
         self._rope = None
 
     @property

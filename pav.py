@@ -61,7 +61,7 @@ class Config(RunConfig):
     prover: str = opt("base", "who finishes the prefixes: base, or a folder", "policies")
     prover_k: int = opt(1, "take Best-of-K of the prover as prover", "policies", low=1)
     label: str = opt("q", "q: every step end gets V^mu; outcome: only the end is labelled (an ORM)", "data",
-                     choices=["q", "outcome"])  # fmt: skip
+                     choices=["q", "outcome"])
     num_problems: int = opt(0, "training problems (0: all; a task with few problems repeats them)", "data", low=0)
     n_cov: int = opt(1, "seed solutions a problem (coverage)", "data", low=1)
     n_mc: int = opt(1, "prover continuations a cut (label noise)", "data", low=1)
@@ -72,7 +72,7 @@ class Config(RunConfig):
     epochs: int = opt(6, "passes over the labelled sequences", "optimization", low=1)
     batch_size: int = opt(128, "sequences a step", "optimization", low=1)
     learning_rate: float = opt(1e-3, "peak learning rate of AdamW; linear warm-up over 5%, cosine to a tenth",
-                               "optimization", above=0)  # fmt: skip
+                               "optimization", above=0)
     max_grad_norm: float = opt(1.0, "gradient clipping by global norm", "optimization", above=0)
     balance: bool = opt(True, "weigh right and wrong labels equally, and undo the shift exactly when reading", "optimization")
     save_steps: int = opt(500, "steps between checkpoints", "evaluation", low=1)
@@ -135,7 +135,7 @@ def boundaries(task, rollouts, tokenizer):
 def save_verifier(folder, verifier, tokenizer, info):
     write_model(folder, verifier.backbone, tokenizer)
     save_file({k: v.detach().cpu().contiguous() for k, v in verifier.head.state_dict().items()},
-              folder / "value_head.safetensors")  # fmt: skip
+              folder / "value_head.safetensors")
     info = dict(logit_shift=verifier.logit_shift, prover_k=verifier.k, fingerprint=verifier.fingerprint) | info
     (folder / "verifier.json").write_text(json.dumps(info, indent=2) + "\n")
 
@@ -148,7 +148,7 @@ def load_verifier(path, tokenizer, device="cpu"):
     info = json.loads((folder / "verifier.json").read_text())
     if info["fingerprint"] != tokenizer.fingerprint:
         raise UserError(f"{path} was trained with another tokenizer than the policy's: its step values would be noise; "
-                        "train a verifier from this policy with pav.py")  # fmt: skip
+                        "train a verifier from this policy with pav.py")
     backbone, _ = load_model(folder, device)
     verifier = Verifier(backbone, info["logit_shift"], info["prover_k"], info["fingerprint"])
     load_head(verifier, folder)
@@ -185,11 +185,11 @@ def collect(base, prover, tokenizer, task, problems, cfg, shard):
     ends = boundaries(task, seeds, tokenizer)
     if cfg.label == "outcome":  # an ORM needs no prover: the seed's own outcome, read at its end
         outcome = torch.tensor([task.grade(problems[i // cfg.n_cov], tokenizer.decode(seeds.completion(i)))
-                                for i in range(len(seeds))])  # fmt: skip
+                                for i in range(len(seeds))])
         weight = torch.zeros(ends.shape)
         weight[:, -1] = 1.0
         return dict(tokens=seeds.tokens, ends=ends, target=outcome[:, None].expand(ends.shape).clone(), weight=weight), \
-            int((seeds.length - seeds.prompt_len).sum())  # fmt: skip
+            int((seeds.length - seeds.prompt_len).sum())
 
     starts = []  # (problem, prefix, its number of steps), each n_mc times in a row
     for i in range(len(seeds)):
@@ -197,11 +197,11 @@ def collect(base, prover, tokenizer, task, problems, cfg, shard):
         for h in choose_cuts(own, cfg.cuts, derive(cfg.seed, "cuts", shard, i)):
             starts += [(i // cfg.n_cov, seeds.tokens[i, : own[h]].tolist(), h, int(seeds.prompt_len[i]))] * cfg.n_mc
     rolled = generate(prover, [s[1] for s in starts], seed=derive(cfg.seed, "continuations", shard),
-                      max_new_tokens=[limit - (len(s[1]) - s[3]) for s in starts], **options)  # fmt: skip
+                      max_new_tokens=[limit - (len(s[1]) - s[3]) for s in starts], **options)
     rolled.prompt_len = torch.tensor([s[3] for s in starts])  # from here on prefix + continuation is one solution
     ends = boundaries(task, rolled, tokenizer)
     outcome = torch.tensor([task.grade(problems[s[0]], tokenizer.decode(rolled.completion(i)))
-                            for i, s in enumerate(starts)])  # fmt: skip
+                            for i, s in enumerate(starts)])
     at_cut = outcome.view(-1, cfg.n_mc).mean(1).repeat_interleave(cfg.n_mc)  # the siblings' mean: a soft label
     cut_end = torch.tensor([len(s[1]) for s in starts])[:, None]
     target = torch.where(ends == cut_end, at_cut[:, None], outcome[:, None])
@@ -337,7 +337,7 @@ def reliability(prediction, outcome, bins=10):
     """Rows (mean prediction, mean outcome, count) of equal-width bins: the diagonal is perfect calibration."""
     which = (prediction * bins).long().clamp(max=bins - 1)
     return [(float(prediction[which == i].mean()), float(outcome[which == i].mean()), int((which == i).sum()))
-            for i in range(bins) if (which == i).any()]  # fmt: skip
+            for i in range(bins) if (which == i).any()]
 
 
 def judge(verifier, base, prover, tokenizer, task, cfg):
@@ -352,7 +352,7 @@ def judge(verifier, base, prover, tokenizer, task, cfg):
     limit = cfg.max_completion_length or task.max_new_tokens
     options = dict(temperature=cfg.temperature, stop_ids=tokenizer.eos_ids, slots=cfg.slots)
     seeds = generate(base, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=limit,
-                     seed=derive(cfg.seed, "judge"), **options)  # fmt: skip
+                     seed=derive(cfg.seed, "judge"), **options)
     ends = boundaries(task, seeds, tokenizer)
     value = step_values(verifier, seeds.tokens, ends)  # (B, S+1)
     rows, prefixes = [], []
@@ -366,11 +366,11 @@ def judge(verifier, base, prover, tokenizer, task, cfg):
     start = [int(seeds.prompt_len[i]) for i, *_ in rows for _ in range(2)]
     todo = [(j, m) for j in range(len(prefixes)) for m in range(cfg.eval_mc)]
     rolled = generate(prover, [prefixes[j] for j, _ in todo], seed=derive(cfg.seed, "judge continuations"),
-                      max_new_tokens=[limit - (len(prefixes[j]) - start[j]) for j, _ in todo], **options)  # fmt: skip
+                      max_new_tokens=[limit - (len(prefixes[j]) - start[j]) for j, _ in todo], **options)
     right = torch.tensor([
         task.grade(rows[j // 2][3], tokenizer.decode(rolled.tokens[n, start[j] : rolled.length[n]].tolist()))
         for n, (j, _) in enumerate(todo)
-    ]).view(-1, 2, cfg.eval_mc)  # fmt: skip
+    ]).view(-1, 2, cfg.eval_mc)
     mc = prover_transform(right.mean(-1), verifier.k)  # (n, 2): before and after the step
     guess = torch.stack([value[i, [h - 1, h]] for i, h, *_ in rows])  # (n, 2)
     plain = 1 - (1 - guess) ** (1 / verifier.k)  # of the prover itself, to hold against single continuations
@@ -424,7 +424,7 @@ def train(cfg):
         prover, other = load_model(cfg.prover, device, getattr(torch, cfg.dtype))
         if other.fingerprint != tokenizer.fingerprint:
             raise UserError(f"--prover {cfg.prover} has another tokenizer than --policy {cfg.policy}; it cannot continue "
-                            "the policy's prefixes")  # fmt: skip
+                            "the policy's prefixes")
     clock = time.time()
     data, spent = collect_all(base, prover, tokenizer, task, cfg, run)
     sampling = time.time() - clock
@@ -436,11 +436,11 @@ def train(cfg):
     labels = int((data["weight"] > 0).sum())
     summary = quality | dict(sequences=len(data["tokens"]), labels=labels, sampled_tokens=spent,
                              mean_label=float((data["target"] * data["weight"]).sum() / data["weight"].sum()),
-                             seconds_sampling=round(sampling, 1), seconds_fitting=round(fitting, 1))  # fmt: skip
+                             seconds_sampling=round(sampling, 1), seconds_fitting=round(fitting, 1))
     write_json(run / "summary.json", summary)
     exact = f", with the exact one {quality['corr_advantage_exact']:.2f}" if "corr_advantage_exact" in quality else ""
     print(f"verifier: {labels} labels, AUC {quality['auc']:.3f}, Brier {quality['brier']:.4f} (constant: "
-          f"{quality['brier_constant']:.4f}), corr of advantage {quality['corr_advantage']:.2f}{exact} -> {run}")  # fmt: skip
+          f"{quality['brier_constant']:.4f}), corr of advantage {quality['corr_advantage']:.2f}{exact} -> {run}")
     return summary
 
 

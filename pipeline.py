@@ -38,9 +38,9 @@ STAGES = {
                 eval_steps=5, eval_problems=64, slots=128, save_steps=5),
         prover="base",
     ),
-}  # fmt: skip
+}
 SMOKE = {"sft": dict(steps=20, num_examples=256), "verifier": dict(num_problems=64, epochs=1),
-         "rl": dict(steps=3, eval_steps=1, eval_problems=32)}  # fmt: skip
+         "rl": dict(steps=3, eval_steps=1, eval_problems=32)}
 
 TASK_FLAGS = ("task", "data", "question_field", "answer_field", "max_completion_length", "device", "dtype", "smoke")
 
@@ -61,7 +61,7 @@ def plan(cfg, given):
     rl = replace(cfg, **{k: v for k, v in rl_table.items() if k not in given or cfg.smoke}, threads=threads)
     rl_flags = flags(rl, [f.name for f in fields(cfg) if f.name not in
                           (*TASK_FLAGS, "run_dir", "seed", "seeds", "arms", "workers", "stage_flags", "reward", "policy",
-                           "verifier", "model", "constant_value", "threads")])  # fmt: skip
+                           "verifier", "model", "constant_value", "threads")])
     root = Path(cfg.run_dir or f"runs/{cfg.task}")
     jobs = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
@@ -92,7 +92,7 @@ def plan(cfg, given):
         needed = {v for v in (verifier_of(a) for a in arms) if v}
         scripted = strengths is not None
         for name, prover in [("verifier", "prover"), ("verifier_strong", "strong"), ("verifier_base", None),
-                             ("verifier_outcome", None)]:  # fmt: skip
+                             ("verifier_outcome", None)]:
             if name not in needed or (name == "verifier" and cfg.verifier):
                 continue
             if prover and not scripted:
@@ -118,7 +118,7 @@ def plan(cfg, given):
 def verifier_of(arm):
     """The verifier that an arm is paid by; None for the outcome arm."""
     return {"pav": "verifier", "q": "verifier", "constant": "verifier", "orm": "verifier_outcome",
-            "base-prover": "verifier_base", "strong-prover": "verifier_strong"}.get(arm)  # fmt: skip
+            "base-prover": "verifier_base", "strong-prover": "verifier_strong"}.get(arm)
 
 
 def scripted_strengths(cfg):
@@ -134,7 +134,7 @@ def run(cfg, given):
     missing = [j for j in jobs if not (Path(flag_value(j[2], "run-dir")) / "summary.json").exists()]
     if missing:
         print(f"{root}: {len(missing)} of {len(jobs)} stages to build, {workers} at a time: "
-              + ", ".join(j[0] for j in missing), flush=True)  # fmt: skip
+              + ", ".join(j[0] for j in missing), flush=True)
     root.mkdir(parents=True, exist_ok=True)
     (root / "commands.txt").write_text("".join(f"python {shlex.join(j[2])}\n" for j in jobs))
     done = {j[0] for j in jobs} - {j[0] for j in missing}

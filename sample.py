@@ -13,15 +13,17 @@ What is left out: paging (a row owns its full length: at these sizes memory is n
 *strings* (stop ids only; text is decoded after the fact), speculative decoding.
 """
 
+import json
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from common import UserError
-from kernels import linear_greedy, linear_sample, linear_sample_filtered, philox_uniform
-from model import KVCache
+from common import UserError, opt, parse, script, setup
+from kernels import linear_greedy, linear_sample, linear_sample_filtered, packed_weights, philox_uniform
+from model import KVCache, load_model
 
 PREFILL_TOKENS = 2048  # padded tokens of one prefill batch: enough to fill the cores, small enough to bound memory
 
@@ -54,9 +56,15 @@ class Rollouts:
         return self.tokens[b, self.prompt_len[b] : self.length[b]].tolist()
 
 
-@torch.no_grad()
-def generate(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, sequence_ids=None, slots=128,
-             top_k=0, top_p=1.0, min_p=0.0):  # fmt: skip
+def generate(model, prompts, *, slots=128, **options):
+    """Complete every prompt once; see decode_all for the options. The weights' packed copies (kernels/product.py)
+    live as long as this call."""
+    with torch.no_grad(), packed_weights(model.parameters(), min(slots, len(prompts))):
+        return decode_all(model, prompts, slots=slots, **options)
+
+
+def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, sequence_ids=None, slots=128, top_k=0,
+               top_p=1.0, min_p=0.0):
     """Complete every prompt once. prompts: B lists of token ids; temperature 0 means greedy.
 
     max_new_tokens: an int, or B of them. sequence_ids: B ints (default 0..B-1); with seed they fix each completion, whatever the batch, the
@@ -172,3 +180,101 @@ def pass_at_k(num_samples, num_correct, k):
     for i in range(k):
         miss *= (n - c - i) / (n - i)
     return 1.0 - miss
+
+
+# ----------------------------------------------------------------------------------------------------
+# Command line.
+
+
+@dataclass
+class Config:
+    model: str = opt("smollm2", "a folder, a run directory, or smollm2", "what")
+    prompt: str = opt("", "text to answer (in the model's chat format where it has one)", "what")
+    raw: bool = opt(False, "continue --prompt as plain text, without the chat format", "what")
+    task: str = opt("", "answer the problems of a task and grade them", "what", choices=["", "planted", "countdown", "jsonl"])
+    data: list = opt([], "jsonl files, for --task jsonl", "what")
+    question_field: str = opt("", "name of the question in --data (default: guessed)", "what")
+    answer_field: str = opt("", "name of the answer in --data (default: guessed)", "what")
+    split: str = opt("test", "whose problems", "what", choices=["train", "val", "test"])
+    num_problems: int = opt(64, "how many", "what", low=1)
+    out: str = opt("", "write every completion to this jsonl file", "what")
+    n: int = opt(1, "samples a prompt", "sampling", low=1)
+    temperature: float = opt(-1.0, "0 is greedy (default: 0 for --prompt, 1 for --task)", "sampling")
+    greedy: bool = opt(False, "the same as --temperature 0", "sampling")
+    top_k: int = opt(0, "only the k likeliest tokens (0: all)", "sampling", low=0)
+    top_p: float = opt(1.0, "only the likeliest tokens up to this mass", "sampling", above=0, high=1)
+    min_p: float = opt(0.0, "only tokens with this share of the likeliest one's probability", "sampling", low=0, high=1)
+    max_new_tokens: int = opt(0, "tokens a completion may have (0: 256, or the task's)", "sampling", low=0)
+    seed: int = opt(0, "fixes every draw (and the planted task's sequences)", "sampling", low=0)
+    slots: int = opt(64, "sequences decoded at once", "sampling", low=1)
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")
+    dtype: str = opt("float32", "of weights and activations", "run", choices=["float32", "bfloat16"])
+    threads: int = opt(0, "CPU threads (0: torch's choice)", "run", low=0)
+    smoke: bool = opt(False, "a tiny random model answers the planted task: does it run?", "run")
+
+
+def answer_prompt(cfg, model, tokenizer, options):
+    """Print --n completions of --prompt."""
+    chat = tokenizer.chat_format and not cfg.raw
+    ids = tokenizer.chat([dict(role="user", content=cfg.prompt)]) if chat else tokenizer.encode(cfg.prompt)
+    out = generate(model, [ids] * cfg.n, max_new_tokens=cfg.max_new_tokens or 256, **options)
+    for i in range(cfg.n):
+        print(tokenizer.decode(out.completion(i)).strip())
+        print(f"-- {len(out.completion(i))} tokens, finish reason: {out.finish_reason[i]}")
+    tokens = int((out.length - out.prompt_len).sum())
+    print(f"-- {tokens / out.seconds:.1f} tokens/s ({tokens} tokens in {out.seconds:.2f} s)")
+
+
+def answer_task(cfg, model, tokenizer, options):
+    """Grade --n samples of --num-problems problems; accuracy, pass@k, truncated and unparsable shares."""
+    from tasks import get_task
+
+    task = get_task(cfg)
+    problems = task.problems(cfg.split, cfg.num_problems, cfg.seed)
+    prompts = [task.prompt_tokens(p, tokenizer) for p in problems for _ in range(cfg.n)]
+    out = generate(model, prompts, max_new_tokens=cfg.max_new_tokens or task.max_new_tokens, **options)
+    rows = []
+    for i in range(len(prompts)):
+        p, text = problems[i // cfg.n], tokenizer.decode(out.completion(i))
+        rows.append(dict(key=p.key, prompt=p.prompt, answer=p.answer, completion=text, reward=task.grade(p, text),
+                         tokens=len(out.completion(i)), finish_reason=out.finish_reason[i]))
+    if cfg.out:
+        Path(cfg.out).write_text("".join(json.dumps(r) + "\n" for r in rows))
+        print(f"completions: {cfg.out}")
+    for r in rows[: 3 * cfg.n : cfg.n]:
+        print(f"[{'right' if r['reward'] else 'wrong'}] {r['prompt'].strip()!r} -> {r['completion'].strip()!r} (gold {r['answer']!r})")
+    right = [sum(r["reward"] for r in rows[i : i + cfg.n]) for i in range(0, len(rows), cfg.n)]
+    accuracy = sum(right) / len(rows)
+    error = (accuracy * (1 - accuracy) / len(problems)) ** 0.5  # problems, not samples, are the independent draws
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= cfg.n]
+    print(f"accuracy {accuracy:.3f} +- {1.96 * error:.3f} (95%, {len(problems)} problems x {cfg.n}), truncated "
+          f"{sum(r == 'length' for r in out.finish_reason) / len(rows):.3f}")
+    for k in ks[1:]:
+        print(f"pass@{k} {sum(pass_at_k(cfg.n, int(c), k) for c in right) / len(right):.3f}")
+    tokens = int((out.length - out.prompt_len).sum())
+    print(f"{tokens / out.seconds:.0f} tokens/s ({tokens} tokens in {out.seconds:.1f} s)")
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    device = setup(cfg.device, cfg.threads or (1 if cfg.smoke else 0))
+    if cfg.smoke:
+        from tasks import get_task
+
+        from train_sft import Config as SftConfig
+        from train_sft import start_model
+
+        cfg.task, cfg.num_problems = cfg.task or "planted", 16
+        model, tokenizer = start_model(SftConfig(task=cfg.task), get_task(cfg), device)
+    else:
+        if not cfg.prompt and not cfg.task:
+            raise UserError("nothing to do: give --prompt TEXT, or --task NAME")
+        model, tokenizer = load_model(cfg.model, device, getattr(torch, cfg.dtype))
+    temperature = 0.0 if cfg.greedy else cfg.temperature if cfg.temperature >= 0 else (1.0 if cfg.task else 0.0)
+    options = dict(temperature=temperature, seed=cfg.seed, stop_ids=tokenizer.eos_ids, slots=cfg.slots, top_k=cfg.top_k,
+                   top_p=cfg.top_p, min_p=cfg.min_p)
+    (answer_task if cfg.task else answer_prompt)(cfg, model, tokenizer, options)
+
+
+if __name__ == "__main__":
+    script(main)

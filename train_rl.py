@@ -55,14 +55,14 @@ from sample import generate
 @dataclass
 class Config(RunConfig):
     reward: str = opt("pav", "outcome: the grader; orm: the verifier's score of the whole; q: grader + alpha*Q; pav: "
-                      "grader + alpha*A", "reward", choices=["outcome", "orm", "q", "pav"])  # fmt: skip
+                      "grader + alpha*A", "reward", choices=["outcome", "orm", "q", "pav"])
     policy: str = opt("", "folder of the initial policy (default: built by train_sft.py)", "reward")
     verifier: str = opt("", "folder of the verifier (default: built by pav.py)", "reward")
     model: str = opt("", "open weights to start the whole pipeline from: a folder or smollm2 (default: tiny)", "reward")
     alpha: float = opt(1.0, "weight of the process reward; 0 is the outcome run, bit for bit", "reward", low=0)
     anchor: bool = opt(True, "the value of the finished solution is its true outcome: the last step cannot be faked", "guards")
     gate: str = opt("none", "pay no bonus from the first illegal step on (legal), or only to right solutions (outcome)",
-                    "guards", choices=["none", "legal", "outcome"])  # fmt: skip
+                    "guards", choices=["none", "legal", "outcome"])
     center_bonus: bool = opt(True, "subtract the batch's mean bonus at the same step index (others' samples only)", "guards")
     constant_value: bool = opt(False, "control: a verifier that says the same everywhere, with the same guards", "guards")
     num_prompts: int = opt(16, "prompts a step (P)", "optimization", low=1)
@@ -72,16 +72,16 @@ class Config(RunConfig):
     warmup_steps: int = opt(0, "linear warm-up", "optimization", low=0)
     temperature: float = opt(1.0, "of the policy, in the sampler and in the loss", "optimization", above=0)
     loss_type: str = opt("dapo", "one weight per token (dapo), per solution (grpo), or per token by a constant (dr_grpo)",
-                         "optimization", choices=["dapo", "grpo", "dr_grpo"])  # fmt: skip
+                         "optimization", choices=["dapo", "grpo", "dr_grpo"])
     scale_rewards: str = opt("none", "divide outcome advantages by the group's std (group) or not", "optimization",
-                             choices=["none", "group"])  # fmt: skip
+                             choices=["none", "group"])
     num_iterations: int = opt(1, "optimizer steps on the same rollouts", "optimization", low=1)
     epsilon: float = opt(0.2, "clip range of the ratio; idle when --num-iterations is 1", "optimization", above=0)
     epsilon_high: float = opt(0.28, "its upper side (clip-higher)", "optimization", above=0)
     entropy_coef: float = opt(3e-3, "entropy bonus per token", "optimization", low=0)
     beta: float = opt(0.0, "KL coefficient to the initial policy", "optimization", low=0)
     kl_estimator: str = opt("k2", "k2: in the loss; k1: in the outcome reward (k1 in a loss has no gradient)", "optimization",
-                            choices=["k1", "k2"])  # fmt: skip
+                            choices=["k1", "k2"])
     max_grad_norm: float = opt(1.0, "gradient clipping by global norm", "optimization", above=0)
     micro_batch_size: int = opt(0, "sequences a backward pass, to save memory (0: all)", "optimization", low=0)
     slots: int = opt(512, "sequences decoded at once", "optimization", low=1)
@@ -90,7 +90,7 @@ class Config(RunConfig):
     eval_split: str = opt("val", "whose problems; test only for the numbers you report", "evaluation", choices=["val", "test"])
     save_steps: int = opt(50, "steps between checkpoints", "evaluation", low=1)
     arms: list = opt(["outcome"], "other arms to run beside --reward for comparison", "pipeline",
-                     choices=["outcome", "constant", "base-prover", "strong-prover", "orm", "q"])  # fmt: skip
+                     choices=["outcome", "constant", "base-prover", "strong-prover", "orm", "q"])
     seeds: int = opt(1, "repeat the whole pipeline with this many seeds", "pipeline", low=1)
     workers: int = opt(0, "jobs side by side (0: one per core for the tiny models, else one)", "pipeline", low=0)
     stage_flags: str = opt("", "JSON of flags for the stages, e.g. '{\"sft\": {\"steps\": 100}}'", "pipeline")
@@ -204,7 +204,7 @@ def advantages(cfg, task, problems, rollouts, tokenizer, verifier, kl=None):
         adv = adv + credit_tokens(per_step, ends, mask.shape[1])
     groups = outcome.view(-1, G)
     logs |= {"reward": float(reward.mean()), "reward_std": float(groups.std(1).mean()),
-             "frac_reward_zero_std": float((groups.std(1) == 0).float().mean())}  # fmt: skip
+             "frac_reward_zero_std": float((groups.std(1) == 0).float().mean())}
     return adv, logs
 
 
@@ -256,10 +256,10 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
         if iteration == 0:  # the sampler's and the trainer's view of the same policy
             logs = {"sampling/sampling_logp_difference/mean": total["diff_mean"],
                     "sampling/sampling_logp_difference/max": total["diff_max"],
-                    "ratio/first_max": total["ratio_max"], "entropy": total["entropy"]}  # fmt: skip
+                    "ratio/first_max": total["ratio_max"], "entropy": total["entropy"]}
     extra = {"kl": total["kl"]} if reference is not None else {}
     return logs | extra | {"policy_loss": total["policy_loss"], "grad_norm": grad_norm,
-                           "clip_ratio/region_mean": total["clip"]}  # fmt: skip
+                           "clip_ratio/region_mean": total["clip"]}
 
 
 def evaluate(model, tokenizer, task, verifier, cfg, limit):
@@ -267,7 +267,7 @@ def evaluate(model, tokenizer, task, verifier, cfg, limit):
     problems = task.problems(cfg.eval_split, cfg.eval_problems, 0)
     problems = (problems * (1 + cfg.eval_problems // len(problems)))[: cfg.eval_problems]
     rolled = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=limit,
-                      temperature=cfg.temperature, seed=derive(0, "evaluation"), stop_ids=tokenizer.eos_ids, slots=cfg.slots)  # fmt: skip
+                      temperature=cfg.temperature, seed=derive(0, "evaluation"), stop_ids=tokenizer.eos_ids, slots=cfg.slots)
     right = [task.grade(p, tokenizer.decode(rolled.completion(i))) for i, p in enumerate(problems)]
     logs = {"eval/accuracy": mean(right)}
     if verifier is not None:
@@ -319,7 +319,7 @@ def train(cfg):
         problems = [p for p in pick_problems(train_problems, step, cfg) for _ in range(G)]
         rollouts = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=limit,
                             temperature=cfg.temperature, seed=derive(cfg.seed, "rl"), stop_ids=tokenizer.eos_ids,
-                            sequence_ids=range((step - 1) * B, step * B), slots=cfg.slots)  # fmt: skip
+                            sequence_ids=range((step - 1) * B, step * B), slots=cfg.slots)
         # 2. Rewards, and from them one advantage per token.
         sequence_kl = completion_kl(model, reference, rollouts, cfg, device) if reference and cfg.kl_estimator == "k1" else None
         adv, logs = advantages(cfg, task, problems, rollouts, tokenizer, scorer, sequence_kl)
@@ -338,16 +338,16 @@ def train(cfg):
             "completions/clipped_ratio": mean(r == "length" for r in rollouts.finish_reason),
             "tokens_per_second": lengths.sum().item() / rollouts.seconds, "step_time": time.time() - tick,
             "timing/generate": rollouts.seconds, "timing/score": scored - tick - rollouts.seconds,
-        })  # fmt: skip
+        })
         if step % cfg.save_steps == 0 or step == cfg.steps:
             save_checkpoint(run, step, lambda f: write_model(f, model, tokenizer), optimizer, params,
-                            dict(tokens=tokens_seen, seconds=time.time() - clock))  # fmt: skip
+                            dict(tokens=tokens_seen, seconds=time.time() - clock))
     evals = [r for r in read_metrics(run) if "eval/accuracy" in r]
     summary = dict(accuracy=evals[-1]["eval/accuracy"], num_tokens=tokens_seen, episodes=cfg.steps * B,
-                   curve_mean=mean(r["eval/accuracy"] for r in evals), seconds=round(time.time() - clock, 1))  # fmt: skip
+                   curve_mean=mean(r["eval/accuracy"] for r in evals), seconds=round(time.time() - clock, 1))
     write_json(run / "summary.json", summary)
     print(f"{cfg.reward}: {evals[0]['eval/accuracy']:.3f} -> {summary['accuracy']:.3f} after {cfg.steps} steps, "
-          f"{tokens_seen} tokens, {summary['seconds']:.0f} s -> {run}")  # fmt: skip
+          f"{tokens_seen} tokens, {summary['seconds']:.0f} s -> {run}")
     return summary
 
 
@@ -358,7 +358,7 @@ def completion_kl(model, reference, rollouts, cfg, device):
     tokens, targets = rollouts.tokens.to(device), mask.to(device)
     gap = torch.zeros(mask.shape)
     gap[mask] = (token_logprobs(model, tokens, targets, cfg.temperature)[0]
-                 - token_logprobs(reference, tokens, targets, cfg.temperature)[0]).cpu()  # fmt: skip
+                 - token_logprobs(reference, tokens, targets, cfg.temperature)[0]).cpu()
     return gap.sum(1)
 
 

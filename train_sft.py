@@ -115,7 +115,7 @@ def adamw(model, cfg):
     """AdamW with decay on matrices only (norm gains have no reason to shrink)."""
     params = list(model.parameters())
     groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=cfg.weight_decay),
-              dict(params=[p for p in params if p.dim() == 1], weight_decay=0.0)]  # fmt: skip
+              dict(params=[p for p in params if p.dim() == 1], weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(0.9, 0.99)), params
 
 
@@ -147,7 +147,7 @@ def accuracy(model, tokenizer, task, problems, max_new_tokens, seed, temperature
     """Share of problems solved with one sample each, and the share of samples cut off by the limit."""
     prompts = [task.prompt_tokens(p, tokenizer) for p in problems]
     rollouts = generate(model, prompts, max_new_tokens=max_new_tokens, temperature=temperature,
-                        seed=derive(seed, "evaluation"), stop_ids=tokenizer.eos_ids)  # fmt: skip
+                        seed=derive(seed, "evaluation"), stop_ids=tokenizer.eos_ids)
     right = [task.grade(p, tokenizer.decode(rollouts.completion(i))) for i, p in enumerate(problems)]
     clipped = sum(r == "length" for r in rollouts.finish_reason) / len(problems)
     return sum(right) / len(problems), clipped
@@ -175,7 +175,7 @@ def train(cfg):
     longest = max(len(p) + len(c) for p, c in examples)
     if longest > model.cfg.max_position_embeddings:
         raise UserError(f"an example has {longest} tokens, the model's context is {model.cfg.max_position_embeddings}: "
-                        "shorten the data or take another model")  # fmt: skip
+                        "shorten the data or take another model")
 
     clock = time.time() - spent
     for step in progress(range(start + 1, cfg.steps + 1), "sft"):
@@ -194,18 +194,18 @@ def train(cfg):
         optimizer.zero_grad(set_to_none=True)
         if step % cfg.logging_steps == 0 or step == cfg.steps:
             metrics.write(step, loss=nll, entropy=entropy, grad_norm=grad_norm, learning_rate=learning_rate(step, cfg),
-                          epoch=(first + cfg.batch_size) / len(examples))  # fmt: skip
+                          epoch=(first + cfg.batch_size) / len(examples))
         if step % cfg.save_steps == 0 or step == cfg.steps:
             save_checkpoint(run, step, lambda f: write_model(f, model, tokenizer), optimizer, params,
-                            dict(seconds=time.time() - clock))  # fmt: skip
+                            dict(seconds=time.time() - clock))
 
     held_out = task.problems("val", cfg.eval_problems, cfg.seed)
     score, clipped = accuracy(model, tokenizer, task, held_out, cfg.max_completion_length or task.max_new_tokens, cfg.seed)
     summary = dict(loss=nll if start < cfg.steps else None, accuracy=score, clipped_ratio=clipped,
-                   examples=len(examples), seconds=round(time.time() - clock, 1))  # fmt: skip
+                   examples=len(examples), seconds=round(time.time() - clock, 1))
     write_json(run / "summary.json", summary)
     print(f"sft: {cfg.steps} steps on {len(examples)} demonstrations, sampled accuracy {score:.3f} "
-          f"(val, n={len(held_out)}), {summary['seconds']:.0f} s -> {run}")  # fmt: skip
+          f"(val, n={len(held_out)}), {summary['seconds']:.0f} s -> {run}")
     return summary
 
 

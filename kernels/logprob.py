@@ -18,6 +18,8 @@ would move a probability ratio by 13%.
 
 import torch
 
+from kernels.product import matmul_nt
+
 CHUNK_BYTES = 25_000_000  # one chunk of float32 logits; larger falls out of the cache, smaller starves the product
 
 
@@ -30,7 +32,7 @@ def scaled_logits(hidden, weight, temperature, softcap=None):
 
     The one place where logits meet the temperature: the sampler (sampling.py) calls it too.
     """
-    z = torch.mm(hidden.float(), weight.float().t())
+    z = matmul_nt(hidden.float(), weight.float())
     if softcap is not None:  # Gemma 2: the cap acts on raw logits, before the temperature
         z.div_(softcap).tanh_().mul_(softcap)
     return z.div_(temperature) if temperature != 1 else z
@@ -80,8 +82,8 @@ class _LinearLogprob(torch.autograd.Function):
             if ctx.softcap is not None:  # d tanh
                 dz *= 1 - (z * (ctx.temperature / ctx.softcap)).square_()
             dz /= ctx.temperature
-            d_hidden[rows] = (dz @ weight32).to(hidden.dtype)
-            d_weight.addmm_(dz.t(), h)
+            d_hidden[rows] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
+            d_weight += matmul_nt(dz.t(), h.t())
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
