@@ -95,7 +95,7 @@ def linear_sample_filtered(hidden, weight, temperature, uniform, top_k=0, top_p=
     """
     z = scaled_logits(hidden, weight, temperature, softcap)
     logprob = z - z.logsumexp(-1, keepdim=True)
-    p, order = logprob.exp().sort(-1, descending=True, stable=True)  # (B, V)
+    p, order = logprob.exp().sort(dim=-1, descending=True, stable=True)  # (B, V)
     keep = torch.ones_like(p, dtype=torch.bool)
     if top_k:
         keep[:, top_k:] = False
