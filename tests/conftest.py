@@ -1,0 +1,27 @@
+"""Fixtures: a toy task whose answer stands in the prompt, its tokenizer, a tiny random model (see toy.py)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are flat modules beside this folder
+torch.set_num_threads(1)  # one thread adds floats in one order, and two pools on two cores only fight
+
+from toy import ToyTask, tiny_model  # noqa: E402
+
+
+@pytest.fixture
+def task():
+    return ToyTask()
+
+
+@pytest.fixture
+def tokenizer(task):
+    return task.tokenizer()
+
+
+@pytest.fixture
+def model():
+    return tiny_model()

@@ -1,0 +1,286 @@
+"""linear_logprob against float64, sampling against its exact distribution, products against plain ones."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import (
+    linear,
+    linear_greedy,
+    linear_logprob,
+    linear_sample,
+    linear_sample_filtered,
+    packed_weights,
+    philox_uniform,
+    product,
+)
+from kernels import logprob as logprob_file
+from kernels.product import matmul_nt
+from kernels.sampling import philox
+
+# ----------------------------------------------------------------------------------------------------
+# linear_logprob
+
+
+def reference(hidden, weight, target, temperature, softcap=None):
+    """The definition, in float64, through ordinary autograd."""
+    z = hidden.double() @ weight.double().t()
+    if softcap is not None:
+        z = softcap * (z / softcap).tanh()
+    logp = (z / temperature).log_softmax(-1)
+    logsumexp = (z / temperature).logsumexp(-1)
+    return logp.gather(1, target[:, None])[:, 0], logsumexp, -(logp.exp() * logp).sum(-1)
+
+
+def both_gradients(function, hidden, weight, target, coefficients, **options):
+    """Gradients of sum_n a_n logprob + b_n logsumexp + c_n entropy in hidden and weight."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = function(hidden, weight, target, **options)
+    sum((c * o).sum() for c, o in zip(coefficients, out)).backward()
+    return [o.detach().double() for o in out], hidden.grad.double(), weight.grad.double()
+
+
+def check_against_reference(N, V, D, scale=1.0, tolerance=2e-5, **options):
+    g = torch.Generator().manual_seed(N + V)
+    hidden, weight = torch.randn(N, D, generator=g) * scale, torch.randn(V, D, generator=g)
+    target = torch.randint(V, (N,), generator=g)
+    coefficients = torch.randn(3, N, generator=g)
+    coefficients[:, 1::3] = 0  # rows without any gradient are skipped; the others must not notice
+    coefficients[0, ::4] = 0  # and rows that only entropy or logsumexp pull
+    ours = both_gradients(linear_logprob, hidden, weight, target, coefficients, **options)
+    exact = both_gradients(reference, hidden, weight, target, coefficients, **options)
+    for a, b in zip(ours[0], exact[0]):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    for a, b in zip(ours[1:], exact[1:]):
+        largest = max(1.0, b.abs().amax().item() if b.numel() else 0.0)
+        torch.testing.assert_close(a, b, atol=tolerance * largest, rtol=0)
+    assert (ours[1][1::3] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 5.0])
+@pytest.mark.parametrize("N, V, D", [(1, 1, 3), (1, 33, 7), (5, 2, 1), (37, 33, 16), (0, 33, 4), (64, 512, 32)])
+def test_logprob_and_both_gradients(N, V, D, temperature):
+    check_against_reference(N, V, D, temperature=temperature)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 30.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_softcap_acts_before_the_temperature(softcap, temperature):
+    check_against_reference(9, 33, 8, scale=2.0, temperature=temperature, softcap=softcap)
+
+
+@pytest.mark.parametrize("N", [15, 16, 17, 37])
+def test_rows_that_cross_a_chunk(N, monkeypatch):
+    monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 1)
+    assert logprob_file._chunk_rows(33) == 16
+    check_against_reference(N, 33, 8, temperature=0.9)
+    check_against_reference(N, 33, 8, temperature=0.9, softcap=2.0)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 5.0])
+def test_logits_of_ten_thousand(temperature):
+    """Nothing overflows, and float32 rounds no more than it must: z / temperature by 2^-24 of its size, and
+    logsumexp, which backward reads again, as much; that is a relative error of every probability."""
+    hidden, weight = torch.tensor([[1.0], [-1.0], [1.0], [1.0]]), torch.tensor([[1e4], [-1e4], [9999.0], [1e4], [0.0]])
+    target, coefficients = torch.tensor([0, 1, 1, 2]), torch.ones(3, 4)
+    largest = 1e4 / temperature  # |z|, and |dz/dhidden|
+    ours = both_gradients(linear_logprob, hidden, weight, target, coefficients, temperature=temperature)
+    exact = both_gradients(reference, hidden, weight, target, coefficients, temperature=temperature)
+    for a, b in zip(ours[0], exact[0]):
+        torch.testing.assert_close(a, b, atol=largest * 2.0**-23, rtol=1e-6)
+    for a, b in zip(ours[1:], exact[1:]):
+        torch.testing.assert_close(a, b, atol=2 * largest * largest * 2.0**-24, rtol=1e-6)
+
+
+def test_bfloat16_inputs_are_computed_in_float32():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 64, generator=g).bfloat16() * 3, torch.randn(33, 64, generator=g).bfloat16()
+    target = torch.arange(6)
+    ours, d_hidden, d_weight = both_gradients(linear_logprob, hidden, weight, target, torch.ones(3, 6), temperature=0.7)
+    exact = both_gradients(reference, hidden, weight, target, torch.ones(3, 6), temperature=0.7)
+    for a, b in zip(ours, exact[0]):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)  # bfloat16 logits would be off by 0.1
+    torch.testing.assert_close(d_weight, exact[2], atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_without_meaning_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        linear_logprob(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64), temperature)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Random numbers
+
+
+@pytest.mark.parametrize("key, counter, words", [
+    ((0, 0), (0, 0, 0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 4, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ((0xA4093822, 0x299F31D0), (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), "d16cfe09 94fdcceb 5001e420 24126ea1"),
+])
+def test_philox_gives_the_known_words(key, counter, words):
+    """kat_vectors of the Random123 distribution, philox4x32-10."""
+    out = philox(*key, *(torch.tensor([c]) for c in counter))
+    assert " ".join(f"{int(w):08x}" for w in out) == words
+
+
+def test_uniforms_are_uniform_and_differ_by_seed_sequence_and_position():
+    u = philox_uniform(7, torch.arange(100)[:, None], torch.arange(200))
+    assert u.shape == (100, 200, 2) and u.dtype == torch.float64
+    assert float(u.min()) >= 0 and float(u.max()) < 1 and u.unique().numel() == u.numel()
+    n = u.numel()
+    assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * n)
+    assert abs(float(u.var()) - 1 / 12) < 5 / math.sqrt(180 * n)
+    assert abs(float(((u[..., 0] - 0.5) * (u[..., 1] - 0.5)).mean())) < 5 / 12 / math.sqrt(n / 2)
+    big = 2**40 + 3  # both halves of a 64-bit seed and of a 64-bit id count
+    one, zero = torch.tensor([5]), torch.tensor([0])
+    other = [philox_uniform(7 + 2**32, one, zero), philox_uniform(7, one + 2**40, zero), philox_uniform(big, one, zero)]
+    assert torch.cat([u[5, :1], *other]).unique().numel() == 8
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def check_frequencies(tokens, p):
+    """Chi-square with cells of expectation >= 5; the bound is 5 standard deviations of the statistic."""
+    n = len(tokens)
+    assert (p[tokens] > 0).all()
+    count = torch.bincount(tokens, minlength=len(p)).double()
+    expected = p.double() * n
+    big = expected >= 5
+    observed, expected = [torch.cat([x[big], x[~big].sum()[None]]) for x in (count, expected)]
+    cells = expected > 0
+    statistic = float(((observed - expected).square() / expected)[cells].sum())
+    freedom = int(cells.sum()) - 1
+    assert statistic < freedom + 5 * math.sqrt(2 * max(freedom, 1)), (statistic, freedom)
+
+
+def head_and_uniforms(V, n=20_000, D=6):
+    g = torch.Generator().manual_seed(V)
+    weight, hidden = torch.randn(V, D, generator=g), torch.randn(1, D, generator=g)
+    return hidden, weight, philox_uniform(V, torch.arange(n), torch.tensor(0))
+
+
+@pytest.mark.parametrize("V", [1, 5, 32, 33, 100])
+@pytest.mark.parametrize("temperature, softcap", [(0.7, None), (1.0, 1.5), (3.0, None)])
+def test_sampled_frequencies_are_exact(V, temperature, softcap):
+    hidden, weight, uniform = head_and_uniforms(V)
+    token, logprob = linear_sample(hidden.expand(len(uniform), -1), weight, temperature, uniform, softcap)
+    exact, _, _ = reference(hidden.expand(V, -1), weight, torch.arange(V), temperature, softcap)
+    check_frequencies(token, exact.exp())
+    torch.testing.assert_close(logprob.double(), exact[token], atol=1e-5, rtol=1e-5)
+
+
+def test_extreme_uniforms_stay_on_tokens_with_mass():
+    """V = 33: the second group of 32 is padding but for one token; token 0 and 32 have no mass here."""
+    weight = torch.zeros(33, 1)
+    weight[0] = weight[32] = -1e4
+    corners = torch.tensor([[a, b] for a in (0.0, 1 - 2.0**-53) for b in (0.0, 1 - 2.0**-53)], dtype=torch.float64)
+    token, logprob = linear_sample(torch.ones(4, 1), weight, 1.0, corners)
+    assert token.tolist() == [1, 31, 1, 31] and logprob.isfinite().all()
+    weight[1:32] = -1e4
+    weight[32] = 0.0
+    assert linear_sample(torch.ones(4, 1), weight, 1.0, corners)[0].tolist() == [32] * 4
+
+
+def test_a_draw_does_not_depend_on_the_batch_around_it():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(200, 16, generator=g), torch.randn(100, 16, generator=g)
+    uniform = philox_uniform(0, torch.arange(200), torch.tensor(3))
+    token, logprob = linear_sample(hidden, weight, 0.8, uniform)
+    for rows in (torch.arange(7), torch.randperm(200, generator=g), torch.tensor([199]), torch.arange(0, 200, 3)):
+        again, again_logprob = linear_sample(hidden[rows], weight, 0.8, uniform[rows])
+        assert torch.equal(again, token[rows])
+        torch.testing.assert_close(again_logprob, logprob[rows], atol=1e-5, rtol=1e-5)
+
+
+def plain_filter(p, top_k, top_p, min_p):
+    """Which tokens stay, one after the other, likeliest first (ties: lower id first)."""
+    order = sorted(range(len(p)), key=lambda v: (-p[v], v))
+    first = order[:top_k] if top_k else order
+    total, seen, keep = sum(p[v] for v in first), 0.0, set()
+    for v in first:
+        if seen / total < top_p and p[v] >= min_p * p[order[0]]:
+            keep.add(v)
+        seen += p[v]
+    return keep | {order[0]}
+
+
+@pytest.mark.parametrize("V", [5, 33, 100])
+@pytest.mark.parametrize("top_k, top_p, min_p", [
+    (3, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.2), (4, 0.8, 0.05), (1, 1.0, 0.0),
+    (0, 1e-6, 0.0), (0, 1.0, 1.0), (999, 1.0, 0.0),
+])
+def test_filters_agree_with_a_plain_one(V, top_k, top_p, min_p):
+    hidden, weight, uniform = head_and_uniforms(V, n=5000)
+    rows = hidden.expand(len(uniform), -1)
+    token, logprob, kept = linear_sample_filtered(rows, weight, 0.9, uniform, top_k, top_p, min_p)
+    exact, _, _ = reference(hidden.expand(V, -1), weight, torch.arange(V), 0.9)
+    keep = torch.zeros(V, dtype=torch.bool)
+    keep[list(plain_filter(exact.exp().tolist(), top_k, top_p, min_p))] = True
+    p = exact.exp() * keep
+    torch.testing.assert_close(kept.double(), p.sum().expand(len(kept)), atol=1e-5, rtol=0)
+    check_frequencies(token, p / p.sum())
+    torch.testing.assert_close(logprob.double(), exact[token], atol=1e-5, rtol=1e-5)  # of the uncut policy
+
+
+def test_greedy_takes_the_lowest_id_among_equals():
+    weight = torch.tensor([[0.0], [2.0], [2.0], [1.0]])
+    token, logprob = linear_greedy(torch.tensor([[1.0], [-1.0]]), weight)
+    assert token.tolist() == [1, 0]
+    exact, _, _ = reference(torch.tensor([[1.0], [-1.0]]), weight, token, 1.0)
+    torch.testing.assert_close(logprob.double(), exact, atol=1e-6, rtol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Products
+
+
+@pytest.mark.parametrize("M, N, K", [(1, 3, 5), (7, 3, 5), (64, 128, 96), (1, 1024, 600)])
+def test_products_equal_plain_ones_forward_and_backward(M, N, K):
+    g = torch.Generator().manual_seed(0)
+    x, weight, dy = torch.randn(M, K, generator=g), torch.randn(N, K, generator=g), torch.randn(M, N, generator=g)
+    for a, b in [(x, weight), (x.t().contiguous().t(), weight.t().contiguous().t())]:  # and transposed views
+        torch.testing.assert_close(matmul_nt(a, b), x @ weight.t(), atol=1e-4, rtol=1e-4)
+    results = []
+    for function in (linear, F.linear):
+        a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = function(a.view(1, M, K), b)
+        y.backward(dy.view(1, M, N))
+        results.append((y, a.grad, b.grad))
+    for ours, plain in zip(*results):
+        assert ours.shape == plain.shape
+        torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_packed_copies_are_equal_and_stale_ones_are_not_used(rows):
+    g = torch.Generator().manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(128, 96, generator=g))
+    x = torch.randn(rows, 96, generator=g)
+    optimizer = torch.optim.Adam([weight], lr=0.1)
+    with torch.no_grad(), packed_weights([weight], rows):
+        assert (id(weight) in product._packed) == product._usable
+        for m in (rows, 1, 3):
+            torch.testing.assert_close(matmul_nt(x[:1].expand(m, -1).contiguous(), weight),
+                                       x[:1].expand(m, -1) @ weight.t(), atol=1e-4, rtol=1e-4)
+        for update in (lambda: weight.mul_(2), lambda: weight.copy_(torch.randn(128, 96, generator=g)), optimizer.step):
+            weight.grad = torch.ones_like(weight)
+            before = x @ weight.t()
+            update()
+            assert not torch.allclose(x @ weight.t(), before, atol=1e-2)
+            torch.testing.assert_close(matmul_nt(x, weight), x @ weight.t(), atol=1e-4, rtol=1e-4)
+    assert not product._packed
+
+
+def test_packed_copies_go_with_an_exception_and_nest():
+    weight = torch.randn(128, 96)
+    with pytest.raises(RuntimeError), packed_weights([weight], 8):
+        with packed_weights([weight], 8):
+            pass
+        assert (id(weight) in product._packed) == product._usable  # the inner one did not take the outer's away
+        raise RuntimeError
+    assert not product._packed
