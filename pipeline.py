@@ -39,10 +39,11 @@ STAGES = {
         prover="base",
     ),
 }
+LONG = 5  # the arm outcome-long runs this many times the steps
 SMOKE = {"sft": dict(steps=20, num_examples=256), "verifier": dict(num_problems=64, epochs=1),
          "rl": dict(steps=3, eval_steps=1, eval_problems=32)}
 
-TASK_FLAGS = ("task", "data", "question_field", "answer_field", "max_completion_length", "device", "dtype", "smoke")
+TASK_FLAGS = ("task", "data", "question_field", "answer_field", "planted_prompts", "planted_length", "max_completion_length", "device", "dtype", "smoke")
 
 
 def arm_name(cfg):
@@ -66,10 +67,13 @@ def plan(cfg, given):
     jobs = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         home, mine = root / f"seed{seed}", [*shared, f"--seed={seed}"]
+        policy = cfg.policy or str(home / "sft")
 
         def stage(name, script, needs, arguments, settings, home=home, mine=mine, seed=seed):
-            settings = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
-            argv = [str(here / script), *mine, *arguments, *settings, f"--run-dir={home / name}"]
+            argv = [str(here / script), *mine, *arguments, f"--run-dir={home / name}"]
+            for k, v in settings.items():
+                flag = f"--{k.replace('_', '-')}"
+                argv += [flag, *map(str, v)] if isinstance(v, list) else [f"{flag}={v}"]
             jobs.append((f"seed{seed}/{name}", [f"seed{seed}/{n}" for n in needs], argv))
 
         def sft(name, strength, home=home):
@@ -77,14 +81,13 @@ def plan(cfg, given):
             settings = table["sft"] | extra.get("sft", {}) | (SMOKE["sft"] if cfg.smoke else {})
             stage(name, "train_sft.py", [], arguments, settings)
 
-        def verifier(name, prover, strength, label="q", home=home):
+        def verifier(name, prover, strength, label="q", home=home, policy=policy):
             arguments = [f"--policy={policy}", f"--label={label}"]
             arguments += [f"--prover={home / prover}"] if prover else []
             arguments += [f"--prover-strength={strength}"] if strength is not None else []
             settings = table["verifier"] | extra.get("verifier", {}) | (SMOKE["verifier"] if cfg.smoke else {})
             stage(name, "pav.py", [n for n in ("sft", prover) if n and not cfg.policy], arguments, settings)
 
-        policy = cfg.policy or str(home / "sft")
         strengths = scripted_strengths(cfg) if table["prover"] == "scripted" else None
         if not cfg.policy:
             sft("sft", strengths and strengths["base"])
@@ -107,10 +110,12 @@ def plan(cfg, given):
             name = verifier_of(arm) or ("verifier" if "verifier" in needed else None)
             path = cfg.verifier if name == "verifier" and cfg.verifier else name and str(home / name)
             needs = ([] if cfg.policy else ["sft"]) + ([name] if name and not (name == "verifier" and cfg.verifier) else [])
-            reward = {"constant": "pav", "base-prover": "pav", "strong-prover": "pav"}.get(arm, arm)
+            reward = {"constant": "pav", "base-prover": "pav", "strong-prover": "pav", "outcome-long": "outcome"}.get(arm, arm)
             arguments = [*rl_flags, f"--reward={reward}", f"--policy={policy}"]
             arguments += [f"--verifier={path}"] if path else []
             arguments += ["--constant-value"] if arm == "constant" else []
+            if arm == "outcome-long":  # as many tokens as PAV's RL and its verifier's rollouts together
+                arguments = [a for a in arguments if not a.startswith("--steps=")] + [f"--steps={rl.steps * LONG}"]
             stage(f"rl_{arm}", "train_rl.py", needs, arguments, {})
     return root, jobs
 

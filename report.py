@@ -17,8 +17,8 @@ from common import UserError, mean, read_metrics, script, write_json
 COLOURS = {"outcome": "#000000", "outcome-long": "#7f7f7f", "pav": "#009E73", "constant": "#E69F00", "base-prover": "#56B4E9",
            "strong-prover": "#CC79A7", "orm": "#0072B2", "q": "#D55E00"}
 NAMES = {"outcome": "outcome only", "outcome-long": "outcome only, more steps", "pav": "PAV (prover: mid)",
-         "constant": "control: constant value", "base-prover": "control: prover = base", "strong-prover": "control: prover too strong",
-         "orm": "learned outcome model", "q": "Q as reward"}
+         "constant": "control: constant value", "base-prover": "control: prover = base",
+         "strong-prover": "control: prover too strong", "orm": "learned outcome model", "q": "Q as reward"}
 
 
 def load_arms(root):
@@ -107,11 +107,12 @@ def figure(arms, path, title):
                 a, b = zip(*points)
                 right.plot(a, b, color=COLOURS[name], alpha=0.7, linewidth=1)
                 right.plot(a[-1], b[-1], "o", color=COLOURS[name], markersize=5)
-    left.set(xlabel="sampled tokens, thousands (without the verifier's)", ylabel="sampled accuracy", ylim=(-0.02, 1.02), title=title)
+    left.set(xlabel="sampled tokens, thousands (without the verifier's)", ylabel="sampled accuracy", ylim=(-0.02, 1.02),
+             title=title)
     left.legend(frameon=False, fontsize=8)
     right.plot([0, 1], [0, 1], color="#aaaaaa", linestyle=":", linewidth=1)
-    right.set(xlabel="verifier's mean score of the same solutions", ylabel="true accuracy", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02),
-              title="Goodhart plot: below the diagonal it is fooled")
+    right.set(xlabel="verifier's mean score of the same solutions", ylabel="true accuracy", xlim=(-0.02, 1.02),
+              ylim=(-0.02, 1.02), title="Goodhart plot: below the diagonal it is fooled")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)

@@ -67,9 +67,9 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
                top_p=1.0, min_p=0.0):
     """Complete every prompt once. prompts: B lists of token ids; temperature 0 means greedy.
 
-    max_new_tokens: an int, or B of them. sequence_ids: B ints (default 0..B-1); with seed they fix each completion, whatever the batch, the
-    order or `slots` (the rows decoded at once). top_k/top_p/min_p cut the distribution; the log-probs
-    stay those of the uncut one. Returns Rollouts. UserError: empty prompt, prompt longer than the context.
+    max_new_tokens: an int, or B of them. sequence_ids: B ints (default 0..B-1); with seed they fix each completion,
+    whatever the batch, the order or `slots` (the rows decoded at once). top_k/top_p/min_p cut the distribution; the
+    log-probs stay those of the uncut one. Returns Rollouts. UserError: empty prompt, prompt longer than the context.
     """
     start, B, device = time.time(), len(prompts), model.head.device
     context = model.cfg.max_position_embeddings
@@ -195,6 +195,8 @@ class Config:
     data: list = opt([], "jsonl files, for --task jsonl", "what")
     question_field: str = opt("", "name of the question in --data (default: guessed)", "what")
     answer_field: str = opt("", "name of the answer in --data (default: guessed)", "what")
+    planted_prompts: int = opt(8, "prompts of --task planted", "what", low=1, high=26)
+    planted_length: int = opt(6, "letters of each hidden sequence", "what", low=1, high=12)
     split: str = opt("test", "whose problems", "what", choices=["train", "val", "test"])
     num_problems: int = opt(64, "how many", "what", low=1)
     out: str = opt("", "write every completion to this jsonl file", "what")
@@ -242,7 +244,8 @@ def answer_task(cfg, model, tokenizer, options):
         Path(cfg.out).write_text("".join(json.dumps(r) + "\n" for r in rows))
         print(f"completions: {cfg.out}")
     for r in rows[: 3 * cfg.n : cfg.n]:
-        print(f"[{'right' if r['reward'] else 'wrong'}] {r['prompt'].strip()!r} -> {r['completion'].strip()!r} (gold {r['answer']!r})")
+        verdict = "right" if r["reward"] else "wrong"
+        print(f"[{verdict}] {r['prompt'].strip()!r} -> {r['completion'].strip()!r} (gold {r['answer']!r})")
     right = [sum(r["reward"] for r in rows[i : i + cfg.n]) for i in range(0, len(rows), cfg.n)]
     accuracy = sum(right) / len(rows)
     error = (accuracy * (1 - accuracy) / len(problems)) ** 0.5  # problems, not samples, are the independent draws

@@ -90,7 +90,7 @@ class Config(RunConfig):
     eval_split: str = opt("val", "whose problems; test only for the numbers you report", "evaluation", choices=["val", "test"])
     save_steps: int = opt(50, "steps between checkpoints", "evaluation", low=1)
     arms: list = opt(["outcome"], "other arms to run beside --reward for comparison", "pipeline",
-                     choices=["outcome", "constant", "base-prover", "strong-prover", "orm", "q"])
+                     choices=["outcome", "outcome-long", "constant", "base-prover", "strong-prover", "orm", "q"])
     seeds: int = opt(1, "repeat the whole pipeline with this many seeds", "pipeline", low=1)
     workers: int = opt(0, "jobs side by side (0: one per core for the tiny models, else one)", "pipeline", low=0)
     stage_flags: str = opt("", "JSON of flags for the stages, e.g. '{\"sft\": {\"steps\": 100}}'", "pipeline")
@@ -271,7 +271,8 @@ def evaluate(model, tokenizer, task, verifier, cfg, limit):
     right = [task.grade(p, tokenizer.decode(rolled.completion(i))) for i, p in enumerate(problems)]
     logs = {"eval/accuracy": mean(right)}
     if verifier is not None:
-        logs["eval/verifier_score"] = float(step_values(verifier, rolled.tokens, boundaries(task, rolled, tokenizer))[:, -1].mean())
+        values = step_values(verifier, rolled.tokens, boundaries(task, rolled, tokenizer))
+        logs["eval/verifier_score"] = float(values[:, -1].mean())
     return logs
 
 

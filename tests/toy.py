@@ -43,8 +43,8 @@ class ToyTask:
 
     def demonstration(self, problem, strength, seed):
         rng = random.Random(seed)
-        knows = strength / (strength + 9)
-        digits = [problem.answer if rng.random() < knows else rng.choice("0123456789") for _ in range(rng.randint(1, 3))]
+        knows, n = strength / (strength + 9), rng.randint(1, 3)
+        digits = [problem.answer if rng.random() < knows else rng.choice("0123456789") for _ in range(n)]
         return "".join(digits)
 
     def grade(self, problem, completion):

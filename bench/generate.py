@@ -1,0 +1,148 @@
+"""Generation: sample.generate against transformers' generate(), tokens per second on the CPU.
+
+    python -m bench.generate                # SmolLM2-135M, float32; about 10 minutes on 2 cores
+    python -m bench.generate --tiny         # a random tiny model: does it run?
+
+Three workloads, each exactly --max-new-tokens a sequence (no stop ids on either side):
+    batch    64 different prompts of 16 to 128 tokens
+    groups   8 different prompts, 8 samples of each, sorted by prompt: one batch of RL
+    single   1 prompt
+Both sides read the same folder, sample at temperature 1 from the whole distribution and run in one process, in turn,
+with the same number of threads. Our side also returns a log-prob for every token, theirs does not.
+
+Theirs: AutoModelForCausalLM in float32, attention "sdpa", its default cache (dynamic), prompts padded on the left with
+an attention mask, top_k=0, no other logits processor. --peer-cache static tries its fixed cache instead.
+Before anything is timed, both models must give the same log-probs for a prompt.
+
+Not compared: torch.compile, bfloat16, int8, llama.cpp, vLLM; early stopping, where continuous batching would gain more.
+"""
+
+import random
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import timing
+from common import UserError, generator, opt, parse, script
+from model import Config as ModelConfig
+from model import Transformer, init_weights, load_model, resolve, save_model
+from sample import generate
+from tokenizer import alphabet_tokenizer
+
+
+@dataclass
+class Config:
+    model: str = opt("smollm2", "a folder that both sides can read, or smollm2", "what")
+    workloads: list = opt(["batch", "groups", "single"], "which", "what", choices=["batch", "groups", "single"])
+    rows: int = opt(64, "sequences of a batch; a multiple of 8", "what", low=8)
+    max_new_tokens: int = opt(64, "tokens a sequence", "what", low=1)
+    min_prompt: int = opt(16, "tokens of the shortest prompt", "what", low=1)
+    max_prompt: int = opt(128, "tokens of the longest prompt", "what", low=1)
+    peer_cache: str = opt("dynamic", "transformers' KV cache", "what", choices=["dynamic", "static"])
+    repeats: int = opt(5, "rounds", "timing", low=1)
+    threads: int = opt(2, "CPU threads of both sides", "timing", low=1)
+    wait: float = opt(0.0, "seconds to wait for a quiet machine", "timing", low=0)
+    seed: int = opt(0, "fixes prompts and draws", "timing", low=0)
+    tiny: bool = opt(False, "a random tiny model, small shapes, one round", "timing")
+    out: str = opt("bench/results/generate.json", "where the numbers go", "timing")
+
+
+def prompts_of(workload, cfg, vocab):
+    """Lists of random token ids. Which tokens does not matter to the time; how many does."""
+    rng = random.Random(cfg.seed)
+    draw = lambda: [rng.randrange(vocab) for _ in range(rng.randint(cfg.min_prompt, cfg.max_prompt))]  # noqa: E731
+    if workload == "single":
+        return [[rng.randrange(vocab) for _ in range((cfg.min_prompt + cfg.max_prompt) // 2)]]
+    if workload == "groups":
+        return [p for p in (draw() for _ in range(cfg.rows // 8)) for _ in range(8)]
+    return [draw() for _ in range(cfg.rows)]
+
+
+def left_padded(prompts):
+    """-> input_ids, attention_mask [B,T], as transformers wants them."""
+    T = max(map(len, prompts))
+    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+def load_peer(folder):
+    """transformers' model, told to sample plainly and never to stop."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    peer.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+    return peer
+
+
+def tiny_folder(where, cfg):
+    cfg.rows, cfg.max_new_tokens, cfg.max_prompt, cfg.repeats, cfg.threads = 8, 4, 20, 1, 1
+    tokenizer = alphabet_tokenizer(list("0123456789="))
+    shape = ModelConfig(vocab_size=tokenizer.n_vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2, head_dim=4, max_position_embeddings=64)
+    save_model(Path(where) / "tiny", init_weights(Transformer(shape), generator(cfg.seed, "init")), tokenizer)
+    return Path(where) / "tiny"
+
+
+@torch.no_grad()
+def check_same(model, peer, prompt):
+    ours = model.logits(model(torch.tensor([prompt]))).log_softmax(-1)
+    theirs = peer(torch.tensor([prompt])).logits.log_softmax(-1)
+    gap = float((ours - theirs).abs().max())
+    if not gap < 1e-2:
+        raise UserError(f"the two sides compute different models: log-probs differ by {gap:.3g}")
+    return gap
+
+
+def measure(workload, cfg, model, peer):
+    """One workload -> times, tokens per second and their ratio."""
+    prompts = prompts_of(workload, cfg, model.cfg.vocab_size)
+    ids, mask = left_padded(prompts)
+    extra = {} if cfg.peer_cache == "dynamic" else dict(cache_implementation="static", disable_compile=True)
+    new = cfg.max_new_tokens
+
+    def ours():
+        out = generate(model, prompts, max_new_tokens=new, temperature=1.0, seed=cfg.seed, stop_ids=[], slots=len(prompts))
+        assert bool((out.length - out.prompt_len == new).all())
+
+    def theirs():
+        out = peer.generate(ids, attention_mask=mask, max_new_tokens=new, **extra)
+        assert out.shape == (len(prompts), ids.shape[1] + new)
+
+    with timing.Others() as others:
+        times = timing.alternate(dict(ours=ours, theirs=theirs), cfg.repeats)
+    tokens = len(prompts) * new
+    result = dict(sequences=len(prompts), prompt_tokens=sum(map(len, prompts)), new_tokens=tokens, others=others.cores)
+    for side, seconds in times.items():
+        result[side] = dict(seconds=timing.spread(seconds), tokens_per_second=timing.spread([tokens / s for s in seconds]))
+    return result | dict(ratio=timing.ratio(times["theirs"], times["ours"]))
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    timing.need("transformers")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = tiny_folder(temporary, cfg) if cfg.tiny else resolve(cfg.model)
+        torch.set_num_threads(cfg.threads)
+        model, _ = load_model(folder)
+        peer = load_peer(folder)
+    torch.manual_seed(cfg.seed)
+    gap = check_same(model, peer, prompts_of("single", cfg, model.cfg.vocab_size)[0])
+    result = dict(command=["python", "-m", "bench.generate", *(sys.argv[1:] if argv is None else argv)],
+                  machine=timing.machine("transformers"), threads=cfg.threads, seed=cfg.seed, repeats=cfg.repeats,
+                  dtype="float32", peer_cache=cfg.peer_cache, logprob_gap=gap, load_before=timing.wait_quiet(cfg.wait))
+    print(f"{'workload':<10}{'ours tok/s':>12}{'theirs tok/s':>14}{'ratio':>8}   quartiles       others")
+    for workload in cfg.workloads:
+        r = result[workload] = measure(workload, cfg, model, peer)
+        a, b = (r[side]["tokens_per_second"]["median"] for side in ("ours", "theirs"))
+        low, high = r["ratio"]["quartiles"]
+        print(f"{workload:<10}{a:>12.0f}{b:>14.0f}{r['ratio']['median']:>8.2f}   {low:.2f} - {high:.2f}{r['others']:>12}",
+              flush=True)
+    timing.write(cfg.out, result)
+
+
+if __name__ == "__main__":
+    script(main)

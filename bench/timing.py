@@ -1,0 +1,113 @@
+"""What the benchmarks share: sides that alternate, medians with their spread, and how quiet the machine was.
+
+Times on a shared machine wander by tens of percent within minutes. So the sides of a comparison take turns in one
+process, a ratio is formed within each round, and the median of those ratios is the result; seconds are context.
+`others` is the number of cores that other processes kept busy meanwhile (from /proc, Linux only): above 0.1 the
+seconds are suspect, above 0.5 the ratios are, too. `min` is given beside the median for that case.
+"""
+
+import os
+import platform
+import statistics
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from common import UserError, write_json
+
+
+def machine(*packages):
+    """Processor, cores and versions, for the JSON."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        rows = dict(row.split(":", 1) for row in info.read_text().split("\n\n")[0].splitlines() if ":" in row)
+        rows = {k.strip(): v.strip() for k, v in rows.items()}
+        cpu = f"{rows.get('model name', cpu)} (family {rows.get('cpu family', '?')}, model {rows.get('model', '?')})"
+    versions = {name: metadata.version(name) for name in packages}
+    return dict(cpu=cpu, cores=os.cpu_count(), system=platform.system(), python=platform.python_version(),
+                torch=torch.__version__, **versions)
+
+
+def need(*packages):
+    """UserError that names the first package which is missing."""
+    for name in packages:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            raise UserError(f"{name} is not installed, and it is what this compares with: pip install {name}") from None
+
+
+def wait_quiet(seconds, load=0.7):
+    """Wait, at most so long, until the load average of the last minute is below `load`."""
+    end = time.time() + seconds
+    while os.getloadavg()[0] >= load and time.time() < end:
+        time.sleep(5)
+    return os.getloadavg()[0]
+
+
+def _busy():
+    """Seconds of CPU that all processes have used so far, and this one with its ended children."""
+    mine = sum(os.times()[:4])
+    try:
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return mine, mine
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK"), mine  # less idle and iowait; steal counts
+
+
+class Others:
+    """with Others() as o: ...; o.cores is then the number of cores that other processes kept busy."""
+
+    def __enter__(self):
+        self.start = time.time(), *_busy()
+        return self
+
+    def __exit__(self, *_):
+        wall, all_, mine = (b - a for a, b in zip(self.start, (time.time(), *_busy())))
+        self.cores = round(max(0.0, all_ - mine) / max(wall, 1e-9), 2)
+
+
+def alternate(sides, repeats, min_seconds=0.0):
+    """sides {name: function()} -> {name: [seconds a call]}, one number a round. The order turns round every time.
+    A first call of each, untimed, warms up; a function shorter than min_seconds runs many times a round."""
+    count = {}
+    for name, f in sides.items():
+        f()
+        start = time.perf_counter()
+        if min_seconds:
+            f()
+        count[name] = max(1, round(min_seconds / max(time.perf_counter() - start, 1e-7))) if min_seconds else 1
+    times = {name: [] for name in sides}
+    for r in range(repeats):
+        for name in list(sides)[:: 1 if r % 2 else -1]:
+            start = time.perf_counter()
+            for _ in range(count[name]):
+                sides[name]()
+            times[name].append((time.perf_counter() - start) / count[name])
+    return times
+
+
+def spread(values):
+    """Median, quartiles and minimum of a list, to four digits."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    numbers = dict(median=statistics.median(values), quartiles=[low, high], min=min(values))
+    return {k: [_digits(x) for x in v] if isinstance(v, list) else _digits(v) for k, v in numbers.items()}
+
+
+def _digits(x):
+    return float(f"{x:.4g}")
+
+
+def ratio(theirs, ours):
+    """How many times as fast `ours` is, from the rounds' own ratios: median, quartiles; and minimum over minimum."""
+    out = spread([a / b for a, b in zip(theirs, ours)])
+    return dict(median=out["median"], quartiles=out["quartiles"], of_minima=_digits(min(theirs) / min(ours)))
+
+
+def write(path, result):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    print(f"-> {path}")
