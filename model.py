@@ -63,11 +63,11 @@ class Config:
             raise UserError(f"{path}: hidden_act={raw['hidden_act']!r} is not supported (only 'silu' is)")
         raw.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
         raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-        raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         raw.setdefault("tie_word_embeddings", False)
         try:
+            raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
             return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
-        except TypeError as e:
+        except (TypeError, KeyError) as e:
             raise UserError(f"{path}: {e}; is this the config.json of a language model?") from None
 
     def to_json(self, tokenizer=None):
@@ -289,7 +289,10 @@ def _file_names(cfg):
 
 def _read_json(path):
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
     except FileNotFoundError:
         raise UserError(f"{path} is missing; give a folder that holds config.json and model.safetensors") from None
     except (ValueError, OSError) as e:
@@ -300,7 +303,9 @@ def _weight_files(folder):
     """tensor name -> file, from one safetensors file or from the index of many shards."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = _read_json(index)["weight_map"]
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(f"{index} holds no weight_map; copy it again")
         bad = [name for name in shards.values() if Path(name).name != name]
         if bad:
             raise UserError(f"{index}: shard {bad[0]!r} lies outside the folder; refuse such a checkpoint")
