@@ -1,25 +1,11 @@
-"""Problems, demonstrations, step boundaries and grading, for three tasks with one set of methods.
+"""Problems, demonstrations, step boundaries and grading: three tasks with one set of methods.
 
     python train_sft.py --task planted                     # find a hidden sequence: exploration in its purest form
     python train_sft.py --task countdown                   # reach a number, one operation a line: exact solver
     python train_sft.py --task jsonl --data gsm8k.jsonl --model DIR        # questions and answers of your own
 
-Every task has
-    tokenizer() -> Tokenizer | None        the tiny alphabet (None: the model brings its own)
-    problems(split, n, seed)               [Problem], "train" | "val" | "test", in an order fixed by seed
-    demonstration(problem, strength, seed) completion text without EOS
-    grade(problem, completion)             0.0 or 1.0, from the text alone
-    step_ends(tokens, prompt_len, length, tokenizer)   exclusive ends of the steps: positions in `tokens` (prompt
-                                           and completion), increasing, the last is length; [] if empty
-    exact_value(problem, prefix, strength) chance that the demonstrator of that strength succeeds from here, or
-                                           None. It goes on from any text, so it cannot see that an EOS has
-                                           ended it: at the end of a response the outcome is the value
-    first_illegal_step(problem, completion)  index of the first step that breaks the rules, or None
-    prompt_tokens(problem, tokenizer)      ids
-
 Splits: the first 8 bytes of sha256(key) modulo 10; 0-7 train, 8 val, 9 test. Python's own hash() is salted.
 Completions are hostile text: they are matched and compared, never evaluated (`9**9**9**9` is just a string).
-
 Left out: units, sets, intervals and symbolic equality of answers. A strict reward misses a few right answers;
 a lenient one is farmed.
 """
@@ -56,22 +42,44 @@ class Problem:
     data: tuple = ()
 
 
+class Task:
+    """What tasks share. Each also has
+    strengths: {base, prover, strong} of the demonstrator (None: there is none), max_new_tokens, ends_with_eos,
+        random_demonstrations (False: one solution per problem)
+    tokenizer() -> the tiny alphabet (None: the model brings its own)
+    demonstration(problem, strength, seed) -> completion text without EOS
+    grade(problem, completion) -> 0.0 or 1.0, from the text alone
+    step_ends(tokens, prompt_len, length, tokenizer) -> exclusive ends of the steps: increasing positions in
+        `tokens` (prompt and completion), the last is length; [] for an empty completion
+    """
+
+    def problems(self, split, n=None, seed=0):
+        """At most n problems (None: all) of "train", "val" or "test", in an order fixed by seed."""
+        if split not in self.by_split:
+            raise UserError(f"split {split!r} is unknown; use train, val or test")
+        found = list(self.by_split[split])
+        if not found:
+            raise UserError(f"no problem is left in split {split!r}; give more data, or {split}=FILE in --data")
+        random.Random(f"{split}/{seed}").shuffle(found)
+        return found[:n]
+
+    def prompt_tokens(self, problem, tokenizer):
+        return tokenizer.encode(problem.prompt)
+
+    def exact_value(self, problem, prefix, strength):
+        """Chance that the demonstrator of that strength succeeds from this text; None without a solver.
+        It goes on from any text, so it cannot see an EOS: at the end of a response the outcome is the value."""
+        return None
+
+    def first_illegal_step(self, problem, completion):
+        """Index of the first step that breaks the rules; None if all keep them or there are none."""
+        return None
+
+
 def split_of(key):
     """-> "train" (80%), "val" (10%) or "test" (10%)."""
     bucket = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 10
     return "train" if bucket < 8 else ("val", "test")[bucket - 8]
-
-
-def pick(problems, split, n, seed):
-    """A shuffle fixed by (split, seed), cut to at most n (None: all)."""
-    problems = list(problems)
-    random.Random(f"{split}/{seed}").shuffle(problems)
-    return problems if n is None else problems[:n]
-
-
-def check_split(split):
-    if split not in ("train", "val", "test"):
-        raise UserError(f"split {split!r} is unknown; use train, val or test")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -89,23 +97,22 @@ def kmp_next(pattern, k, symbol):
 
 @functools.lru_cache(maxsize=256)
 def planted_values(pattern, letters, length, strength):
-    """Chance of the gamma policy to complete the pattern: rows by letters left (0..length), columns by KMP state."""
-    m, total = len(pattern), strength + len(letters) - 1
-    table = [[0.0] * m + [1.0]]
+    """Success of the gamma policy: table[letters left, 0..length][KMP state, 0..len(pattern)]."""
+    table = [[0.0] * len(pattern) + [1.0]]
     for _ in range(length):
-        row = [sum((strength if c == pattern[k] else 1.0) * table[-1][kmp_next(pattern, k, c)] for c in letters)
-               for k in range(m)]
-        table.append([v / total for v in row] + [1.0])
+        row = [sum((strength if c == y else 1.0) * table[-1][kmp_next(pattern, k, c)] for c in letters)
+               for k, y in enumerate(pattern)]
+        table.append([v / (strength + len(letters) - 1) for v in row] + [1.0])
     return table
 
 
-class Planted:
+class Planted(Task):
     """Prompt "A" hides 5 of the letters a..n; reward 1 iff they occur in a row among the first 12 letters.
 
-    A response is 12 letters and then cut by max_new_tokens: no EOS is trained (`ends_with_eos`), for when to
-    stop is not what the task teaches. A step is a token. The demonstrator of strength gamma gives the next
-    letter of the hidden sequence gamma times the weight of each other letter. train, val and test are the same
-    prompts: the task asks whether a policy finds what it was never shown, not whether it generalises.
+    A response is 12 letters and is cut by max_new_tokens: no EOS is trained, for when to stop is not what this
+    teaches. A step is a token. The demonstrator of strength gamma gives the next letter of the hidden sequence
+    gamma times the weight of each other letter. train, val and test are the same prompts, repeated to any n:
+    the task asks whether a policy finds what it was never shown, not whether it generalises.
     """
 
     strengths = dict(base=5.0, prover=10.0, strong=100.0)
@@ -115,10 +122,9 @@ class Planted:
         if not (1 <= prompts <= 26 and 1 <= planted <= letters <= 26 and planted <= length):
             raise UserError("planted needs 1-26 prompts and planted <= letters <= 26 and planted <= length")
         self.letters, self.max_new_tokens = string.ascii_lowercase[:letters], length
-        self.all = []
-        for name in string.ascii_uppercase[:prompts]:
-            hidden = random.Random(f"planted/{seed}/{name}").sample(self.letters, planted)
-            self.all.append(Problem(name, name, "".join(hidden)))
+        draw = lambda name: "".join(random.Random(f"planted/{seed}/{name}").sample(self.letters, planted))  # noqa: E731
+        self.all = [Problem(name, name, draw(name)) for name in string.ascii_uppercase[:prompts]]
+        self.by_split = dict(train=self.all, val=self.all, test=self.all)
 
     def tokenizer(self):
         from tokenizer import alphabet_tokenizer
@@ -126,22 +132,18 @@ class Planted:
         return alphabet_tokenizer([p.prompt for p in self.all] + list(self.letters))
 
     def problems(self, split, n=None, seed=0):
-        """n may exceed the number of prompts: they repeat in turn, one sample each (seed is not needed)."""
-        check_split(split)
-        return list(itertools.islice(itertools.cycle(self.all), len(self.all) if n is None else n))
+        once = sorted(super().problems(split), key=lambda p: p.key)
+        return list(itertools.islice(itertools.cycle(once), len(once) if n is None else n))
 
     def demonstration(self, problem, strength, seed):
         rng, y, k, out = random.Random(f"{problem.key}/{seed}"), problem.answer, 0, []
         for _ in range(self.max_new_tokens):
-            if k == len(y):  # done: the rest does not matter
+            if k == len(y):  # found: the rest does not matter
                 out.append(rng.choice(self.letters))
                 continue
-            if rng.random() * (strength + len(self.letters) - 1) < strength:
-                c = y[k]
-            else:
-                c = rng.choice(self.letters.replace(y[k], ""))
-            out.append(c)
-            k = kmp_next(y, k, c)
+            follow = rng.random() * (strength + len(self.letters) - 1) < strength
+            out.append(y[k] if follow else rng.choice(self.letters.replace(y[k], "")))
+            k = kmp_next(y, k, out[-1])
         return "".join(out)
 
     def grade(self, problem, completion):
@@ -159,12 +161,6 @@ class Planted:
         table = planted_values(problem.answer, self.letters, self.max_new_tokens, float(strength))
         return table[self.max_new_tokens - len(prefix)][k]
 
-    def first_illegal_step(self, problem, completion):
-        return None  # any letter may stand anywhere
-
-    def prompt_tokens(self, problem, tokenizer):
-        return tokenizer.encode(problem.prompt)
-
 
 # ----------------------------------------------------------------------------------------------------
 # Countdown: use all the numbers to reach the target, one operation a line
@@ -178,9 +174,8 @@ def countdown_moves(state, ops, cap):
     no state is stuck. The number of moves depends on the multiset alone, not on the order of the list.
     """
     out = {}
-    for i, j in itertools.combinations(range(len(state)), 2):
-        a, b = max(state[i], state[j]), min(state[i], state[j])
-        rest = list(state)
+    for x, y in itertools.combinations(state, 2):
+        a, b, rest = max(x, y), min(x, y), list(state)
         rest.remove(a)
         rest.remove(b)
         tail = f" | {' '.join(map(str, rest))}" if rest else ""
@@ -198,21 +193,19 @@ def countdown_values(state, ops, cap, strength):
     moves = countdown_moves(state, ops, cap).values()
     v = np.array([countdown_values(tuple(sorted(s)), ops, cap, strength) for s in moves])  # [moves, cap+1]
     # A move keeps the target reachable iff its value is positive, whatever the strength in [0, 1].
-    good = v.sum(0) / np.maximum((v > 0).sum(0), 1)
-    return (1 - strength) * v.mean(0) + strength * good
+    return (1 - strength) * v.mean(0) + strength * v.sum(0) / np.maximum((v > 0).sum(0), 1)
 
 
-class Countdown:
-    """Prompt "3 12 7 :24 ", response "12 - 3 = 9 | 7 ", ...: a line takes two numbers, and after the bar it repeats
-    those it leaves, so that result and rest are the whole state. Success: every line legal, one number left,
-    and it is the target. The larger number comes first; the rest keeps its order.
+class Countdown(Task):
+    """Prompt "3 12 7 :24 ", response "12 - 3 = 9 | 7 ", ...: a line takes two numbers, the larger first, and after
+    the bar repeats those it leaves, in order, so that result and rest are the whole state. Success: every line
+    legal, and the one number left is the target.
 
     The demonstrator of strength s plays, with chance s, a move from which the target can be reached (uniformly
     among those), else any legal move; its failures are kept. Blanks belong to the token before them ("12 ")
     and the target has tokens of its own (":24 "), which a small model finds by content rather than position.
-
-    Three numbers and values to 30: a 2-layer model of width 64 learned its rules in a minute and a half of CPU
-    time and improved with RL; four and five numbers were legal, too, but RL did not move them in 300 steps.
+    Three numbers to 12 and values to 30, because it is what a 2-layer model of width 64 could both learn to
+    write legally and improve at by RL; with four or five numbers it wrote legally, and RL did not move it.
     """
 
     strengths = dict(base=0.3, prover=0.5, strong=1.0)
@@ -222,7 +215,7 @@ class Countdown:
         if not (2 <= numbers <= 5 and 1 <= largest <= cap <= 99 and "-" in ops and set(ops) <= set("+-*")):
             raise UserError("countdown needs 2-5 numbers, largest <= cap <= 99, and ops out of +-* with -")
         self.numbers, self.largest, self.cap, self.ops = numbers, largest, cap, ops
-        # A line is a op b = c, newline, and before the newline the bar and the rest; at the end the EOS.
+        # Each legal response has this length: 6 tokens a line, more for bar and rest, and EOS.
         self.max_new_tokens = sum(6 + (1 + rest if rest else 0) for rest in range(numbers - 1)) + 1
 
     def tokenizer(self):
@@ -233,48 +226,44 @@ class Countdown:
 
     @functools.cached_property
     def by_split(self):
+        """Every order of the numbers is a problem; all orders share a key, hence a split."""
         out = dict(train=[], val=[], test=[])
         for nums in itertools.combinations_with_replacement(range(1, self.largest + 1), self.numbers):
-            reachable = countdown_values(nums, self.ops, self.cap, 0.0)
             orders = sorted(set(itertools.permutations(nums)))
             for t in range(1, self.cap + 1):
-                if reachable[t] > 0:
+                if self._value(nums, t, 0) > 0:
                     key = f"{' '.join(map(str, nums))} : {t}"
                     out[split_of(key)] += [
                         Problem(key, f"{' '.join(map(str, o))} :{t} \n", str(t), (o, t)) for o in orders]
         return out
 
-    def problems(self, split, n=None, seed=0):
-        """Every order of the numbers is a problem; all orders share a key, hence a split."""
-        check_split(split)
-        return pick(self.by_split[split], split, n, seed)
-
-    def demonstration(self, problem, strength, seed):
-        (state, target), rng, text = problem.data, random.Random(f"{problem.prompt}/{seed}"), []
-        while len(state) > 1:
-            moves = countdown_moves(state, self.ops, self.cap)
-            lines = list(moves)
-            if rng.random() < strength:
-                lines = [x for x in lines if self._value(moves[x], target, 0.0) > 0] or lines
-            line = rng.choice(lines)
-            text.append(line + " \n")
-            state = moves[line]
-        return "".join(text)
+    def _moves(self, state):
+        return countdown_moves(state, self.ops, self.cap)
 
     def _value(self, state, target, strength):
         return float(countdown_values(tuple(sorted(state)), self.ops, self.cap, float(strength))[target])
 
     def _walk(self, problem, text):
-        """-> (state, legal lines, text of the first line that is not a legal whole one, or None)."""
+        """-> (state, number of legal lines, the text from the first other line on, or None)."""
         state, lines = problem.data[0], text.split("\n")
-        if lines[-1] == "":
-            lines.pop()
+        lines = lines[:-1] if lines[-1] == "" else lines
         for i, line in enumerate(lines):
-            after = countdown_moves(state, self.ops, self.cap).get(line.rstrip(" "))
+            after = self._moves(state).get(line.rstrip(" "))
             if after is None:
                 return state, i, "\n".join(lines[i:])
             state = after
         return state, len(lines), None
+
+    def demonstration(self, problem, strength, seed):
+        (state, target), rng, text = problem.data, random.Random(f"{problem.prompt}/{seed}"), ""
+        while len(state) > 1:
+            moves = self._moves(state)
+            lines = list(moves)
+            if rng.random() < strength:
+                lines = [x for x in lines if self._value(moves[x], target, 0) > 0] or lines
+            line = rng.choice(lines)
+            text, state = f"{text}{line} \n", moves[line]
+        return text
 
     def grade(self, problem, completion):
         state, _, rest = self._walk(problem, completion)
@@ -283,37 +272,30 @@ class Countdown:
     def step_ends(self, tokens, prompt_len, length, tokenizer):
         ends = [t + 1 for t in range(prompt_len, length) if b"\n" in tokenizer.token_bytes(tokens[t])]
         if ends and all(t in tokenizer.eos_ids for t in tokens[ends[-1] : length]):
-            ends[-1] = length  # EOS alone after a newline belongs to the last step
-        elif length > prompt_len:
-            ends.append(length)
-        return ends
+            return [*ends[:-1], length]  # EOS alone after a newline belongs to the last step
+        return ends + [length] * (length > prompt_len)
 
     def exact_value(self, problem, prefix, strength):
         """Also within a line: the demonstrator's moves that begin like it, by their chances. Illegal: 0."""
         state, _, rest = self._walk(problem, prefix)
-        target = problem.data[1]
         if rest is None:
-            return self._value(state, target, strength)
-        words = rest.rstrip(" ").split(" ")
-        moves = countdown_moves(state, self.ops, self.cap)
-        value = {line: self._value(s, target, strength) for line, s in moves.items()}
+            return self._value(state, problem.data[1], strength)
+        begun = rest.rstrip(" ").split(" ")
+        value = {x: self._value(s, problem.data[1], strength) for x, s in self._moves(state).items()}
         good = sum(v > 0 for v in value.values())
-        p = {x: (1 - strength) / len(moves) + (strength * (v > 0) / good if good else strength / len(moves))
-             for x, v in value.items() if x.split(" ")[: len(words)] == words}
-        if "\n" in rest or not p:
+        if prefix.endswith("\n") or not good:
             return 0.0
-        total = sum(p.values())  # 0 only where strength 1 would never write this: every such move is lost
-        return sum(w * value[x] for x, w in p.items()) / total if total else 0.0
+        chance = {x: (1 - strength) / len(value) + strength * (v > 0) / good
+                  for x, v in value.items() if x.split(" ")[: len(begun)] == begun}
+        total = sum(chance.values())  # 0: no legal line begins so, or only losing ones that strength 1 avoids
+        return sum(p * value[x] for x, p in chance.items()) / total if total else 0.0
 
     def solvable(self, problem, prefix):
-        return self.exact_value(problem, prefix, 0.0) > 0
+        return self.exact_value(problem, prefix, 0) > 0
 
     def first_illegal_step(self, problem, completion):
         _, legal, rest = self._walk(problem, completion)
         return None if rest is None else legal
-
-    def prompt_tokens(self, problem, tokenizer):
-        return tokenizer.encode(problem.prompt)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -321,7 +303,7 @@ class Countdown:
 
 
 def _boxed(text, start):
-    """Content of the braces that open just before start; None if unbalanced or too deep."""
+    """Content of the braces that open just before start; None if unbalanced, too long or too deep."""
     depth = 1
     for i in range(start, min(len(text), start + MAX_ANSWER + 1)):
         depth += (text[i] == "{") - (text[i] == "}")
@@ -334,40 +316,36 @@ def _boxed(text, start):
 
 def extract_answer(text):
     r"""The last line "#### x", else the last \boxed{x} or \fbox{x}, else the last "answer is x" -> x or None.
-
-    Strict: the last mark of the first kind found decides, even if nothing readable follows it.
-    """
+    Strict: the last mark of the first kind found decides, even if nothing readable follows it."""
     marked = [s for line in text.split("\n") if (s := line.strip()).startswith("####")]
+    answer = None
     if marked:
         answer = marked[-1][4:].strip()
     elif (box := max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))) >= 0:
         answer = _boxed(text, text.index("{", box) + 1)
     elif (at := max(text.rfind("answer is"), text.rfind("Answer is"))) >= 0:
-        line = text[at + len("answer is") : at + len("answer is") + MAX_ANSWER].split("\n")[0]
+        line = text[at + len("answer is") :][: MAX_ANSWER + 1].split("\n")[0]
         answer = re.split(r"\.(?:\s|$)", line.lstrip(" :"))[0].strip()
-    else:
-        return None
     return answer if answer and len(answer) <= MAX_ANSWER else None
 
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?"
 _DECIMAL = re.compile(rf"([+-]?)({_NUMBER})")
-_FRACTION = re.compile(rf"([+-]?)(?:\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}|\\frac([0-9])([0-9])|({_NUMBER})/({_NUMBER}))")
-_DROP = re.compile(r"\\left|\\right|\\[!,; ]|\\?[$%]|\*\*(?=$)|^\*\*")
+_FRACTION = re.compile(
+    rf"([+-]?)(?:\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}|\\frac([0-9])([0-9])|({_NUMBER})/({_NUMBER}))")
+_DROP = re.compile(r"\\left|\\right|\\[!,; ]|\\?[$%]|\*\*$|^\*\*")
 
 
 def normalise(answer):
     """Marks that carry no value removed: $, %, \\left, thin spaces, bold, a final full stop, "x ="."""
     answer = " ".join(_DROP.sub("", answer.strip()).replace("−", "-").replace("{,}", ",").split())
-    answer = re.sub(r"\\[dt]frac", r"\\frac", answer)
-    answer = answer[:-1].rstrip() if answer.endswith(".") else answer
-    answer = re.sub(r" ?([,+\-*/=(){}\[\]]) ?", r"\1", answer)
-    return re.sub(r"^[A-Za-z]=", "", answer)
+    answer = re.sub(r"\\[dt]frac", r"\\frac", answer).removesuffix(".")
+    return re.sub(r"^[A-Za-z]=", "", re.sub(r" ?([,+\-*/=(){}\[\]]) ?", r"\1", answer)).strip()
 
 
 def _decimal(text):
     """ "1,234.5e3" -> Fraction; None beyond the bounds or without a digit before the exponent."""
-    mantissa, _, exponent = text.replace(",", "").replace("E", "e").partition("e")
+    mantissa, _, exponent = text.replace(",", "").lower().partition("e")
     digits = sum(c.isdigit() for c in mantissa)
     if not 1 <= digits <= MAX_DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > MAX_EXPONENT:
         return None
@@ -376,14 +354,12 @@ def _decimal(text):
 
 def parse_number(text):
     """Normalised answer -> (Fraction, is it written as a fraction), or None. [0-9] only, nothing evaluated."""
-    if match := _DECIMAL.fullmatch(text):
-        value, ratio = _decimal(match[2]), False
-    elif match := _FRACTION.fullmatch(text):
-        top, bottom = (_decimal(g) for g in match.groups()[1:] if g is not None)
-        value, ratio = (top / bottom if top is not None and bottom else None), True
-    else:
+    match = _DECIMAL.fullmatch(text) or _FRACTION.fullmatch(text)
+    parts = [_decimal(g) for g in match.groups()[1:] if g is not None] if match else [None]
+    if None in parts or parts[1:] == [0]:
         return None
-    return None if value is None else (-value if match[1] == "-" else value, ratio)
+    value = parts[0] if len(parts) == 1 else parts[0] / parts[1]
+    return (-value if match[1] == "-" else value), len(parts) == 2
 
 
 def answers_equal(pred, gold):
@@ -392,47 +368,36 @@ def answers_equal(pred, gold):
         return False
     pred, gold = normalise(pred), normalise(gold)
     a, b = parse_number(pred), parse_number(gold)
-    if a is None and b is None:
-        return pred == gold != ""
     if a is None or b is None:
-        return False
-    slack = RELATIVE_TOLERANCE * abs(b[0]) if a[1] != b[1] else 0
-    return abs(a[0] - b[0]) <= slack
+        return a is b and pred == gold != ""
+    return abs(a[0] - b[0]) <= (RELATIVE_TOLERANCE * abs(b[0]) if a[1] != b[1] else 0)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Questions and answers from files
-
 
 QUESTION_FIELDS = ("question", "problem", "input", "prompt")
 ANSWER_FIELDS = ("answer", "target", "solution")
 ASK = "\nWork line by line. End with a line that holds #### and the answer alone."
 
 
-def _not_json(token):
-    raise ValueError(f"{token} is no JSON number")
-
-
 def read_rows(path):
-    """-> [(line number, dict)]; numbers stay text, so that 43.0 and 0.1 keep their exact value."""
+    """-> [("FILE line N", dict)]; numbers stay text, so that 43.0 and 0.1 keep their exact value."""
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as f:
-            lines = f.read().split("\n")
+            lines = [(f"{path} line {i}", line) for i, line in enumerate(f, 1) if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; convert it to JSON lines in UTF-8") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}; check --data") from None
     rows = []
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, parse_float=str, parse_int=str, parse_constant=_not_json)
+    for where, line in lines:
+        try:  # int of "NaN" or "Infinity" is a ValueError, as it should be
+            rows.append((where, json.loads(line, parse_float=str, parse_int=str, parse_constant=int)))
         except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {i} is not a JSON object; write one object a line")
-        rows.append((i, row))
+            rows.append((where, None))
+        if not isinstance(rows[-1][1], dict):
+            raise UserError(f"{where} is not a JSON object; write one object a line")
     if not rows:
         raise UserError(f"{path} is empty; it needs one JSON object a line")
     return rows
@@ -440,12 +405,12 @@ def read_rows(path):
 
 def _field(row, name, guesses, where, flag):
     """Text of a field of the row: the named one, or the first of the guesses that is there."""
-    name = name or next((g for g in guesses if g in row), None)
-    if name is None or name not in row:
+    name = name or next((g for g in guesses if g in row), "")
+    if name not in row:
         want = repr(name) if name else " or ".join(guesses)
         raise UserError(f"{where} has no field {want}; fields: {', '.join(row)}; name it with {flag}")
     if not isinstance(row[name], str) or not row[name].strip():
-        raise UserError(f"{where}: field {name!r} must be text or a number and not empty")
+        raise UserError(f"{where}: field {name!r} must be text or a number and not empty; mend it or name another")
     return row[name].strip()
 
 
@@ -454,38 +419,37 @@ def to_problem(row, where, question_field, answer_field):
     question = _field(row, question_field, QUESTION_FIELDS, where, "--question-field")
     text = _field(row, answer_field, ANSWER_FIELDS, where, "--answer-field")
     answer = " ".join((extract_answer(text) or text).split())
-    number = _DECIMAL.fullmatch(answer) and parse_number(answer)
-    if number and number[0].denominator == 1:
+    number = parse_number(answer)
+    if number and not number[1] and number[0].denominator == 1:
         answer = str(number[0])  # 43.0 is 43
     if len(answer) > MAX_ANSWER:
-        raise UserError(f"{where}: the answer is longer than {MAX_ANSWER} characters; choose another --answer-field")
+        raise UserError(f"{where}: the answer is longer than {MAX_ANSWER} characters; choose --answer-field")
     solution = row.get("solution")
     solution = solution if isinstance(solution, str) and solution.strip() else text
     solution = re.sub(r"<<[^<>\n]*>>", "", solution).strip()  # GSM8K's calculator annotations
-    return Problem(" ".join(question.split()), question, answer, (solution if len(solution.split()) > 1 else "",))
+    return Problem(" ".join(question.split()), question, answer, (solution if " " in solution else "",))
 
 
 def load_problems(data, question_field, answer_field):
     """Files -> {split: [Problem]}. "train=FILE" names a file's split; otherwise the question's hash decides.
 
-    A question counts once, for the last of train, val, test that has it: no evaluation on what was trained.
-    Named files without a val take the hash's tenth of train.
+    A question counts once, for test before val before train: no evaluation on what was trained. Where files are
+    named and none is val, val is the tenth of train that the hash gives it.
     """
-    named = [(*d.split("=", 1),) if d.split("=", 1)[0] in ("train", "val", "test") else ("", d) for d in data]
-    if not named:
-        raise UserError("--task jsonl needs --data FILE (JSON lines)")
+    named = [d.split("=", 1) if d.startswith(("train=", "val=", "test=")) else ["", d] for d in data]
     kinds = {split for split, _ in named}
+    if not kinds:
+        raise UserError("--task jsonl needs --data FILE (JSON lines)")
     if "" in kinds and len(kinds) > 1:
         raise UserError("--data mixes split=FILE with plain files; name the split of all of them or of none")
     out, seen = dict(train=[], val=[], test=[]), set()
     for split, path in sorted(named, key=lambda x: ("test", "val", "train", "").index(x[0])):
-        for i, row in read_rows(path):
-            problem = to_problem(row, f"{path} line {i}", question_field, answer_field)
-            if problem.key in seen:
-                continue
-            seen.add(problem.key)
+        for where, row in read_rows(path):
+            problem = to_problem(row, where, question_field, answer_field)
             carve = split == "train" and "val" not in kinds and split_of(problem.key) == "val"
-            out["val" if carve else split or split_of(problem.key)].append(problem)
+            if problem.key not in seen:
+                out["val" if carve else split or split_of(problem.key)].append(problem)
+            seen.add(problem.key)
     return out
 
 
@@ -496,42 +460,34 @@ def text_step_ends(tokens, prompt_len, length, tokenizer):
     ("3.5" is whole), and not after a bare list number ("1. First"). "e.g. " does split: known, harmless.
     """
     raw = [b"" if t in tokenizer.eos_ids else tokenizer.token_bytes(t) for t in tokens[prompt_len:length]]
-    text = b"".join(raw)
     upto = list(itertools.accumulate(map(len, raw)))  # bytes up to and with each token
-    body = text.rstrip()
+    body = b"".join(raw).rstrip()
     marks = rb"\n(?:[ \t\r]*\n)*" if b"\n" in body.lstrip() else rb"[.!?][\"')\]]*(?=\s)"
     ends, last = [], 0
     for match in re.finditer(marks, body):
         step = body[last : match.end()].strip()
-        if not step or re.fullmatch(rb"[0-9]+\.", step):
-            continue
-        last = match.end()
-        end = bisect_left(upto, last) + 1
-        if not ends or end > ends[-1]:
-            ends.append(end)
+        if step and not re.fullmatch(rb"[0-9]+\.", step):
+            last = match.end()
+            end = bisect_left(upto, last) + 1
+            ends += [end] if not ends or end > ends[-1] else []
     if ends and not b"".join(raw[ends[-1] :]).strip():
-        ends[-1] = len(raw)  # only blanks or EOS remain
-    elif raw:
-        ends.append(len(raw))
-    return [prompt_len + e for e in ends]
+        ends.pop()  # only blanks or EOS remain: they go to the last step
+    return [prompt_len + e for e in ends] + [length] * (length > prompt_len)
 
 
-class Jsonl:
+class Jsonl(Task):
     """Questions with answers, one JSON object a line.
 
-    A demonstration is the file's solution, ended by a line "#### 7" if it does not show the answer itself;
-    where only the answer is known it is "The answer is 7.". No solver: exact_value is None, and there is no
-    demonstrator whose strength could be set (`strengths` is None).
+    A demonstration is the file's solution, ended by a line "#### 7" if it does not show the answer itself; where
+    only the answer is known it is "The answer is 7.". No solver, and no demonstrator whose strength could be set.
     """
 
     strengths = None
     ends_with_eos, random_demonstrations = True, False
 
     def __init__(self, data, question_field="", answer_field="", seed=0, template="auto", shots=0, max_new_tokens=512):
-        if template not in ("auto", "chat", "plain"):
-            raise UserError(f"template {template!r} is unknown; use auto, chat or plain")
-        if template == "chat" and shots:
-            raise UserError("worked examples (shots) go with template plain; drop one of the two")
+        if template not in ("auto", "chat", "plain") or (template == "chat" and shots):
+            raise UserError("template is auto, chat or plain; worked examples (shots) go with plain text only")
         self.by_split = load_problems(data, question_field, answer_field)
         self.template, self.max_new_tokens = template, max_new_tokens
         self.shots = self.problems("train", shots, seed) if shots else []
@@ -539,56 +495,38 @@ class Jsonl:
     def tokenizer(self):
         return None
 
-    def problems(self, split, n=None, seed=0):
-        check_split(split)
-        if not self.by_split[split]:
-            raise UserError(f"no problem is left in split {split!r}; give more data, or {split}=FILE in --data")
-        return pick(self.by_split[split], split, n, seed)
-
     def demonstration(self, problem, strength=None, seed=0):
-        solution = problem.data[0]
-        last = f"#### {problem.answer}"
+        solution, last = problem.data[0], f"#### {problem.answer}"
         choices = [solution, f"{solution}\n{last}"] if solution else [f"The answer is {problem.answer}."]
         return next((text for text in choices if self.grade(problem, text)), last)
 
     def grade(self, problem, completion):
         # A base model goes on with a question of its own: what follows is no answer to ours.
-        completion = completion.split("\nQuestion:")[0]
-        return float(answers_equal(extract_answer(completion), problem.answer))
+        return float(answers_equal(extract_answer(completion.split("\nQuestion:")[0]), problem.answer))
 
     def step_ends(self, tokens, prompt_len, length, tokenizer):
         return text_step_ends(tokens, prompt_len, length, tokenizer)
 
-    def exact_value(self, problem, prefix, strength):
-        return None
-
-    def first_illegal_step(self, problem, completion):
-        return None
-
     def prompt_tokens(self, problem, tokenizer):
         """Chat format where the tokenizer has one, unless worked examples or template="plain" ask for text."""
-        chat = bool(getattr(tokenizer, "chat_format", None)) and not self.shots
+        chat = getattr(tokenizer, "chat_format", None) and not self.shots
         if self.template == "chat" or (self.template == "auto" and chat):
             return tokenizer.chat([dict(role="user", content=problem.prompt + ASK)])
-        shots = [f"Question: {p.prompt}\nAnswer:\n{self.demonstration(p)}\n\n" for p in self.shots if p.key != problem.key]
-        return tokenizer.encode("".join(shots) + f"Question: {problem.prompt}\nAnswer:\n")
+        shown = [(p.prompt, self.demonstration(p) + "\n\n") for p in self.shots if p.key != problem.key]
+        return tokenizer.encode("".join(f"Question: {q}\nAnswer:\n{a}" for q, a in [*shown, (problem.prompt, "")]))
 
 
 def get_task(name, seed=0, data=(), question_field="", answer_field="", **options):
-    """Task by name; options go to its class. A script's config may stand in for the name.
-
-    UserError: unknown name, or whatever is wrong with the data.
-    """
+    """Task by name; options go to its class. A script's config may stand in for the name, seed and fields."""
     if not isinstance(name, str):
-        cfg = name
-        name, seed, data, question_field, answer_field = (
-            cfg.task, cfg.seed, cfg.data, cfg.question_field, cfg.answer_field)
+        cfg, name = name, name.task
+        seed, data, question_field, answer_field = cfg.seed, cfg.data, cfg.question_field, cfg.answer_field
         if name == "planted" and hasattr(cfg, "planted_prompts"):
-            options = dict(prompts=cfg.planted_prompts, planted=cfg.planted_length)
+            options = dict(prompts=cfg.planted_prompts, planted=cfg.planted_length) | options
     if name == "planted":
         return Planted(seed, **options)
     if name == "countdown":
         return Countdown(**options)
     if name == "jsonl":
-        return Jsonl(data, question_field or "", answer_field or "", seed, **options)
+        return Jsonl(data, question_field, answer_field, seed, **options)
     raise UserError(f"task {name!r} is unknown; use planted, countdown or jsonl")

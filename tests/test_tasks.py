@@ -7,8 +7,7 @@ from statistics import fmean
 import pytest
 
 from common import UserError
-from tasks import (Countdown, Jsonl, Planted, answers_equal, countdown_moves, extract_answer, get_task, kmp_next,
-                   split_of)
+from tasks import Countdown, Jsonl, Planted, answers_equal, countdown_moves, extract_answer, get_task, kmp_next, split_of
 from tokenizer import alphabet_tokenizer
 
 PLANTED, COUNTDOWN = Planted(0), Countdown()
@@ -110,12 +109,12 @@ def test_countdown_value_is_the_mean_outcome_of_the_demonstrator():
 
 def test_countdown_value_is_a_martingale_over_tokens():
     """The value before a token is the demonstrator's mean of the values after it, within lines as well."""
-    p = problem_of(COUNTDOWN, (3, 3, 5), 14)
+    p = problem_of(COUNTDOWN, (3, 3, 5), 12)
     demos = [COUNTDOWN.demonstration(p, 0.3, i) for i in range(4000)]
     for cut in ("", "5 ", "5 * ", "5 * 3 = "):
         here = [d for d in demos if d.startswith(cut)]
         hits = fmean(COUNTDOWN.grade(p, d) for d in here)
-        assert abs(hits - COUNTDOWN.exact_value(p, cut, 0.3)) < 3.5 * (0.25 / len(here)) ** 0.5, text
+        assert abs(hits - COUNTDOWN.exact_value(p, cut, 0.3)) < 3.5 * (0.25 / len(here)) ** 0.5
 
 
 def test_countdown_legality_grade_and_values():
@@ -334,4 +333,6 @@ def test_get_task_takes_a_config_as_well():
         task, seed, data, question_field, answer_field = "planted", 3, [], "", ""
 
     assert get_task(Config).all == get_task("planted", 3).all
+    Config.planted_prompts, Config.planted_length = 6, 4
+    assert [len(p.answer) for p in get_task(Config).all] == [4] * 6
     assert isinstance(get_task("countdown"), Countdown)
