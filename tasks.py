@@ -1,8 +1,8 @@
 """Problems, demonstrations, step boundaries and grading: three tasks with one set of methods.
 
-    python train_sft.py --task planted                     # find a hidden sequence: exploration in its purest form
-    python train_sft.py --task countdown                   # reach a number, one operation a line: exact solver
-    python train_sft.py --task jsonl --data gsm8k.jsonl --model DIR        # questions and answers of your own
+    python train_sft.py --task planted                                # find a hidden sequence: exploration
+    python train_sft.py --task countdown                              # reach a number: has an exact solver
+    python train_sft.py --task jsonl --data gsm8k.jsonl --model DIR   # questions and answers of your own
 
 Splits: the first 8 bytes of sha256(key) modulo 10; 0-7 train, 8 val, 9 test. Python's own hash() is salted.
 Completions are hostile text: they are matched and compared, never evaluated (`9**9**9**9` is just a string).
@@ -29,7 +29,7 @@ MAX_ANSWER = 2000  # characters; beyond it nobody answers, somebody attacks
 MAX_NESTING = 50  # braces within \boxed{...}; hand-written LaTeX stays below 10
 MAX_EXPONENT = 64  # 1e64 is an answer, 1e999999999 an integer that fills the memory
 MAX_DIGITS = 200  # Fraction arithmetic is quadratic in the digits
-RELATIVE_TOLERANCE = Fraction(1, 10**12)  # decimal against fraction: 0.0833333333333333 is 1/12, 0.333 not 1/3
+RELATIVE_TOLERANCE = Fraction(1, 10**12)  # decimal against fraction: 0.333 is not 1/3
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Problem:
 
 class Task:
     """What tasks share. Each also has
-    strengths: {base, prover, strong} of the demonstrator (None: there is none), max_new_tokens, ends_with_eos,
+    strengths: {base, prover, strong} of the demonstrator (None: none), max_new_tokens, ends_with_eos,
         random_demonstrations (False: one solution per problem)
     tokenizer() -> the tiny alphabet (None: the model brings its own)
     demonstration(problem, strength, seed) -> completion text without EOS
@@ -59,7 +59,7 @@ class Task:
             raise UserError(f"split {split!r} is unknown; use train, val or test")
         found = list(self.by_split[split])
         if not found:
-            raise UserError(f"no problem is left in split {split!r}; give more data, or {split}=FILE in --data")
+            raise UserError(f"no problem is left in split {split!r}; give more data, or --data {split}=FILE")
         random.Random(f"{split}/{seed}").shuffle(found)
         return found[:n]
 
@@ -68,7 +68,7 @@ class Task:
 
     def exact_value(self, problem, prefix, strength):
         """Chance that the demonstrator of that strength succeeds from this text; None without a solver.
-        It goes on from any text, so it cannot see an EOS: at the end of a response the outcome is the value."""
+        It goes on from any text and cannot see an EOS: at the end of a response the outcome is the value."""
         return None
 
     def first_illegal_step(self, problem, completion):
@@ -109,8 +109,8 @@ def planted_values(pattern, letters, length, strength):
 class Planted(Task):
     """Prompt "A" hides 5 of the letters a..n; reward 1 iff they occur in a row among the first 12 letters.
 
-    A response is 12 letters and is cut by max_new_tokens: no EOS is trained, for when to stop is not what this
-    teaches. A step is a token. The demonstrator of strength gamma gives the next letter of the hidden sequence
+    A response is 12 letters and is cut by max_new_tokens: no EOS is trained, as when to stop is not
+    what this teaches. A step is a token. The demonstrator of strength gamma gives the next hidden letter
     gamma times the weight of each other letter. train, val and test are the same prompts, repeated to any n:
     the task asks whether a policy finds what it was never shown, not whether it generalises.
     """
@@ -122,8 +122,10 @@ class Planted(Task):
         if not (1 <= prompts <= 26 and 1 <= planted <= letters <= 26 and planted <= length):
             raise UserError("planted needs 1-26 prompts and planted <= letters <= 26 and planted <= length")
         self.letters, self.max_new_tokens = string.ascii_lowercase[:letters], length
-        draw = lambda name: "".join(random.Random(f"planted/{seed}/{name}").sample(self.letters, planted))  # noqa: E731
-        self.all = [Problem(name, name, draw(name)) for name in string.ascii_uppercase[:prompts]]
+        self.all = []
+        for name in string.ascii_uppercase[:prompts]:
+            hidden = random.Random(f"planted/{seed}/{name}").sample(self.letters, planted)
+            self.all.append(Problem(name, name, "".join(hidden)))
         self.by_split = dict(train=self.all, val=self.all, test=self.all)
 
     def tokenizer(self):
@@ -170,8 +172,8 @@ class Planted(Task):
 def countdown_moves(state, ops, cap):
     """state: tuple of numbers -> {line: next state}, one line for each pair of values and operation.
 
-    The larger number stands first, results lie in 0..cap. As zero is allowed, a pair can always be subtracted:
-    no state is stuck. The number of moves depends on the multiset alone, not on the order of the list.
+    The larger number stands first, results lie in 0..cap. As zero is allowed, any pair can be subtracted: no
+    state is stuck. The number of moves depends on the multiset alone, not on the order of the list.
     """
     out = {}
     for x, y in itertools.combinations(state, 2):
@@ -197,13 +199,13 @@ def countdown_values(state, ops, cap, strength):
 
 
 class Countdown(Task):
-    """Prompt "3 12 7 :24 ", response "12 - 3 = 9 | 7 ", ...: a line takes two numbers, the larger first, and after
-    the bar repeats those it leaves, in order, so that result and rest are the whole state. Success: every line
+    """Prompt "3 12 7 :24 ", response "12 - 3 = 9 | 7 ", ...: a line takes two numbers, the larger first, and
+    after the bar repeats those it leaves, in order: result and rest are the whole state. Success: every line
     legal, and the one number left is the target.
 
-    The demonstrator of strength s plays, with chance s, a move from which the target can be reached (uniformly
-    among those), else any legal move; its failures are kept. Blanks belong to the token before them ("12 ")
-    and the target has tokens of its own (":24 "), which a small model finds by content rather than position.
+    The demonstrator of strength s plays, with chance s, a move from which the target can be reached (any of
+    them alike), else any legal move; its failures are kept. Blanks belong to the token before them ("12 ")
+    and the target has tokens of its own (":24 "), which a small model finds by content, not by position.
     Three numbers to 12 and values to 30, because it is what a 2-layer model of width 64 could both learn to
     write legally and improve at by RL; with four or five numbers it wrote legally, and RL did not move it.
     """
@@ -221,7 +223,8 @@ class Countdown(Task):
     def tokenizer(self):
         from tokenizer import alphabet_tokenizer
 
-        words = [*map(str, range(self.cap + 1)), *self.ops, "=", "|", *(f":{t}" for t in range(1, self.cap + 1))]
+        targets = [f":{t}" for t in range(1, self.cap + 1)]
+        words = [*map(str, range(self.cap + 1)), *self.ops, "=", "|", *targets]
         return alphabet_tokenizer([w + " " for w in words] + ["\n"])
 
     @functools.cached_property
@@ -353,7 +356,7 @@ def _decimal(text):
 
 
 def parse_number(text):
-    """Normalised answer -> (Fraction, is it written as a fraction), or None. [0-9] only, nothing evaluated."""
+    """Normalised answer -> (Fraction, is it written as a fraction), or None. [0-9] only, no eval."""
     match = _DECIMAL.fullmatch(text) or _FRACTION.fullmatch(text)
     parts = [_decimal(g) for g in match.groups()[1:] if g is not None] if match else [None]
     if None in parts or parts[1:] == [0]:
@@ -363,7 +366,7 @@ def parse_number(text):
 
 
 def answers_equal(pred, gold):
-    """Exact rational arithmetic; 50% equals 50, not 0.5; other answers as normalised text; None equals nothing."""
+    """Exact rational arithmetic; 50% equals 50, not 0.5; other answers as text; None equals nothing."""
     if pred is None or gold is None or max(len(pred), len(gold)) > MAX_ANSWER:
         return False
     pred, gold = normalise(pred), normalise(gold)
@@ -410,7 +413,7 @@ def _field(row, name, guesses, where, flag):
         want = repr(name) if name else " or ".join(guesses)
         raise UserError(f"{where} has no field {want}; fields: {', '.join(row)}; name it with {flag}")
     if not isinstance(row[name], str) or not row[name].strip():
-        raise UserError(f"{where}: field {name!r} must be text or a number and not empty; mend it or name another")
+        raise UserError(f"{where}: field {name!r} must be non-empty text or a number; name it with {flag}")
     return row[name].strip()
 
 
@@ -433,8 +436,8 @@ def to_problem(row, where, question_field, answer_field):
 def load_problems(data, question_field, answer_field):
     """Files -> {split: [Problem]}. "train=FILE" names a file's split; otherwise the question's hash decides.
 
-    A question counts once, for test before val before train: no evaluation on what was trained. Where files are
-    named and none is val, val is the tenth of train that the hash gives it.
+    A question counts once, for test before val before train: no evaluation on what was trained. Where files
+    are named and none is val, val is the tenth of train that the hash gives it.
     """
     named = [d.split("=", 1) if d.startswith(("train=", "val=", "test=")) else ["", d] for d in data]
     kinds = {split for split, _ in named}
@@ -478,16 +481,17 @@ def text_step_ends(tokens, prompt_len, length, tokenizer):
 class Jsonl(Task):
     """Questions with answers, one JSON object a line.
 
-    A demonstration is the file's solution, ended by a line "#### 7" if it does not show the answer itself; where
-    only the answer is known it is "The answer is 7.". No solver, and no demonstrator whose strength could be set.
+    A demonstration is the file's solution, ended by a line "#### 7" if it does not show the answer itself;
+    where only the answer is known it is "The answer is 7.". No solver, and no demonstrator with a strength.
     """
 
     strengths = None
     ends_with_eos, random_demonstrations = True, False
 
-    def __init__(self, data, question_field="", answer_field="", seed=0, template="auto", shots=0, max_new_tokens=512):
+    def __init__(self, data, question_field="", answer_field="", seed=0, template="auto", shots=0,
+                 max_new_tokens=512):
         if template not in ("auto", "chat", "plain") or (template == "chat" and shots):
-            raise UserError("template is auto, chat or plain; worked examples (shots) go with plain text only")
+            raise UserError("template is auto, chat or plain; worked examples (shots) need plain text")
         self.by_split = load_problems(data, question_field, answer_field)
         self.template, self.max_new_tokens = template, max_new_tokens
         self.shots = self.problems("train", shots, seed) if shots else []
@@ -508,12 +512,13 @@ class Jsonl(Task):
         return text_step_ends(tokens, prompt_len, length, tokenizer)
 
     def prompt_tokens(self, problem, tokenizer):
-        """Chat format where the tokenizer has one, unless worked examples or template="plain" ask for text."""
+        """Chat format where the tokenizer has one, unless shots or template="plain" ask for text."""
         chat = getattr(tokenizer, "chat_format", None) and not self.shots
         if self.template == "chat" or (self.template == "auto" and chat):
             return tokenizer.chat([dict(role="user", content=problem.prompt + ASK)])
         shown = [(p.prompt, self.demonstration(p) + "\n\n") for p in self.shots if p.key != problem.key]
-        return tokenizer.encode("".join(f"Question: {q}\nAnswer:\n{a}" for q, a in [*shown, (problem.prompt, "")]))
+        shown.append((problem.prompt, ""))
+        return tokenizer.encode("".join(f"Question: {q}\nAnswer:\n{a}" for q, a in shown))
 
 
 def get_task(name, seed=0, data=(), question_field="", answer_field="", **options):

@@ -7,7 +7,17 @@ from statistics import fmean
 import pytest
 
 from common import UserError
-from tasks import Countdown, Jsonl, Planted, answers_equal, countdown_moves, extract_answer, get_task, kmp_next, split_of
+from tasks import (
+    Countdown,
+    Jsonl,
+    Planted,
+    answers_equal,
+    countdown_moves,
+    extract_answer,
+    get_task,
+    kmp_next,
+    split_of,
+)
 from tokenizer import alphabet_tokenizer
 
 PLANTED, COUNTDOWN = Planted(0), Countdown()
@@ -102,7 +112,9 @@ def test_countdown_value_equals_enumeration(task, strength):
 def test_countdown_value_is_the_mean_outcome_of_the_demonstrator():
     problems, n = COUNTDOWN.problems("train", 20, 1), 150
     for strength in (0.3, 0.5):
-        hits = fmean(COUNTDOWN.grade(p, COUNTDOWN.demonstration(p, strength, i)) for p in problems for i in range(n))
+        hits = fmean(
+            COUNTDOWN.grade(p, COUNTDOWN.demonstration(p, strength, i)) for p in problems for i in range(n)
+        )
         assert abs(hits - fmean(COUNTDOWN.exact_value(p, "", strength) for p in problems)) < 0.04
     assert all(COUNTDOWN.grade(p, COUNTDOWN.demonstration(p, 1.0, 0)) == 1.0 for p in problems)
 
@@ -122,9 +134,19 @@ def test_countdown_legality_grade_and_values():
     right = "7 + 3 = 10 | 2 \n10 + 2 = 12 \n"
     assert COUNTDOWN.grade(p, right) == 1.0 and COUNTDOWN.first_illegal_step(p, right) is None
     assert COUNTDOWN.grade(p, right.rstrip()) == 1.0
-    cases = {"7 + 3 = 11 | 2 \n11 + 2 = 13 \n": 0, "7 + 3 = 10 | 2 \n10 + 2 = 12 \n12 - 0 = 12 \n": 2,
-             "7 + 3 = 10 | 3 \n10 + 2 = 12 \n": 0, "7 + 3 = 10 | 2 \n10 + 3 = 12 \n": 1, "12 \n": 0, "\n" + right: 0,
-             "7 + 3 = 10 | 2 \n10 + 2 =": 1, "9" * 10**6: 0, "7 + 3 = 1০ | 2 \n": 0, "9**9**9**9\n": 0, right + "x": 2}
+    cases = {
+        "7 + 3 = 11 | 2 \n11 + 2 = 13 \n": 0,
+        "7 + 3 = 10 | 2 \n10 + 2 = 12 \n12 - 0 = 12 \n": 2,
+        "7 + 3 = 10 | 3 \n10 + 2 = 12 \n": 0,
+        "7 + 3 = 10 | 2 \n10 + 3 = 12 \n": 1,
+        "12 \n": 0,
+        "\n" + right: 0,
+        "7 + 3 = 10 | 2 \n10 + 2 =": 1,
+        "9" * 10**6: 0,
+        "7 + 3 = 1০ | 2 \n": 0,
+        "9**9**9**9\n": 0,
+        right + "x": 2,
+    }
     for text, step in cases.items():
         assert COUNTDOWN.grade(p, text) == 0.0 and COUNTDOWN.first_illegal_step(p, text) == step, text[:40]
     assert COUNTDOWN.grade(p, "") == COUNTDOWN.grade(p, "7 + 3 = 10 | 2 \n") == 0.0
@@ -154,12 +176,23 @@ def test_splits_are_stable_disjoint_and_seeded():
     sets = {s: {p.key for p in COUNTDOWN.problems(s)} for s in ("train", "val", "test")}
     assert not (sets["train"] & sets["val"] or sets["train"] & sets["test"] or sets["val"] & sets["test"])
     assert 0.7 < len(sets["train"]) / sum(map(len, sets.values())) < 0.9
-    assert COUNTDOWN.problems("val", 9, 1) == Countdown().problems("val", 9, 1) != COUNTDOWN.problems("val", 9, 2)
+    assert (
+        COUNTDOWN.problems("val", 9, 1)
+        == Countdown().problems("val", 9, 1)
+        != COUNTDOWN.problems("val", 9, 2)
+    )
     with pytest.raises(UserError, match="train, val or test"):
         COUNTDOWN.problems("dev")
 
 
-SPLITS = {"1 2 3 : 6": "train", "6": "test", "11": "val", "21": "val", "What is 2 + 2?": "train", "é": "train"}
+SPLITS = {
+    "1 2 3 : 6": "train",
+    "6": "test",
+    "11": "val",
+    "21": "val",
+    "What is 2 + 2?": "train",
+    "é": "train",
+}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -176,24 +209,27 @@ class Pieces:
         return self.pieces[i]
 
 
-@pytest.mark.parametrize("pieces, eos, ends", [
-    (["a", "\n", "b", "\n"], True, [2, 5]),
-    (["a", "\n", "b"], False, [2, 3]),
-    (["a", "\n\n", "b", "\n", "\n"], True, [2, 6]),
-    (["a", "\n", "\n", "b"], False, [3, 4]),
-    (["\n", "a", "\n", "b"], False, [3, 4]),
-    (["x", ".\n", "y", " is 3.5.", "\n"], True, [2, 6]),
-    (["a\nb"], True, [2]),
-    (["It is ", "3", ".", "5", ".", " So", " 7."], True, [5, 8]),
-    (["One.", " Two!", " Three"], False, [1, 2, 3]),
-    (["1", ".", " First", ".", " Then"], False, [4, 5]),
-    (["He said \"no.\"", " Then"], False, [1, 2]),
-    (["é", ".", " b"], False, [2, 3]),
-    (["a. b. c"], False, [1]),
-    ([" ", "\n"], True, [3]),
-    ([], True, [1]),
-    ([], False, []),
-])
+@pytest.mark.parametrize(
+    "pieces, eos, ends",
+    [
+        (["a", "\n", "b", "\n"], True, [2, 5]),
+        (["a", "\n", "b"], False, [2, 3]),
+        (["a", "\n\n", "b", "\n", "\n"], True, [2, 6]),
+        (["a", "\n", "\n", "b"], False, [3, 4]),
+        (["\n", "a", "\n", "b"], False, [3, 4]),
+        (["x", ".\n", "y", " is 3.5.", "\n"], True, [2, 6]),
+        (["a\nb"], True, [2]),
+        (["It is ", "3", ".", "5", ".", " So", " 7."], True, [5, 8]),
+        (["One.", " Two!", " Three"], False, [1, 2, 3]),
+        (["1", ".", " First", ".", " Then"], False, [4, 5]),
+        (['He said "no."', " Then"], False, [1, 2]),
+        (["é", ".", " b"], False, [2, 3]),
+        (["a. b. c"], False, [1]),
+        ([" ", "\n"], True, [3]),
+        ([], True, [1]),
+        ([], False, []),
+    ],
+)
 def test_text_steps(tmp_path, pieces, eos, ends):
     task = Jsonl([write(tmp_path, ROWS)])
     tokens = [0, 0, *range(len(pieces) + eos)]
@@ -204,37 +240,118 @@ def test_text_steps(tmp_path, pieces, eos, ends):
 # The grader
 
 
-@pytest.mark.parametrize("text, want", [
-    ("so\n#### 7", "7"), ("#### 7\nand\n#### 8", "8"), ("  ####   1,234 ", "1,234"), ("#### 7\n####", None),
-    (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\fbox{3}", "3"),
-    (r"\boxed{7", None), ("The answer is 7.", "7"), ("the answer is: 3.5. I hope so.", "3.5"),
-    ("#### 1\n" + r"\boxed{2}", "1"), ("it is 7", None), ("", None), (r"\boxed 7", None), ("x #### 7", None),
-    (r"\boxed{" + "{" * 40 + "}" * 40 + "}", "{" * 40 + "}" * 40), (r"\boxed{" + "{" * 51 + "}" * 51 + "}", None),
-    (r"\boxed{" * 10**5, None), ("#### " + "9" * 2001, None), ("answer is " * 10**5, None), ("\n" * 10**6, None),
-])
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("so\n#### 7", "7"),
+        ("#### 7\nand\n#### 8", "8"),
+        ("  ####   1,234 ", "1,234"),
+        ("#### 7\n####", None),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed{7", None),
+        ("The answer is 7.", "7"),
+        ("the answer is: 3.5. I hope so.", "3.5"),
+        ("#### 1\n" + r"\boxed{2}", "1"),
+        ("it is 7", None),
+        ("", None),
+        (r"\boxed 7", None),
+        ("x #### 7", None),
+        (r"\boxed{" + "{" * 40 + "}" * 40 + "}", "{" * 40 + "}" * 40),
+        (r"\boxed{" + "{" * 51 + "}" * 51 + "}", None),
+        (r"\boxed{" * 10**5, None),
+        ("#### " + "9" * 2001, None),
+        ("answer is " * 10**5, None),
+        ("\n" * 10**6, None),
+    ],
+)
 def test_extract(text, want):
     assert extract_answer(text) == want
 
 
-@pytest.mark.parametrize("pred, gold", [
-    ("7", "7"), ("7.0", "7"), ("1,234", "1234"), ("$18", "18"), ("18.", "18"), ("-$5", "-5"), ("+5", "5"),
-    ("50%", "50"), (r"50\%", "50"), ("1/2", "0.5"), (r"\frac{1}{2}", "1/2"), (r"\dfrac12", "0.5"), (".5", "0.5"),
-    ("0.0833333333333333", "1/12"), ("1e3", "1000"), ("2.5E-1", "1/4"), ("x = 5", "5"), ("−3", "-3"),
-    (r"-\frac{3}{4}", "-0.75"), ("**7**", "7"), ("(1, 2)", "(1,2)"), ("Paris", "Paris."), ("0", "-0"), ("1{,}000", "1000"),
-    ("1" * 200, "1" * 200), ("6/3", "2"), ("1e64", "10e63"), (r"\sqrt{2}", r"\sqrt{2}"), ("9**9", "9**9"),
-])
+@pytest.mark.parametrize(
+    "pred, gold",
+    [
+        ("7", "7"),
+        ("7.0", "7"),
+        ("1,234", "1234"),
+        ("$18", "18"),
+        ("18.", "18"),
+        ("-$5", "-5"),
+        ("+5", "5"),
+        ("50%", "50"),
+        (r"50\%", "50"),
+        ("1/2", "0.5"),
+        (r"\frac{1}{2}", "1/2"),
+        (r"\dfrac12", "0.5"),
+        (".5", "0.5"),
+        ("0.0833333333333333", "1/12"),
+        ("1e3", "1000"),
+        ("2.5E-1", "1/4"),
+        ("x = 5", "5"),
+        ("−3", "-3"),
+        (r"-\frac{3}{4}", "-0.75"),
+        ("**7**", "7"),
+        ("(1, 2)", "(1,2)"),
+        ("Paris", "Paris."),
+        ("0", "-0"),
+        ("1{,}000", "1000"),
+        ("1" * 200, "1" * 200),
+        ("6/3", "2"),
+        ("1e64", "10e63"),
+        (r"\sqrt{2}", r"\sqrt{2}"),
+        ("9**9", "9**9"),
+    ],
+)
 def test_equal(pred, gold):
     assert answers_equal(pred, gold) and answers_equal(gold, pred)
 
 
-@pytest.mark.parametrize("pred, gold", [
-    ("7", "8"), (None, None), (None, "7"), ("7", None), ("", ""), (" ", ""), ("50%", "0.5"), ("50%", "1/2"),
-    ("0.3333333333", "1/3"), ("0.1000000000001", "0.1"), ("1/0", "1/0 "[:1]), ("1,2,3", "3,2,1"), ("12,34", "1234"),
-    ("7 8", "78"), ("(1,2)", "[1,2]"), ("٧", "7"), ("７", "7"), ("1e65", "10e64" + "0"), ("9**9", "387420489"), ("2+2", "4"),
-    ("9**9**9**9", "7"), ("1e999999999", "7"), ("9" * 201, "7"), ("7" * 2001, "7" * 2001), ("not 7", "7"), ("7 or 8", "7"),
-    ("{" * 1900, "7"), ("__import__('os')", "0"), ("nan", "0"), ("inf", "inf0"), ("1_000", "1000"), ("xy = 5", "5"),
-    (" " * 10**6, "7"), (".", "0"), ("e5", "0"), ("1 - 1/e", "1 + 1/e"), (r"\frac{1}{0}", "0"), ("--5", "5"), ("0x10", "16"),
-])
+@pytest.mark.parametrize(
+    "pred, gold",
+    [
+        ("7", "8"),
+        (None, None),
+        (None, "7"),
+        ("7", None),
+        ("", ""),
+        (" ", ""),
+        ("50%", "0.5"),
+        ("50%", "1/2"),
+        ("0.3333333333", "1/3"),
+        ("0.1000000000001", "0.1"),
+        ("1/0", "1/0 "[:1]),
+        ("1,2,3", "3,2,1"),
+        ("12,34", "1234"),
+        ("7 8", "78"),
+        ("(1,2)", "[1,2]"),
+        ("٧", "7"),
+        ("７", "7"),
+        ("1e65", "10e64" + "0"),
+        ("9**9", "387420489"),
+        ("2+2", "4"),
+        ("9**9**9**9", "7"),
+        ("1e999999999", "7"),
+        ("9" * 201, "7"),
+        ("7" * 2001, "7" * 2001),
+        ("not 7", "7"),
+        ("7 or 8", "7"),
+        ("{" * 1900, "7"),
+        ("__import__('os')", "0"),
+        ("nan", "0"),
+        ("inf", "inf0"),
+        ("1_000", "1000"),
+        ("xy = 5", "5"),
+        (" " * 10**6, "7"),
+        (".", "0"),
+        ("e5", "0"),
+        ("1 - 1/e", "1 + 1/e"),
+        (r"\frac{1}{0}", "0"),
+        ("--5", "5"),
+        ("0x10", "16"),
+    ],
+)
 def test_not_equal(pred, gold):
     assert not answers_equal(pred, gold) and not answers_equal(gold, pred)
 
@@ -243,34 +360,47 @@ def test_not_equal(pred, gold):
 # Jsonl: files
 
 
-ROWS = [dict(question=f"q{i}?", answer=f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}") for i in range(60)]
+ROWS = [
+    dict(question=f"q{i}?", answer=f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}") for i in range(60)
+]
 
 
 def write(folder, rows, name="d.jsonl"):
     path = folder / name
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
     return str(path)
 
 
 def test_jsonl_problems_demonstrations_grades(tmp_path):
     task = get_task("jsonl", 0, [write(tmp_path, ROWS + ROWS[:5])])
     every = [p for s in ("train", "val", "test") for p in task.problems(s)]
-    assert len(every) == 60 and all(split_of(p.key) == s for s in ("train", "val", "test") for p in task.problems(s))
+    assert len(every) == 60 and all(
+        split_of(p.key) == s for s in ("train", "val", "test") for p in task.problems(s)
+    )
     p = next(p for p in every if p.prompt == "q6?")
     assert p.answer == "7" and task.demonstration(p) == "6 + 1 = 7\n#### 7"
     assert all(task.grade(p, task.demonstration(p)) == 1.0 for p in every)
     assert task.grade(p, "#### 8") == task.grade(p, "") == task.grade(p, "7") == 0.0
     assert task.grade(p, "#### 7\n\nQuestion: more?\nAnswer:\n#### 9") == 1.0
-    assert task.exact_value(p, "", 1.0) is None and task.first_illegal_step(p, "x") is None and task.tokenizer() is None
+    assert (
+        task.exact_value(p, "", 1.0) is None
+        and task.first_illegal_step(p, "x") is None
+        and task.tokenizer() is None
+    )
 
 
-@pytest.mark.parametrize("row, answer, demo", [
-    (dict(problem="a", target=43.0), "43", "The answer is 43."),
-    (dict(input="b", answer="x is", solution="So \\boxed{5}."), "x is", "So \\boxed{5}.\n#### x is"),
-    (dict(problem="c", solution="Thus \\boxed{\\frac12}."), r"\frac12", "Thus \\boxed{\\frac12}."),
-    (dict(prompt="d", answer=0.1), "0.1", "The answer is 0.1."),
-    (dict(prompt="e", answer="a. b"), "a. b", "a. b\n#### a. b"),
-])
+@pytest.mark.parametrize(
+    "row, answer, demo",
+    [
+        (dict(problem="a", target=43.0), "43", "The answer is 43."),
+        (dict(input="b", answer="x is", solution="So \\boxed{5}."), "x is", "So \\boxed{5}.\n#### x is"),
+        (dict(problem="c", solution="Thus \\boxed{\\frac12}."), r"\frac12", "Thus \\boxed{\\frac12}."),
+        (dict(prompt="d", answer=0.1), "0.1", "The answer is 0.1."),
+        (dict(prompt="e", answer="a. b"), "a. b", "a. b\n#### a. b"),
+    ],
+)
 def test_jsonl_answers(tmp_path, row, answer, demo):
     task = Jsonl([f"train={write(tmp_path, [row])}"])
     p = next(p for s in task.by_split.values() for p in s)
@@ -285,14 +415,22 @@ def test_jsonl_named_splits_never_share_a_question(tmp_path):
     assert all(split_of(k) == "val" for k in sets["val"])
 
 
-@pytest.mark.parametrize("rows, options, message", [
-    ([], {}, "empty"), ([ROWS[0], "{oops"], {}, "line 2"), ([ROWS[0], "", "[1]"], {}, "line 3"),
-    (["[" * 10**5], {}, "line 1"), (['{"question": "q", "answer": NaN}'], {}, "line 1"),
-    ([dict(q="a", a="b")], {}, "fields: q, a"), ([dict(question="a", answer=None)], {}, "line 1.*'answer'"),
-    ([dict(question="a", answer=["7"])], {}, "text or a number"), ([dict(question="", answer="7")], {}, "'question'"),
-    ([ROWS[0]], dict(answer_field="gold"), "'gold'.*fields: question, answer"),
-    ([ROWS[0]], dict(template="jinja"), "template"),
-])
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        ([], {}, "empty"),
+        ([ROWS[0], "{oops"], {}, "line 2"),
+        ([ROWS[0], "", "[1]"], {}, "line 3"),
+        (["[" * 10**5], {}, "line 1"),
+        (['{"question": "q", "answer": NaN}'], {}, "line 1"),
+        ([dict(q="a", a="b")], {}, "fields: q, a"),
+        ([dict(question="a", answer=None)], {}, "line 1.*'answer'"),
+        ([dict(question="a", answer=["7"])], {}, "text or a number"),
+        ([dict(question="", answer="7")], {}, "'question'"),
+        ([ROWS[0]], dict(answer_field="gold"), "'gold'.*fields: question, answer"),
+        ([ROWS[0]], dict(template="jinja"), "template"),
+    ],
+)
 def test_jsonl_errors_are_one_line(tmp_path, rows, options, message):
     with pytest.raises(UserError, match=message) as e:
         Jsonl([write(tmp_path, rows)], **options)
@@ -303,17 +441,24 @@ def test_jsonl_file_and_split_errors(tmp_path):
     path = write(tmp_path, ROWS[:1])
     (tmp_path / "latin").write_bytes(b"\xff\xfe\x00")
     empty = next(s for s in ("val", "test") if s != split_of("q0?"))
-    for make, message in [(lambda: Jsonl([]), "--data"), (lambda: Jsonl([str(tmp_path / "no")]), "cannot read"),
-                          (lambda: Jsonl([str(tmp_path)]), "cannot read"), (lambda: Jsonl([str(tmp_path / "latin")]), "UTF-8"),
-                          (lambda: Jsonl([path]).problems(empty), "no problem is left"),
-                          (lambda: Jsonl([f"test={path}", path]), "mixes"), (lambda: get_task("chess"), "unknown")]:
+    for make, message in [
+        (lambda: Jsonl([]), "--data"),
+        (lambda: Jsonl([str(tmp_path / "no")]), "cannot read"),
+        (lambda: Jsonl([str(tmp_path)]), "cannot read"),
+        (lambda: Jsonl([str(tmp_path / "latin")]), "UTF-8"),
+        (lambda: Jsonl([path]).problems(empty), "no problem is left"),
+        (lambda: Jsonl([f"test={path}", path]), "mixes"),
+        (lambda: get_task("chess"), "unknown"),
+    ]:
         with pytest.raises(UserError, match=message):
             make()
 
 
 def test_jsonl_prompts(tmp_path):
     path = write(tmp_path, ROWS)
-    plain = alphabet_tokenizer(sorted({c for r in ROWS for c in r["question"] + r["answer"]} | set("QuestionAswr:\n ")))
+    plain = alphabet_tokenizer(
+        sorted({c for r in ROWS for c in r["question"] + r["answer"]} | set("QuestionAswr:\n "))
+    )
     task = Jsonl([path], shots=2)
     p = task.problems("val")[0]
     text = plain.decode(task.prompt_tokens(p, plain))
