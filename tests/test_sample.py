@@ -21,6 +21,7 @@ def ragged_prompts(n=40):
     return [torch.randint(10, (1 + (7 * i) % 9,), generator=g).tolist() for i in range(n)]
 
 
+@torch.no_grad()
 def one_by_one(model, prompt, sequence_id, max_new_tokens=12, temperature=1.0, seed=5, stop_ids=(EOS,)):
     """What generate() promises, without cache, batch or slots: (completion, log-probs, finish reason)."""
     tokens, logprobs = list(prompt), []

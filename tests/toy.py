@@ -75,4 +75,4 @@ def make_rollouts(prompts, completions):
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = torch.tensor(row)
     reasons = ["stop" if c and c[-1] == EOS else "length" for c in completions]
-    return Rollouts(tokens, torch.tensor([len(p) for p in prompts]), length, torch.zeros(tokens.shape), reasons)
+    return Rollouts(tokens, torch.tensor([len(p) for p in prompts]), length, torch.zeros(tokens.shape), reasons, 1.0)

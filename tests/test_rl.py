@@ -1,0 +1,142 @@
+"""update() and train() of train_rl.py with a tiny policy: what must not depend on how the work is cut up."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import EOS, ToyTask, make_rollouts, tiny_model
+
+import train_rl
+from common import read_metrics
+from model import save_model
+from pav import Verifier, save_verifier
+from sample import generate
+from train_rl import Config, pick_problems, update
+
+# ----------------------------------------------------------------------------------------------------
+# One update
+
+
+@pytest.fixture
+def batch(model, task, tokenizer):
+    prompts = [task.prompt_tokens(p, tokenizer) for p in task.problems("train", 4, 0) for _ in range(2)]
+    rollouts = generate(model, prompts, max_new_tokens=6, temperature=0.8, seed=1, stop_ids=[EOS])
+    adv = torch.randn(8, generator=torch.Generator().manual_seed(2))[:, None] * rollouts.mask()
+    return rollouts, adv
+
+
+def gradient_of_update(batch, reference=None, **options):
+    """(what update() adds to the weights per unit of learning rate, its logs), by SGD with rate 1 and no clipping."""
+    model = tiny_model()
+    params = list(model.parameters())
+    cfg = Config(**(dict(temperature=0.8, max_grad_norm=1e9, entropy_coef=0.0) | options))
+    before = [p.detach().clone() for p in params]
+    logs = update(model, reference, torch.optim.SGD(params, lr=1.0), params, *batch, cfg, 6, "cpu")
+    return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, params)]), logs
+
+
+@pytest.mark.parametrize("options", [dict(loss_type="dapo"), dict(loss_type="grpo"), dict(loss_type="dr_grpo"),
+                                     dict(entropy_coef=0.1), dict(beta=0.5, kl_estimator="k2")])
+def test_the_gradient_does_not_depend_on_the_micro_batches(batch, options):
+    reference = tiny_model(seed=1) if "beta" in options else None
+    whole, logs = gradient_of_update(batch, reference, **options)
+    assert whole.abs().max() > 1e-3
+    for size in (1, 2, 3, 8):
+        part, part_logs = gradient_of_update(batch, reference, micro_batch_size=size, **options)
+        torch.testing.assert_close(part, whole, atol=2e-6, rtol=1e-4)
+        assert part_logs == pytest.approx(logs, rel=1e-4, abs=1e-6)
+
+
+def test_one_update_is_reinforce_by_hand(batch):
+    rollouts, adv = batch
+    model = tiny_model()
+    total = 0.0
+    for b in range(8):
+        row = rollouts.tokens[b, : rollouts.length[b]]
+        logp = (model.logits(model(row[None]))[0] / 0.8).log_softmax(-1)
+        for t in range(int(rollouts.prompt_len[b]), len(row)):
+            total = total - adv[b, t] * logp[t - 1, row[t]]
+    (total / rollouts.mask().sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(gradient_of_update(batch)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_ratio_is_exactly_one_until_the_first_step(batch, monkeypatch):
+    ratios, original = [], train_rl.policy_loss
+    monkeypatch.setattr(train_rl, "policy_loss", lambda logprob, old, *rest: (
+        ratios.append((logprob - old).exp().detach()), original(logprob, old, *rest))[1])
+    _, logs = gradient_of_update(batch, num_iterations=3, micro_batch_size=4)
+    assert all((r == 1).all() for r in ratios[:2]) and all((r != 1).any() for r in ratios[2:]) and len(ratios) == 6
+    assert logs["ratio/first_max"] == 1.0 and logs["sampling/sampling_logp_difference/max"] < 1e-5
+
+
+def test_a_sampler_at_another_temperature_is_seen(batch):
+    _, logs = gradient_of_update(batch, temperature=1.0)
+    assert logs["sampling/sampling_logp_difference/mean"] > 0.01
+
+
+# ----------------------------------------------------------------------------------------------------
+# train()
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer, monkeypatch):
+    """A policy and a verifier with a random head, and train() on the toy task."""
+    save_model(tmp_path / "policy", tiny_model(), tokenizer)
+    verifier = Verifier(tiny_model(seed=1), fingerprint=tokenizer.fingerprint)
+    torch.nn.init.normal_(verifier.head.weight, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "verifier").mkdir()
+    save_verifier(tmp_path / "verifier", verifier, tokenizer, {})
+    monkeypatch.setattr(train_rl, "get_task", lambda cfg: ToyTask())
+
+    def run(name, **options):
+        small = dict(policy=str(tmp_path / "policy"), run_dir=str(tmp_path / name), steps=3, num_prompts=4,
+                     num_generations=4, eval_problems=4, eval_steps=3, device="cpu")
+        train_rl.train(Config(**(small | options)))
+        return load_file(tmp_path / name / "step_000003" / "model.safetensors"), read_metrics(tmp_path / name)
+
+    run.verifier = str(tmp_path / "verifier")
+    return run
+
+
+def test_alpha_zero_is_the_outcome_run_bit_for_bit(start, tmp_path):
+    outcome, rows = start("outcome", reward="outcome")
+    watched, _ = start("watched", reward="outcome", verifier=start.verifier)
+    zero, zero_rows = start("zero", reward="pav", alpha=0.0, verifier=start.verifier)
+    paid, _ = start("paid", reward="pav", alpha=1.0, verifier=start.verifier)
+    initial = load_file(tmp_path / "policy" / "model.safetensors")
+    for name in outcome:
+        assert torch.equal(outcome[name], zero[name]) and torch.equal(outcome[name], watched[name]), name
+    assert any(not torch.equal(outcome[n], initial[n]) for n in initial)
+    assert any(not torch.equal(outcome[n], paid[n]) for n in initial)
+    assert [r.get("reward") for r in rows] == [r.get("reward") for r in zero_rows]
+    assert json.loads((tmp_path / "zero" / "summary.json").read_text())["episodes"] == 48
+
+
+def test_groups_stay_with_their_own_gold(start, monkeypatch):
+    """A stand-in for generate() answers prompts that begin with an even digit, all samples alike: with the right
+    gold every group agrees, and the mean reward is the share of such prompts. Tiled prompts would mix groups."""
+    seen = []
+
+    def answer(model, prompts, **_):
+        seen.append(prompts)
+        return make_rollouts(prompts, [[p[1] if p[0] % 2 == 0 else (p[1] + 1) % 10, EOS] for p in prompts])
+
+    monkeypatch.setattr(train_rl, "generate", answer)
+    _, rows = start("aligned", reward="outcome")
+    steps = [p for p in seen if len(p) == 16]
+    for prompts, row in zip(steps, rows[1:]):
+        groups = [prompts[i : i + 4] for i in range(0, 16, 4)]
+        assert all(g == [g[0]] * 4 for g in groups) and len({tuple(g[0]) for g in groups}) == 4
+        assert row["frac_reward_zero_std"] == 1.0
+        assert row["rewards/outcome/mean"] == sum(p[0] % 2 == 0 for p in prompts) / 16
+    assert len(steps) == 3 and len({row["rewards/outcome/mean"] for row in rows[1:]} | {0.0, 1.0}) > 2
+
+
+def test_every_epoch_takes_each_problem_once_in_its_own_order():
+    cfg = Config(num_prompts=5, seed=3)
+    steps = [pick_problems(range(10), step, cfg) for step in range(1, 5)]
+    first, second = steps[0] + steps[1], steps[2] + steps[3]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert len(pick_problems(range(3), 1, cfg)) == 5  # fewer problems than prompts: they repeat
