@@ -103,7 +103,8 @@ class Config(RunConfig):
 def outcome_advantage(reward, scale="none"):
     """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; "group" also divides by its std
     (floored at 1e-3: a group that agrees must not explode). A group that agrees gives exactly 0."""
-    centred = reward - reward.mean(1, keepdim=True)
+    centred = reward - reward[:, :1]  # first, since the mean of three times 0.7 is not 0.7 in float32
+    centred = centred - centred.mean(1, keepdim=True)
     return centred / reward.std(1, keepdim=True).clamp(min=1e-3) if scale == "group" else centred
 
 
