@@ -132,6 +132,13 @@ def generator(seed, *purpose):
     return torch.Generator().manual_seed(derive(seed, *purpose))
 
 
+def spare_threads(model, threads):
+    """A tiny model is slower on two threads than on one (and far slower when another process wants the core):
+    without --threads it gets one."""
+    if not threads and model.cfg.hidden_size <= 256:
+        torch.set_num_threads(1)
+
+
 def setup(device, threads):
     """Pick the device, fix the thread count (another count adds floats in another order)."""
     if threads:

@@ -32,7 +32,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tasks import get_task
 
 from common import (
     Metrics,
@@ -49,10 +48,12 @@ from common import (
     script,
     setup,
     shuffled,
+    spare_threads,
     write_json,
 )
 from model import load_model, load_weights, resolve, write_model
 from sample import generate
+from tasks import get_task
 
 
 @dataclass
@@ -419,6 +420,7 @@ def train(cfg):
         print(f"{run} is complete")
         return json.loads((run / "summary.json").read_text())
     base, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
+    spare_threads(base, cfg.threads)
     prover = base
     if cfg.prover != "base":
         prover, other = load_model(cfg.prover, device, getattr(torch, cfg.dtype))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, opt, parse, script, setup
+from common import UserError, opt, parse, script, setup, spare_threads
 from kernels import linear_greedy, linear_sample, linear_sample_filtered, packed_weights, philox_uniform
 from model import KVCache, load_model
 
@@ -260,10 +260,9 @@ def answer_task(cfg, model, tokenizer, options):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    device = setup(cfg.device, cfg.threads or (1 if cfg.smoke else 0))
+    device = setup(cfg.device, cfg.threads)
     if cfg.smoke:
         from tasks import get_task
-
         from train_sft import Config as SftConfig
         from train_sft import start_model
 
@@ -273,6 +272,7 @@ def main(argv=None):
         if not cfg.prompt and not cfg.task:
             raise UserError("nothing to do: give --prompt TEXT, or --task NAME")
         model, tokenizer = load_model(cfg.model, device, getattr(torch, cfg.dtype))
+    spare_threads(model, cfg.threads)
     temperature = 0.0 if cfg.greedy else cfg.temperature if cfg.temperature >= 0 else (1.0 if cfg.task else 0.0)
     options = dict(temperature=temperature, seed=cfg.seed, stop_ids=tokenizer.eos_ids, slots=cfg.slots, top_k=cfg.top_k,
                    top_p=cfg.top_p, min_p=cfg.min_p)

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tasks import get_task
 
 from common import (
     Metrics,
@@ -45,11 +44,13 @@ from common import (
     script,
     setup,
     shuffled,
+    spare_threads,
     write_json,
 )
 from model import load_model, load_weights, token_logprobs, write_model
 from pav import boundaries, load_verifier, step_values
 from sample import generate
+from tasks import get_task
 
 
 @dataclass
@@ -295,6 +296,7 @@ def train(cfg):
         print(f"{run} is complete")
         return json.loads((run / "summary.json").read_text())
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
+    spare_threads(model, cfg.threads)
     verifier = load_verifier(cfg.verifier, tokenizer, device) if cfg.verifier else None
     if verifier is None and cfg.reward != "outcome":
         raise UserError(f"--reward {cfg.reward} needs --verifier (pav.py trains one)")

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tasks import get_task
 
 from common import (
     Metrics,
@@ -35,11 +34,13 @@ from common import (
     script,
     setup,
     shuffled,
+    spare_threads,
     write_json,
 )
 from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, load_weights, pad_right, token_logprobs, write_model
 from sample import generate
+from tasks import get_task
 
 
 @dataclass
@@ -163,6 +164,7 @@ def train(cfg):
         print(f"{run} is complete")
         return json.loads((run / "summary.json").read_text())
     model, tokenizer = start_model(cfg, task, device)
+    spare_threads(model, cfg.threads)
     optimizer, params = adamw(model, cfg)
     start, spent = 0, 0.0
     if folder := latest_checkpoint(run):
