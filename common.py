@@ -353,7 +353,9 @@ class RunConfig:
     data: list = opt([], "jsonl files of the user, for --task jsonl", "task")
     question_field: str = opt("", "name of the question in --data (default: guessed)", "task")
     answer_field: str = opt("", "name of the answer in --data (default: guessed)", "task")
-    planted_prompts: int = opt(8, "prompts of --task planted, each with a sequence of its own", "task", low=1, high=26)
+    template: str = opt("auto", "prompts of --task jsonl: chat format, plain text, or chat where there is one", "task",
+                        choices=["auto", "chat", "plain"])
+    planted_prompts: int = opt(4, "prompts of --task planted, each with a sequence of its own", "task", low=1, high=26)
     planted_length: int = opt(6, "letters of each hidden sequence: the dial of difficulty", "task", low=1, high=12)
     max_completion_length: int = opt(0, "tokens a completion may have (0: the task's own)", "task", low=0)
     run_dir: str = opt("", "where the run is written", "run")

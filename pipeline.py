@@ -31,11 +31,12 @@ STAGES = {
     ),
     # Open weights have no scripted teacher: the prover is Best-of-4 of the base policy (the paper's best K).
     "jsonl": dict(
-        sft=dict(steps=60, batch_size=16, learning_rate=2e-5, warmup_steps=5, num_examples=960, eval_problems=64),
-        verifier=dict(n_cov=2, cuts=0, n_mc=4, epochs=2, batch_size=32, learning_rate=2e-5, prover_k=4, slots=128,
-                      eval_problems=32, eval_mc=8),
-        rl=dict(num_prompts=8, num_generations=8, steps=10, learning_rate=2e-6, entropy_coef=0.0, micro_batch_size=16,
-                eval_steps=5, eval_problems=64, slots=128, save_steps=5),
+        sft=dict(steps=24, batch_size=16, learning_rate=1e-4, warmup_steps=3, num_examples=384, eval_problems=64,
+                 micro_batch_size=8, save_steps=12, logging_steps=1),
+        verifier=dict(num_problems=80, n_cov=2, cuts=2, n_mc=2, epochs=1, batch_size=32, learning_rate=5e-5, prover_k=4,
+                      slots=128, eval_problems=32, eval_mc=8, shard_problems=16, save_steps=8),
+        rl=dict(num_prompts=8, num_generations=8, steps=10, learning_rate=5e-6, entropy_coef=0.0, micro_batch_size=16,
+                eval_steps=5, eval_problems=96, slots=128, save_steps=2),
         prover="base",
     ),
 }
@@ -43,7 +44,7 @@ LONG = 5  # the arm outcome-long runs this many times the steps
 SMOKE = {"sft": dict(steps=20, num_examples=256), "verifier": dict(num_problems=64, epochs=1),
          "rl": dict(steps=3, eval_steps=1, eval_problems=32)}
 
-TASK_FLAGS = ("task", "data", "question_field", "answer_field", "planted_prompts", "planted_length",
+TASK_FLAGS = ("task", "data", "question_field", "answer_field", "template", "planted_prompts", "planted_length",
               "max_completion_length", "device", "dtype", "smoke")
 
 

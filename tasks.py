@@ -107,7 +107,7 @@ def planted_values(pattern, letters, length, strength):
 
 
 class Planted(Task):
-    """Prompt "A" hides 5 of the letters a..n; reward 1 iff they occur in a row among the first 12 letters.
+    """Prompt "A" hides 6 of the letters a..n; reward 1 iff they occur in a row among the first 12 letters.
 
     A response is 12 letters and is cut by max_new_tokens: no EOS is trained, as when to stop is not
     what this teaches. A step is a token. The demonstrator of strength gamma gives the next hidden letter
@@ -115,10 +115,10 @@ class Planted(Task):
     the task asks whether a policy finds what it was never shown, not whether it generalises.
     """
 
-    strengths = dict(base=5.0, prover=10.0, strong=100.0)
+    strengths = dict(base=5.0, prover=16.0, strong=1000.0)
     ends_with_eos, random_demonstrations = False, True
 
-    def __init__(self, seed=0, prompts=4, letters=14, planted=5, length=12):
+    def __init__(self, seed=0, prompts=4, letters=14, planted=6, length=12):
         if not (1 <= prompts <= 26 and 1 <= planted <= letters <= 26 and planted <= length):
             raise UserError("planted needs 1-26 prompts and planted <= letters <= 26 and planted <= length")
         self.letters, self.max_new_tokens = string.ascii_lowercase[:letters], length
@@ -528,6 +528,8 @@ def get_task(name, seed=0, data=(), question_field="", answer_field="", **option
         seed, data, question_field, answer_field = cfg.seed, cfg.data, cfg.question_field, cfg.answer_field
         if name == "planted" and hasattr(cfg, "planted_prompts"):
             options = dict(prompts=cfg.planted_prompts, planted=cfg.planted_length) | options
+        if name == "jsonl" and hasattr(cfg, "template"):
+            options = dict(template=cfg.template) | options
     if name == "planted":
         return Planted(seed, **options)
     if name == "countdown":

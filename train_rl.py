@@ -79,7 +79,7 @@ class Config(RunConfig):
     num_iterations: int = opt(1, "optimizer steps on the same rollouts", "optimization", low=1)
     epsilon: float = opt(0.2, "clip range of the ratio; idle when --num-iterations is 1", "optimization", above=0)
     epsilon_high: float = opt(0.28, "its upper side (clip-higher)", "optimization", above=0)
-    entropy_coef: float = opt(3e-3, "entropy bonus per token", "optimization", low=0)
+    entropy_coef: float = opt(0.0, "entropy bonus per token", "optimization", low=0)
     beta: float = opt(0.0, "KL coefficient to the initial policy", "optimization", low=0)
     kl_estimator: str = opt("k2", "k2: in the loss; k1: in the outcome reward (k1 in a loss has no gradient)", "optimization",
                             choices=["k1", "k2"])

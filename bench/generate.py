@@ -18,7 +18,6 @@ Not compared: torch.compile, bfloat16, int8, llama.cpp, vLLM; early stopping, wh
 """
 
 import random
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +104,8 @@ def measure(workload, cfg, model, peer):
     new = cfg.max_new_tokens
 
     def ours():
-        out = generate(model, prompts, max_new_tokens=new, temperature=1.0, seed=cfg.seed, stop_ids=[], slots=len(prompts))
+        out = generate(model, prompts, max_new_tokens=new, temperature=1.0, seed=cfg.seed, stop_ids=[],
+                       slots=len(prompts))
         assert bool((out.length - out.prompt_len == new).all())
 
     def theirs():
@@ -115,10 +115,11 @@ def measure(workload, cfg, model, peer):
     with timing.Others() as others:
         times = timing.alternate(dict(ours=ours, theirs=theirs), cfg.repeats)
     tokens = len(prompts) * new
-    result = dict(sequences=len(prompts), prompt_tokens=sum(map(len, prompts)), new_tokens=tokens, others=others.cores)
-    for side, seconds in times.items():
-        result[side] = dict(seconds=timing.spread(seconds), tokens_per_second=timing.spread([tokens / s for s in seconds]))
-    return result | dict(ratio=timing.ratio(times["theirs"], times["ours"]))
+    result = dict(sequences=len(prompts), prompt_tokens=sum(map(len, prompts)), new_tokens=tokens)
+    result |= timing.compare(times, others)
+    for side in ("ours", "theirs"):
+        result[side]["tokens_per_second"] = round(tokens / result[side]["seconds"]["median"], 1)
+    return result
 
 
 def main(argv=None):
@@ -131,16 +132,11 @@ def main(argv=None):
         peer = load_peer(folder)
     torch.manual_seed(cfg.seed)
     gap = check_same(model, peer, prompts_of("single", cfg, model.cfg.vocab_size)[0])
-    result = dict(command=["python", "-m", "bench.generate", *(sys.argv[1:] if argv is None else argv)],
-                  machine=timing.machine("transformers"), threads=cfg.threads, seed=cfg.seed, repeats=cfg.repeats,
-                  dtype="float32", peer_cache=cfg.peer_cache, logprob_gap=gap, load_before=timing.wait_quiet(cfg.wait))
-    print(f"{'workload':<10}{'ours tok/s':>12}{'theirs tok/s':>14}{'ratio':>8}   quartiles       others")
+    result = timing.about("bench.generate", argv, cfg, "transformers") | dict(largest_logprob_difference=gap)
+    timing.header("workload", "tok/s")
     for workload in cfg.workloads:
         r = result[workload] = measure(workload, cfg, model, peer)
-        a, b = (r[side]["tokens_per_second"]["median"] for side in ("ours", "theirs"))
-        low, high = r["ratio"]["quartiles"]
-        print(f"{workload:<10}{a:>12.0f}{b:>14.0f}{r['ratio']['median']:>8.2f}   {low:.2f} - {high:.2f}{r['others']:>12}",
-              flush=True)
+        timing.line(workload, r, lambda seconds: r["new_tokens"] / seconds)  # noqa: B023
     timing.write(cfg.out, result)
 
 

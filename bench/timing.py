@@ -9,7 +9,9 @@ seconds are suspect, above 0.5 the ratios are, too. `min` is given beside the me
 import os
 import platform
 import statistics
+import sys
 import time
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -40,11 +42,14 @@ def need(*packages):
             raise UserError(f"{name} is not installed, and it is what this compares with: pip install {name}") from None
 
 
-def wait_quiet(seconds, load=0.7):
-    """Wait, at most so long, until the load average of the last minute is below `load`."""
+def wait_quiet(seconds, cores=0.15):
+    """Wait, at most so long, until other processes have used less than `cores` cores for 10 s. Returns the load."""
     end = time.time() + seconds
-    while os.getloadavg()[0] >= load and time.time() < end:
-        time.sleep(5)
+    while time.time() < end:
+        with Others() as others:
+            time.sleep(10)
+        if others.cores < cores:
+            break
     return os.getloadavg()[0]
 
 
@@ -107,7 +112,32 @@ def ratio(theirs, ours):
     return dict(median=out["median"], quartiles=out["quartiles"], of_minima=_digits(min(theirs) / min(ours)))
 
 
+def compare(times, others):
+    """alternate()'s times of "ours" and "theirs" -> seconds of both and their ratio."""
+    sides = {name: dict(seconds=spread(times[name])) for name in ("ours", "theirs")}
+    return sides | dict(ratio=ratio(times["theirs"], times["ours"]), others=others.cores)
+
+
+def header(label, unit):
+    print(f"{label:<34}{'ours ' + unit:>14}{'theirs ' + unit:>16}{'ratio':>8}   {'quartiles':<16}others")
+
+
+def line(label, result, number):
+    """One row; number(seconds) is what to print for a side's median."""
+    a, b = (number(result[side]["seconds"]["median"]) for side in ("ours", "theirs"))
+    low, high = result["ratio"]["quartiles"]
+    print(f"{label:<34}{a:>14.4g}{b:>16.4g}{result['ratio']['median']:>8.2f}   {f'{low:.2f} - {high:.2f}':<16}"
+          f"{result['others']}", flush=True)
+
+
 def write(path, result):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     print(f"-> {path}")
+
+
+def about(module, argv, cfg, *packages):
+    """The head of every JSON: the command, the machine, the settings."""
+    command = ["python", "-m", module, *(sys.argv[1:] if argv is None else argv)]
+    return dict(command=" ".join(command), machine=machine(*packages), settings=asdict(cfg),
+                load_before=wait_quiet(cfg.wait))

@@ -30,7 +30,7 @@ class Config:
     learning_rates: list = opt([3e-4, 1e-3, 3e-3], "grid")
     entropy_coefs: list = opt([0.0, 3e-3, 1e-2], "grid")
     groups: list = opt([8, 32], "samples a prompt; prompts a step make it 128 samples")
-    steps: int = opt(150, "RL steps of every run", low=1)
+    steps: int = opt(200, "RL steps of every run", low=1)
     workers: int = opt(0, "jobs side by side (0: one per core)", low=0)
     smoke: bool = opt(False, "a grid of one with few steps")
 
