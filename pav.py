@@ -364,6 +364,11 @@ def judge(verifier, base, prover, tokenizer, task, cfg):
         h = 1 + derive(cfg.seed, "judge", i) % (len(own) - 2)
         rows.append((i, h, own, p))
         prefixes += [seeds.tokens[i, : own[h - 1]].tolist(), seeds.tokens[i, : own[h]].tolist()]
+    full = value[:, -1]
+    truth = torch.tensor([task.grade(p, tokenizer.decode(seeds.completion(i))) for i, p in enumerate(problems)])
+    if not rows:  # every solution is one step: only the end can be judged
+        nothing = dict.fromkeys(("brier", "brier_constant", "auc", "corr_value", "corr_advantage"), float("nan"))
+        return nothing | dict(auc_outcome=auc(full, truth > 0.5), reliability=[], judged_steps=0)
     start = [int(seeds.prompt_len[i]) for i, *_ in rows for _ in range(2)]
     todo = [(j, m) for j in range(len(prefixes)) for m in range(cfg.eval_mc)]
     rolled = generate(prover, [prefixes[j] for j, _ in todo], seed=derive(cfg.seed, "judge continuations"),
@@ -376,8 +381,6 @@ def judge(verifier, base, prover, tokenizer, task, cfg):
     guess = torch.stack([value[i, [h - 1, h]] for i, h, *_ in rows])  # (n, 2)
     plain = 1 - (1 - guess) ** (1 / verifier.k)  # of the prover itself, to hold against single continuations
     flat = plain[:, :, None].expand_as(right).reshape(-1)
-    full = value[:, -1]
-    truth = torch.tensor([task.grade(p, tokenizer.decode(seeds.completion(i))) for i, p in enumerate(problems)])
     out = dict(
         brier=float((flat - right.reshape(-1)).square().mean()),
         brier_constant=float(right.var(unbiased=False)),
