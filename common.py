@@ -40,19 +40,25 @@ def opt(default, help, group="main", choices=None, low=None, high=None, above=No
     return dataclasses.field(default=default, metadata=meta)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the usage of all sixty flags first
+        raise UserError(f"{message}; --help lists the flags")
+
+
 def parse(cls, argv=None, description=None):
     """Command line -> config. Unknown flags and impossible values end the program with one line."""
     formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110)  # noqa: E731
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+    parser = _Parser(description=description, formatter_class=formatter, allow_abbrev=False)
     groups = {}
     for f in dataclasses.fields(cls):
         m = f.metadata
         group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         flag = "--" + f.name.replace("_", "-")
-        text = m["help"] + (f" (default: {default})" if default not in (None, "", []) else "")
+        help = m["help"].replace("%", "%%")  # argparse would take it for a format
+        text = help + (f" (default: {default})" if default not in (None, "", []) else "")
         if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=m["help"])
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
         elif isinstance(default, list):
             kind = type(default[0]) if default else str
             group.add_argument(flag, nargs="*", type=kind, default=default, help=text, choices=m["choices"])
