@@ -73,7 +73,7 @@ def learning_rate(step, cfg):
 
 def build_examples(task, tokenizer, problems, cfg):
     """[(prompt ids, completion ids)], EOS at the end where the task has one."""
-    strength = cfg.strength if cfg.strength >= 0 else task.strengths["base"]
+    strength = cfg.strength if cfg.strength >= 0 or not task.strengths else task.strengths["base"]
     examples = []
     for i in range(cfg.num_examples):
         problem = problems[i % len(problems)]

@@ -76,7 +76,7 @@ def test_planted_value_along_a_response():
 
 def test_planted_prompts_repeat_and_depend_on_the_seed():
     assert [p.key for p in PLANTED.problems("val", 6, 3)] == ["A", "B", "C", "D", "A", "B"]
-    assert PLANTED.all == Planted(0).all != Planted(1).all
+    assert PLANTED.all == Planted(0, planted=5).all != Planted(1, planted=5).all
     assert all(len(set(p.answer)) == 5 for p in PLANTED.all)
     assert PLANTED.step_ends([0, 5, 6, 7], 1, 4, PLANTED.tokenizer()) == [2, 3, 4]
 

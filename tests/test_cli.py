@@ -1,0 +1,150 @@
+"""What a person types: every script explains itself, and a mistake ends in one line that names the mend, code 2."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy import tiny_model
+
+import common
+from model import save_model
+from pav import Verifier, save_verifier
+from tasks import get_task
+from tokenizer import alphabet_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["train_sft", "pav", "train_rl", "sample"]
+
+
+def call(monkeypatch, capsys, script, *argv):
+    """What `python SCRIPT.py ARGV` does in its last lines -> (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [script + ".py", *map(str, argv)])
+    module, code = importlib.import_module(script), 0
+    try:
+        common.script(module.main)
+    except SystemExit as e:
+        code = e.code
+    return code or 0, *capsys.readouterr()
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def check(match, script, *argv):
+        code, out, err = call(monkeypatch, capsys, script, *argv)
+        assert code == 2 and "Traceback" not in err, err
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        assert re.search(match, err), err
+
+    return check
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """A policy of the planted task's own alphabet, random weights."""
+    tokenizer = get_task("planted").tokenizer()
+    save_model(tmp_path / "policy", tiny_model(vocab=tokenizer.n_vocab), tokenizer)
+    return tmp_path / "policy"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_every_flag(monkeypatch, capsys, script):
+    code, out, err = call(monkeypatch, capsys, script, "--help")
+    assert code == 0 and not err
+    for name in importlib.import_module(script).Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in out, name
+    assert f"python {script}.py" in out and "%%" not in out  # the commands of the header are there
+
+
+def test_report_explains_itself(monkeypatch, capsys, refuse):
+    code, out, err = call(monkeypatch, capsys, "report", "--help")
+    assert code == 0 and "python report.py" in out
+    assert call(monkeypatch, capsys, "report")[0] == 2
+    refuse("no finished RL run", "report", "nowhere")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_flag_is_refused(refuse, script):
+    refuse("--learning-rte", script, "--learning-rte", "1e-3")
+    refuse("--temp", script, "--temp=1")  # no guessing from the first letters
+
+
+@pytest.mark.parametrize("script, argv, flag", [
+    ("train_rl", ["--alpha", "-1"], "--alpha must be at least 0"),
+    ("train_rl", ["--num-generations", "1"], "--num-generations must be at least 2"),
+    ("train_rl", ["--learning-rate", "nan"], "--learning-rate is not a number"),
+    ("train_rl", ["--temperature", "0"], "--temperature must be greater than 0"),
+    ("train_rl", ["--reward", "prm"], "--reward"), ("train_rl", ["--steps", "ten"], "--steps"),
+    ("train_rl", ["--seed", "-1"], "--seed"), ("train_rl", ["--loss-type"], "--loss-type"),
+    ("train_sft", ["--batch-size", "0"], "--batch-size"), ("train_sft", ["--learning-rate", "0"], "--learning-rate"),
+    ("pav", ["--n-mc", "0"], "--n-mc"), ("pav", ["--policy", "p", "--task", "sudoku"], "--task"),
+    ("sample", ["--top-p", "1.5"], "--top-p"), ("sample", ["--top-p", "0"], "--top-p"), ("sample", ["--n", "0"], "--n"),
+])
+def test_an_impossible_value_is_refused_by_its_flag(refuse, script, argv, flag):
+    refuse(flag, script, *argv)
+
+
+def test_nothing_to_do_is_said(refuse):
+    refuse("--prompt TEXT, or --task NAME", "sample")
+    refuse("--policy is missing", "pav", "--run-dir", "v")
+
+
+def test_missing_files_are_named(refuse, tmp_path, policy):
+    refuse("--data", "train_sft", "--task", "jsonl", "--run-dir", "a")
+    refuse("none.jsonl", "train_sft", "--task", "jsonl", "--data", "none.jsonl", "--run-dir", "b")
+    refuse("nowhere", "sample", "--model", "nowhere", "--prompt", "hi")
+    refuse("nowhere", "pav", "--policy", "nowhere", "--run-dir", "c")
+    refuse("nowhere", "train_rl", "--reward", "outcome", "--policy", "nowhere", "--run-dir", "d")
+    refuse("nowhere", "train_rl", "--reward", "pav", "--policy", policy, "--verifier", "nowhere", "--run-dir", "e")
+    (tmp_path / "bad.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n{"question": \n')
+    refuse("bad.jsonl line 2", "train_sft", "--task", "jsonl", "--data", "bad.jsonl", "--run-dir", "f")
+    (tmp_path / "ok.jsonl").write_text("".join(json.dumps(dict(question=f"{i}+2?", answer=i + 2)) + "\n" for i in range(50)))
+    refuse("give --model", "train_sft", "--task", "jsonl", "--data", "ok.jsonl", "--run-dir", "g")
+
+
+def test_a_task_without_a_demonstrator_gets_past_its_strength(monkeypatch, capsys, tmp_path):
+    """Files have no scripted demonstrator; the default --strength must not look one up."""
+    rows = [dict(question=f"{i}+1=", answer=i + 1) for i in range(60)]
+    (tmp_path / "ok.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    letters = sorted(set("0123456789+=\n #.:?Question:Answer:The answer is"))
+    tokenizer = alphabet_tokenizer(letters)
+    save_model(tmp_path / "m", tiny_model(vocab=tokenizer.n_vocab, context=128), tokenizer)
+    code, out, err = call(monkeypatch, capsys, "train_sft", "--task", "jsonl", "--data", tmp_path / "ok.jsonl", "--model",
+                          tmp_path / "m", "--steps", 2, "--batch-size", 4, "--eval-problems", 2, "--run-dir",
+                          tmp_path / "run", "--device", "cpu", "--max-completion-length", 8)
+    assert code == 0 and "2 steps" in out, err
+
+
+def test_verifiers_that_do_not_fit_are_refused(refuse, tmp_path, policy):
+    other = alphabet_tokenizer(list("0123456789="))
+    (tmp_path / "verifier").mkdir()
+    save_verifier(tmp_path / "verifier", Verifier(tiny_model(), fingerprint=other.fingerprint), other, {})
+    rl = ["train_rl", "--reward", "pav", "--policy", policy]
+    refuse("another tokenizer", *rl, "--verifier", tmp_path / "verifier", "--run-dir", "a")
+    refuse("not a verifier", *rl, "--verifier", policy, "--run-dir", "b")
+    save_model(tmp_path / "prover", tiny_model(), other)
+    refuse("another tokenizer", "pav", "--policy", policy, "--prover", tmp_path / "prover", "--run-dir", "c")
+
+
+def test_weights_that_are_not_numbers_end_the_run(refuse, tmp_path, policy):
+    tensors = load_file(policy / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float("inf"))
+    save_file(tensors, policy / "model.safetensors", metadata=dict(format="pt"))
+    refuse("not a number", "train_sft", "--model", policy, "--steps", 2, "--batch-size", 2, "--num-examples", 8,
+           "--run-dir", "a", "--device", "cpu")
+
+
+@pytest.mark.parametrize("script, argv, code", [("train_rl", ["--alpha", "-1"], 2), ("pav", ["--help"], 0)])
+def test_as_its_own_process(tmp_path, script, argv, code):
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *argv], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == code and (code == 0) == (not done.stderr) and done.stderr.count("\n") == (code != 0)
+    assert not list(tmp_path.iterdir())
