@@ -55,6 +55,11 @@ def policy(tmp_path):
     return tmp_path / "policy"
 
 
+def write_sums(path):
+    rows = [dict(question=f"{i}+1=", answer=i + 1) for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_flag(monkeypatch, capsys, script):
     code, out, err = call(monkeypatch, capsys, script, "--help")
@@ -106,20 +111,18 @@ def test_missing_files_are_named(refuse, tmp_path, policy):
     refuse("nowhere", "train_rl", "--reward", "pav", "--policy", policy, "--verifier", "nowhere", "--run-dir", "e")
     (tmp_path / "bad.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n{"question": \n')
     refuse("bad.jsonl line 2", "train_sft", "--task", "jsonl", "--data", "bad.jsonl", "--run-dir", "f")
-    (tmp_path / "ok.jsonl").write_text("".join(json.dumps(dict(question=f"{i}+2?", answer=i + 2)) + "\n" for i in range(50)))
+    write_sums(tmp_path / "ok.jsonl")
     refuse("give --model", "train_sft", "--task", "jsonl", "--data", "ok.jsonl", "--run-dir", "g")
 
 
 def test_a_task_without_a_demonstrator_gets_past_its_strength(monkeypatch, capsys, tmp_path):
     """Files have no scripted demonstrator; the default --strength must not look one up."""
-    rows = [dict(question=f"{i}+1=", answer=i + 1) for i in range(60)]
-    (tmp_path / "ok.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    letters = sorted(set("0123456789+=\n #.:?Question:Answer:The answer is"))
-    tokenizer = alphabet_tokenizer(letters)
+    write_sums(tmp_path / "ok.jsonl")
+    tokenizer = alphabet_tokenizer(sorted(set("0123456789+=\n #.:?Question:Answer:The answer is")))
     save_model(tmp_path / "m", tiny_model(vocab=tokenizer.n_vocab, context=128), tokenizer)
-    code, out, err = call(monkeypatch, capsys, "train_sft", "--task", "jsonl", "--data", tmp_path / "ok.jsonl", "--model",
-                          tmp_path / "m", "--steps", 2, "--batch-size", 4, "--eval-problems", 2, "--run-dir",
-                          tmp_path / "run", "--device", "cpu", "--max-completion-length", 8)
+    small = ["--steps", 2, "--batch-size", 4, "--eval-problems", 2, "--device", "cpu", "--max-completion-length", 8]
+    code, out, err = call(monkeypatch, capsys, "train_sft", "--task", "jsonl", "--data", tmp_path / "ok.jsonl",
+                          "--model", tmp_path / "m", "--run-dir", tmp_path / "run", *small)
     assert code == 0 and "2 steps" in out, err
 
 
