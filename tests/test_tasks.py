@@ -20,7 +20,7 @@ from tasks import (
 )
 from tokenizer import alphabet_tokenizer
 
-PLANTED, COUNTDOWN = Planted(0), Countdown()
+PLANTED, COUNTDOWN = Planted(0, planted=5), Countdown()
 
 
 def problem_of(task, numbers, target):
