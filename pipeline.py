@@ -24,9 +24,9 @@ STAGES = {
         prover="scripted",
     ),
     "countdown": dict(
-        sft=dict(steps=1500, num_examples=100000, hidden_size=96, num_hidden_layers=3),
+        sft=dict(steps=1200, num_examples=100000),
         verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
-        rl=dict(learning_rate=3e-4, gate="legal"),
+        rl=dict(learning_rate=3e-4, steps=300, eval_steps=20, gate="legal"),
         prover="scripted",
     ),
     # Open weights have no scripted teacher: the prover is Best-of-4 of the base policy (the paper's best K).

@@ -72,7 +72,7 @@ class Others:
 
     def __exit__(self, *_):
         wall, all_, mine = (b - a for a, b in zip(self.start, (time.time(), *_busy())))
-        self.cores = round(max(0.0, all_ - mine) / max(wall, 1e-9), 2)
+        self.cores = round(max(0.0, all_ - mine) / wall, 2) if wall > 1 else None  # the clock ticks in 10 ms
 
 
 def alternate(sides, repeats, min_seconds=0.0):

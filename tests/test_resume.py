@@ -1,0 +1,268 @@
+"""A run that is killed and started again ends with the same bits as one that was not.
+
+Every run is a process of its own: forked from a server that has imported torch once, so that it starts in
+milliseconds. It dies by SIGKILL at a file operation counted beforehand (opening, renaming, removing: where a half
+state could be left) or at a random moment of the work between them.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from toy import ToyTask, tiny_model
+
+import common
+from common import UserError, latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
+from model import load_weights, save_model, write_model
+from pav import Verifier, save_verifier
+
+ROOT = Path(__file__).parent.parent
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+TINY = {
+    "train_sft": dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, steps=12, num_examples=40, batch_size=8,
+                      save_steps=3, logging_steps=2, eval_problems=8),
+    "pav": dict(num_problems=18, n_mc=2, cuts=2, shard_problems=6, epochs=3, batch_size=16, save_steps=2, eval_problems=8,
+                eval_mc=2),
+    "train_rl": dict(reward="pav", num_prompts=3, num_generations=4, steps=8, save_steps=3, eval_steps=2,
+                     eval_problems=8, num_iterations=2, beta=0.1),
+}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Processes
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stage(script, argv, log, die_at=None, die_after=None):
+    """Body of a process: one command, its words in a file. die_at: the file operation before which it is killed."""
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 (for the life of the process)
+    module, count, root = importlib.import_module(script), 0, os.path.dirname(log)
+    module.get_task = lambda cfg: ToyTask()
+
+    def watch(event, arguments):
+        nonlocal count
+        if event in FILE_EVENTS and str(arguments[0]).startswith(root) and str(arguments[0]) != log:
+            count += 1
+            if count == die_at:
+                die()
+
+    sys.addaudithook(watch)
+    if die_after is not None:
+        threading.Timer(die_after, die).start()
+    common.script(lambda: module.main(argv))
+    print(f"file operations: {count}")
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(script, argv, log, ...) -> exit code."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train_sft", "pav", "train_rl", "toy"])
+
+        def run(script, argv, log, **kill):
+            process = context.Process(target=stage, args=(script, argv, str(log)), kwargs=kill)
+            process.start()
+            process.join()
+            return process.exitcode
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A policy and a verifier with a random head."""
+    folder, tokenizer = tmp_path_factory.mktemp("inputs"), ToyTask().tokenizer()
+    save_model(folder / "policy", tiny_model(), tokenizer)
+    verifier = Verifier(tiny_model(seed=1), fingerprint=tokenizer.fingerprint)
+    torch.nn.init.normal_(verifier.head.weight, generator=torch.Generator().manual_seed(0))
+    (folder / "verifier").mkdir()
+    save_verifier(folder / "verifier", verifier, tokenizer, {})
+    return folder
+
+
+def command(script, inputs, run_dir, **change):
+    """Flags of a tiny run."""
+    policy = {} if script == "train_sft" else dict(policy=inputs / "policy")
+    policy |= dict(verifier=inputs / "verifier") if script == "train_rl" else {}
+    settings = TINY[script] | policy | dict(run_dir=run_dir, device="cpu", threads=1) | change
+    return [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
+
+
+def outcome(run):
+    """What must be the same: every file of the newest checkpoint but the time in it, and the rows of metrics.jsonl."""
+    folder = latest_checkpoint(run)
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "state.json"}
+    files |= {p.name: p.read_bytes() for p in run.glob("rollouts/*")}
+    state = {k: v for k, v in json.loads((folder / "state.json").read_text()).items() if k != "seconds"}
+    clock = ("step_time", "tokens_per_second")
+    rows = [{k: v for k, v in row.items() if k not in clock and not k.startswith("timing/")} for row in read_metrics(run)]
+    return files, state, rows
+
+
+# ----------------------------------------------------------------------------------------------------
+# Kill and go on
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_killed_runs_end_with_the_same_bits(start, inputs, tmp_path, script):
+    argv, log, begin = command(script, inputs, tmp_path / "run"), tmp_path / "log", time.time()
+    assert start(script, argv, log) == 0, log.read_text()
+    seconds = time.time() - begin
+    operations = int(log.read_text().split("file operations: ")[1])
+    whole = outcome(tmp_path / "run")
+    assert {"model.safetensors", "optimizer.safetensors", "config.json"} <= whole[0].keys() and len(whole[2]) > 1
+    left = sorted(p.name for p in (tmp_path / "run").iterdir())
+
+    rng, kills = random.Random(script), 0
+    for attempt in range(3):
+        shutil.rmtree(tmp_path / "run")
+        for life in range(6):
+            at_file = dict(die_at=rng.randint(5, operations * 2 // 3))
+            at_moment = dict(die_after=rng.uniform(0.3, 0.9) * seconds)
+            code = start(script, argv, log, **(at_moment if life % 3 == 2 else at_file))
+            assert code in (0, -signal.SIGKILL), log.read_text()
+            kills += code != 0
+        assert start(script, argv, log) == 0, log.read_text()
+        for got, want in zip(outcome(tmp_path / "run"), whole):
+            assert got == want, attempt
+        assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith("step_")) == [
+            name for name in left if not name.startswith("step_")]  # and no temporary file stays behind
+    assert kills >= 6
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert start(script, argv, log) == 0 and "is complete" in log.read_text()  # once more: nothing to do
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def checkpoint(run, step, seed):
+    """A checkpoint whose weights, moments and state all say which it is."""
+    model = tiny_model(seed)
+    optimizer = torch.optim.Adam(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float(seed))
+    optimizer.step()
+    tokenizer = ToyTask().tokenizer()
+    save_checkpoint(run, step, lambda f: write_model(f, model, tokenizer), optimizer, list(model.parameters()), dict(x=seed))
+    return model, optimizer
+
+
+def save_and_die(run, die_at):
+    count = 0
+
+    def watch(event, arguments):
+        nonlocal count
+        count += event in FILE_EVENTS and str(arguments[0]).startswith(run)
+        if count == die_at:
+            die()
+
+    sys.addaudithook(watch)
+    checkpoint(run, 20, 2)
+
+
+def test_a_kill_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(start, tmp_path):
+    context, newest = multiprocessing.get_context("forkserver"), []
+    for die_at in range(1, 100):
+        run = tmp_path / str(die_at)
+        checkpoint(run, 10, 1)
+        process = context.Process(target=save_and_die, args=(str(run), die_at))
+        process.start()
+        process.join()
+        folder, model = latest_checkpoint(run), tiny_model(9)
+        optimizer = torch.optim.Adam(model.parameters())
+        load_weights(model, folder)
+        state = load_state(folder, optimizer, list(model.parameters()))
+        assert state in (dict(step=10, x=1), dict(step=20, x=2)) and folder.name == f"step_{state['step']:06d}"
+        expected, moments = checkpoint(tmp_path / "expected", 1, state["x"])
+        for p, q in zip(model.parameters(), expected.parameters()):
+            assert torch.equal(p, q)
+            for k, v in moments.state[q].items():
+                assert torch.equal(optimizer.state[p][k], v)
+        newest.append(state["step"])
+        if process.exitcode == 0:
+            break
+    assert len(newest) > 10 and newest == sorted(newest) and set(newest) == {10, 20}
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is refused, and what a damaged file costs
+
+
+def test_a_second_process_and_changed_settings_are_refused(start, inputs, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    argv = command("train_sft", inputs, run)
+    assert start("train_sft", argv, log) == 0
+    before = outcome(run)
+    for change, flag in [(dict(learning_rate=1e-4), "learning.rate"), (dict(seed=1), "seed"), (dict(steps=13), "steps")]:
+        assert start("train_sft", command("train_sft", inputs, run, **change), log) == 2
+        words = log.read_text()
+        assert words.startswith("error: ") and words.count("\n") == 1 and flag.replace(".", "_") in words.replace("-", "_")
+    lock = open_run(tmp_path / "busy", common.RunConfig())
+    assert start("train_sft", command("train_sft", inputs, tmp_path / "busy"), log) == 2
+    assert "is in use by another process" in log.read_text() and log.read_text().count("\n") == 1
+    lock.close()
+    assert outcome(run) == before
+
+
+def unfinished(start, script, inputs, tmp_path):
+    """A run killed after its second checkpoint, with the one before it still there (as a kill in between leaves it)."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    argv = command(script, inputs, run)
+    assert start(script, argv, log) == 0
+    whole = outcome(run)
+    newest = latest_checkpoint(run)
+    (run / "summary.json").unlink()
+    return run, log, argv, whole, newest
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_a_checkpoint_without_its_state_falls_back(start, inputs, tmp_path, script):
+    run, log, argv, whole, newest = unfinished(start, script, inputs, tmp_path)
+    (newest / "state.json").write_text('{"step": 1')
+    assert start(script, argv, log) == 0
+    assert f"warning: {newest} is incomplete" in log.read_text()
+    assert outcome(run) == whole  # from the start again, since no older checkpoint was kept: the same bits
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("script", TINY)
+def test_a_truncated_checkpoint_ends_in_one_line_that_names_the_mend(start, inputs, tmp_path, script, name):
+    run, log, argv, whole, newest = unfinished(start, script, inputs, tmp_path)
+    (newest / name).write_bytes((newest / name).read_bytes()[:-9])
+    code, words = start(script, argv, log), log.read_text()
+    if code != 0:
+        assert code == 2 and "Traceback" not in words and str(newest) in words and "delete" in words, words
+        shutil.rmtree(newest)
+        assert start(script, argv, log) == 0
+    assert outcome(run) == whole
+
+
+@pytest.mark.parametrize("where", ["model", "common"])
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, where):
+    model, _ = checkpoint(tmp_path, 10, 1)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "step_000010").iterdir()}
+
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(importlib.import_module(where), "save_file", full)
+    with pytest.raises(UserError, match="No space left.*the one before it is intact.*run the same command again"):
+        checkpoint(tmp_path, 20, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000010"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "step_000010").iterdir()} == before
