@@ -261,7 +261,8 @@ class Metrics:
 
     def __init__(self, run_dir, resume_step=0):
         self.path = Path(run_dir) / "metrics.jsonl"
-        rows = [r for r in read_metrics(run_dir) if r["step"] <= resume_step] if self.path.exists() else []
+        rows = read_metrics(run_dir) if resume_step and self.path.exists() else []
+        rows = [r for r in rows if r["step"] <= resume_step]
         temporary = self.path.with_name(f".tmp-metrics-{os.getpid()}")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
         temporary.rename(self.path)

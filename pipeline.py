@@ -12,7 +12,7 @@ import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
-from common import UserError, flags, run_jobs
+from common import UserError, flags, run_jobs, write_json
 
 # Settings of the stages, per task. What was searched to arrive at them stands in docs/log.md; the RL settings
 # are shared by all arms of a comparison.
@@ -143,6 +143,7 @@ def run(cfg, given):
         print(f"{root}: {len(missing)} of {len(jobs)} stages to build, {workers} at a time: "
               + ", ".join(j[0] for j in missing), flush=True)
     root.mkdir(parents=True, exist_ok=True)
+    refuse_other_settings(root, jobs, {j[0] for j in jobs} - {j[0] for j in missing})
     (root / "commands.txt").write_text("".join(f"python {shlex.join(j[2])}\n" for j in jobs))
     done = {j[0] for j in jobs} - {j[0] for j in missing}
     run_jobs([(label, [n for n in needs if n not in done], argv) for label, needs, argv in missing], workers, root / "logs")
@@ -150,6 +151,18 @@ def run(cfg, given):
 
     report.write(root)
     return root
+
+
+def refuse_other_settings(root, jobs, complete):
+    """A stage that is already there must come from the command that would make it now."""
+    path = root / "commands.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    for label, _, argv in jobs:
+        changed = [a for a in argv[1:] if a not in old.get(label, argv)]
+        if label in complete and changed:
+            raise UserError(f"{root}/{label} was made with other settings than {changed[0]}; give another --run-dir, "
+                            "or delete that stage and those built on it")
+    write_json(path, old | {label: argv for label, _, argv in jobs})
 
 
 def flag_value(argv, name):

@@ -33,7 +33,7 @@ from tokenizer import alphabet_tokenizer
 
 
 @dataclass
-class Config:
+class Config(timing.Flags):
     model: str = opt("smollm2", "a folder that both sides can read, or smollm2", "what")
     workloads: list = opt(["batch", "groups", "single"], "which", "what", choices=["batch", "groups", "single"])
     rows: int = opt(64, "sequences of a batch; a multiple of 8", "what", low=8)
@@ -43,9 +43,6 @@ class Config:
     peer_cache: str = opt("dynamic", "transformers' KV cache", "what", choices=["dynamic", "static"])
     repeats: int = opt(5, "rounds", "timing", low=1)
     threads: int = opt(2, "CPU threads of both sides", "timing", low=1)
-    wait: float = opt(0.0, "seconds to wait for a quiet machine", "timing", low=0)
-    seed: int = opt(0, "fixes prompts and draws", "timing", low=0)
-    tiny: bool = opt(False, "a random tiny model, small shapes, one round", "timing")
     out: str = opt("bench/results/generate.json", "where the numbers go", "timing")
 
 
@@ -112,11 +109,9 @@ def measure(workload, cfg, model, peer):
         out = peer.generate(ids, attention_mask=mask, max_new_tokens=new, **extra)
         assert out.shape == (len(prompts), ids.shape[1] + new)
 
-    with timing.Others() as others:
-        times = timing.alternate(dict(ours=ours, theirs=theirs), cfg.repeats)
     tokens = len(prompts) * new
     result = dict(sequences=len(prompts), prompt_tokens=sum(map(len, prompts)), new_tokens=tokens)
-    result |= timing.compare(times, others)
+    result |= timing.compare_calls(ours, theirs, cfg.repeats)
     for side in ("ours", "theirs"):
         result[side]["tokens_per_second"] = round(tokens / result[side]["seconds"]["median"], 1)
     return result

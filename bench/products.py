@@ -1,18 +1,15 @@
-"""The kernels on the CPU against plain PyTorch: matrix products, fused log-prob, sampler.
+"""The kernels on the CPU against plain PyTorch: matrix products, fused log-prob, sampler. float32 throughout.
 
-    python -m bench.products                # about 5 minutes on 2 cores
-    python -m bench.products --tiny         # small shapes: does it run?
+    python -m bench.products                # about 6 minutes on 2 cores (--tiny: does it run?)
 
 products   kernels.product.matmul_nt (oneDNN) against x @ w.T (MKL in PyTorch's wheels; what nn.Linear calls), for the
            matrices of SmolLM2-135M and of the tiny model: forward, both gradients, and "packed": the forward of
            generation, where the weight lies in oneDNN's layout already (packing itself is not timed here).
-logprob    kernels.linear_logprob, forward and backward to hidden states and weight, against log_softmax of whole logits
-           with autograd: "plain" (log-prob only) and "entropy" (with the entropy, as ours always returns it). Time, and
-           the peak memory above the inputs, each side in a fresh process (resident set, so Linux only).
-sampler    kernels.linear_sample with a packed weight, as generate() calls it, its random numbers drawn before (as
-           there), against softmax, torch.multinomial and the log of the drawn probability, the head's product in both.
-
-float32 throughout. Not compared: bfloat16, CUDA, torch.compile, chunked cross-entropies of other libraries.
+logprob    kernels.linear_logprob, forward and backward, against log_softmax of whole logits with autograd: "plain"
+           (log-prob only) and "entropy" (as ours always returns it). Time, and the peak memory above the inputs (Linux).
+sampler    kernels.linear_sample with a packed weight and random numbers drawn before, as in generate(), against
+           softmax, torch.multinomial and the log of the drawn probability; the head's product is in both.
+Not compared: bfloat16, CUDA, torch.compile, chunked cross-entropies of other libraries.
 """
 
 import resource
@@ -20,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -34,30 +32,23 @@ MODELS = {
     "smollm2 head": ([("head", 576, 49152)], (64, 1024)),
     "tiny": ([("qkv", 64, 192), ("out", 64, 64), ("gate_up", 64, 340), ("down", 170, 64)], (128, 1536)),
 }
-LOGPROB_ROWS = 1024
 
 
 @dataclass
-class Config:
-    parts: list = opt(["products", "logprob", "sampler"], "which", "what", choices=["products", "logprob", "sampler"])
+class Config(timing.Flags):
     threads: list = opt([1, 2], "CPU threads, one comparison each", "timing")
     repeats: int = opt(7, "rounds", "timing", low=1)
-    wait: float = opt(0.0, "seconds to wait for a quiet machine", "timing", low=0)
-    seed: int = opt(0, "fixes the numbers", "timing", low=0)
-    tiny: bool = opt(False, "small shapes, one round", "timing")
     memory_of: str = opt("", "only print the peak memory of one side of logprob, in MiB", "timing")
     out: str = opt("bench/results/products.json", "where the numbers go", "timing")
 
 
 def compare(cfg, label, ours, theirs):
-    with timing.Others() as others:
-        times = timing.alternate(dict(ours=ours, theirs=theirs), cfg.repeats, 0.0 if cfg.tiny else 0.1)
-    result = timing.compare(times, others)
+    result = timing.compare_calls(ours, theirs, cfg.repeats, 0.0 if cfg.tiny else 0.1)
     timing.line(label, result, lambda seconds: 1000 * seconds)
     return result
 
 
-def product(cfg, gen, label, M, K, N, packed):
+def one_product(cfg, gen, label, M, K, N, packed):
     """One matrix: weight [N,K], x [M,K], dy [M,N]. Decoding has a packed forward, training a forward and gradients."""
     w, x, dy = (torch.randn(shape, generator=gen) for shape in ((N, K), (M, K), (M, N)))
     ways = {"forward": (lambda: matmul_nt(x, w), lambda: x @ w.t()),
@@ -70,18 +61,15 @@ def product(cfg, gen, label, M, K, N, packed):
 
 
 def products(cfg, gen):
-    out = {}
-    for model, (matrices, (decoding, training)) in MODELS.items():
-        if cfg.tiny and model != "tiny":
-            continue
-        for name, K, N in matrices:
-            for M in (1, decoding, training):
-                label = f"{model.split()[0]} {name} {M}x{K}x{N}"
-                out |= product(cfg, gen, label, M, K, N, packed=M != training)
+    out, models = {}, dict(tiny=MODELS["tiny"]) if cfg.tiny else MODELS
+    for model, (matrices, (decoding, training)) in models.items():
+        for (name, K, N), M in product(matrices, (1, decoding, training)):
+            label = f"{model.split()[0]} {name} {M}x{K}x{N}"
+            out |= one_product(cfg, gen, label, M, K, N, packed=training != M)
     return out
 
 
-def head_inputs(cfg, gen, N):
+def head_inputs(cfg, gen, N=1024):
     """hidden [N,D], weight [V,D] of SmolLM2's head, both with gradients, targets [N]."""
     D, V = (16, 64) if cfg.tiny else (576, 49152)
     hidden, weight = torch.randn(N, D, generator=gen), torch.randn(V, D, generator=gen) / D**0.5
@@ -104,8 +92,8 @@ def logprob_step(side, hidden, weight, target):
 
 
 def peak_memory(cfg, side):
-    """MiB that a step adds to the process's peak: gradients of the inputs (108 MiB of weight) are among them."""
-    inputs = head_inputs(cfg, generator(cfg.seed, "bench"), LOGPROB_ROWS)
+    """MiB that a step adds to the process's peak. The gradients of the inputs (110 MiB) are among them."""
+    inputs = head_inputs(cfg, generator(cfg.seed, "bench"))
     small = [x[:16].detach().requires_grad_(x.is_floating_point()) for x in (inputs[0], inputs[1], inputs[2] * 0)]
     logprob_step(side, *small)  # libraries load now
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -114,21 +102,20 @@ def peak_memory(cfg, side):
 
 
 def logprob(cfg, gen):
-    inputs, out = head_inputs(cfg, gen, LOGPROB_ROWS), {}
+    inputs, out = head_inputs(cfg, gen), {}
     for side in ("plain", "entropy"):
-        out[side] = compare(cfg, f"logprob against {side}", partial(logprob_step, "ours", *inputs),
-                            partial(logprob_step, side, *inputs))
-        out[side]["loss_difference"] = abs(logprob_step("entropy", *inputs) - logprob_step("ours", *inputs))
-    for side in ("ours", "plain", "entropy"):
-        command = [sys.executable, "-m", "bench.products", "--memory-of", side, *(["--tiny"] if cfg.tiny else [])]
+        ours, theirs = (partial(logprob_step, s, *inputs) for s in ("ours", side))
+        out[side] = compare(cfg, f"logprob against {side}", ours, theirs)
+    out["loss_difference"] = abs(logprob_step("entropy", *inputs) - logprob_step("ours", *inputs))
+    for side in ("ours", "plain", "entropy"):  # each in a fresh process
+        command = [sys.executable, "-m", "bench.products", f"--memory-of={side}", *["--tiny"] * cfg.tiny]
         out[f"{side}_peak_mib"] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         print(f"{'logprob peak memory, ' + side:<34}{out[f'{side}_peak_mib']:>14.0f} MiB")
     return out
 
 
 def plain_sample(hidden, weight):
-    p = (hidden @ weight.t()).softmax(-1)
-    token = p.multinomial(1)
+    token = (p := (hidden @ weight.t()).softmax(-1)).multinomial(1)
     return token, p.gather(1, token).log()
 
 
@@ -139,8 +126,8 @@ def sampler(cfg, gen):
         uniform = philox_uniform(cfg.seed, torch.arange(len(hidden)), torch.tensor(0))
 
         with torch.no_grad(), packed_weights([weight], rows):
-            out[f"rows_{rows}"] = compare(cfg, f"sampler, {rows} rows", partial(linear_sample, hidden, weight, 1.0, uniform),
-                                          partial(plain_sample, hidden, weight))
+            ours = partial(linear_sample, hidden, weight, 1.0, uniform)
+            out[f"rows_{rows}"] = compare(cfg, f"sampler, {rows} rows", ours, partial(plain_sample, hidden, weight))
     return out
 
 
@@ -154,8 +141,8 @@ def main(argv=None):
     for n in cfg.threads:
         torch.set_num_threads(n)
         timing.header(f"{n} thread{'s' * (n > 1)}: rows x inputs x outputs", "ms")
-        result[f"threads_{n}"] = {f.__name__: f(cfg, generator(cfg.seed, "bench"))
-                                  for f in (products, logprob, sampler) if f.__name__ in cfg.parts}
+        gen = generator(cfg.seed, "bench")
+        result[f"threads_{n}"] = {part.__name__: part(cfg, gen) for part in (products, logprob, sampler)}
     timing.write(cfg.out, result)
 
 

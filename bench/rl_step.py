@@ -6,13 +6,13 @@ A step is 16 prompts x 8 samples x 12 tokens from a model of width 64 with 2 lay
 optimizer step on the 128 samples: train_rl.py's defaults with --reward outcome, so no verifier on either side. Ours is
 the body of train_rl.train's loop; theirs is all between two ends of a step of trainer.train(). The sides take turns: a
 callback at the end of each TRL step runs one of ours. The model is train_sft.py's with the demonstrator "prover", so
-that rewards within a group differ.
+that rewards within a group differ. Same on both sides: weights at the start (TRL reads the folder that model.save_model
+wrote), problems, float32, threads, temperature 1 without top-k, the reward (the task's grade of the decoded completion
+ids), the group's mean as baseline, loss "dapo", one iteration, beta 0, entropy bonus, clip range, Adam(0.9, 0.99) at a
+constant rate, gradient clipping. Off in TRL, as it costs time: gradient checkpointing, bfloat16, logging, saving. Our
+metrics and evaluations are not timed.
 
-Same on both sides: weights at the start (TRL reads the folder that model.save_model wrote), problems, float32, threads,
-temperature 1 without top-k, the reward (the task's grade of the decoded completion ids), the group's mean as baseline,
-loss "dapo", one iteration, beta 0, entropy bonus, clip range, Adam(0.9, 0.99) at a constant rate, gradient clipping.
-Off in TRL, as it costs time: gradient checkpointing, bfloat16, logging, saving. Our metrics and evaluations are not
-timed. Not compared: vLLM and GPUs, for which TRL is made; transformers' continuous batching; larger models (see
+Not compared: vLLM and GPUs, for which TRL is made; transformers' continuous batching; larger models (see
 bench.generate); long prompts, where a group shares one prefill here (a prompt of this task is one token).
 """
 
@@ -33,13 +33,10 @@ from tasks import get_task
 
 
 @dataclass
-class Config:
+class Config(timing.Flags):
     steps: int = opt(40, "timed steps of each side, for each number of threads", "timing", low=1)
     warmup: int = opt(5, "untimed steps before", "timing", low=1)
     threads: list = opt([1, 2], "CPU threads of both sides, one comparison each", "timing")
-    wait: float = opt(0.0, "seconds to wait for a quiet machine", "timing", low=0)
-    seed: int = opt(0, "fixes task, model and draws", "timing", low=0)
-    tiny: bool = opt(False, "few steps, few prompts", "timing")
     out: str = opt("bench/results/rl_step.json", "where the numbers go", "timing")
 
 
@@ -57,12 +54,11 @@ def starting_model(cfg, where):
 class Ours:
     """The body of train_rl.train's loop: step() does one step and notes what it cost."""
 
-    def __init__(self, cfg, folder, task, problems):
-        self.task, self.problems = task, problems
+    def __init__(self, cfg, folder, task):
+        self.task, self.problems = task, task.problems("train", None, 0)
         self.cfg = train_rl.Config(reward="outcome", seed=cfg.seed, num_prompts=2 if cfg.tiny else 16)
         self.model, self.tokenizer = load_model(folder)
-        self.params = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(self.params, lr=self.cfg.learning_rate, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.cfg.learning_rate, betas=(0.9, 0.99))
         self.log = []  # (seconds, tokens, mean reward) of every step
 
     def step(self):
@@ -73,7 +69,7 @@ class Ours:
                             max_new_tokens=limit, temperature=c.temperature, seed=derive(c.seed, "rl"), slots=c.slots,
                             stop_ids=self.tokenizer.eos_ids, sequence_ids=range((step - 1) * B, step * B))
         adv, logs = train_rl.advantages(c, self.task, problems, rollouts, self.tokenizer, None)
-        train_rl.update(self.model, None, self.optimizer, self.params, rollouts, adv, c, limit, "cpu")
+        train_rl.update(self.model, None, self.optimizer, list(self.model.parameters()), rollouts, adv, c, limit, "cpu")
         self.log.append((time.perf_counter() - start, int(rollouts.mask().sum()), logs["reward"]))
 
 
@@ -87,15 +83,15 @@ def grpo_config(cfg, rl, limit, where):
         num_generations=rl.num_generations, max_completion_length=limit, temperature=rl.temperature, num_iterations=1,
         beta=0.0, loss_type=rl.loss_type, scale_rewards="none", epsilon=rl.epsilon, epsilon_high=rl.epsilon_high,
         entropy_coef=rl.entropy_coef, learning_rate=rl.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
-        adam_beta1=0.9, adam_beta2=0.99, max_grad_norm=rl.max_grad_norm, report_to="none", logging_strategy="no",
-        save_strategy="no", disable_tqdm=True)
+        adam_beta2=0.99, max_grad_norm=rl.max_grad_norm, report_to="none", logging_strategy="no", save_strategy="no",
+        disable_tqdm=True)
 
 
 def run_theirs(cfg, folder, ours, where):
     """trainer.train() with one step of ours after each of its own. -> (seconds, tokens, mean reward) of every step."""
     import datasets
     import transformers
-    import trl
+    from trl import GRPOTrainer
 
     seconds, graded, by_key = [], [], {p.key: p for p in ours.problems}
 
@@ -115,7 +111,7 @@ def run_theirs(cfg, folder, ours, where):
 
     args = grpo_config(cfg, ours.cfg, ours.task.max_new_tokens, where)
     picked = [p for step in range(args.max_steps) for p in train_rl.pick_problems(ours.problems, step + 1, ours.cfg)]
-    trainer = trl.GRPOTrainer(
+    trainer = GRPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), reward_funcs=reward,
         args=args, train_dataset=datasets.Dataset.from_list([dict(prompt=p.prompt, key=p.key) for p in picked]),
         processing_class=transformers.AutoTokenizer.from_pretrained(folder), callbacks=[TakeTurns()])
@@ -125,16 +121,15 @@ def run_theirs(cfg, folder, ours, where):
 
 
 def measure(cfg, folder, task, threads, where):
-    """One number of threads -> seconds a step of both sides, and what shows that they do the same work."""
+    """Seconds a step of both sides, and what shows that they do the same work."""
     torch.set_num_threads(threads)
-    ours, w = Ours(cfg, folder, task, task.problems("train", None, 0)), cfg.warmup
+    ours, w = Ours(cfg, folder, task), cfg.warmup
     with timing.Others() as others:
         logs = dict(theirs=run_theirs(cfg, folder, ours, where), ours=ours.log)
     result = timing.compare({side: [seconds for seconds, _, _ in log[w:]] for side, log in logs.items()}, others)
     for side, log in logs.items():
-        _, tokens, rewards = zip(*log)
-        result[side] |= dict(tokens_a_step=mean(tokens), reward_first_steps=mean(rewards[:w]),
-                             reward_last_steps=mean(rewards[-w:]))
+        _, tokens, reward = zip(*log)
+        result[side] |= dict(tokens_a_step=mean(tokens), first_reward=mean(reward[:w]), last_reward=mean(reward[-w:]))
     return result
 
 
@@ -148,8 +143,8 @@ def main(argv=None):
         result = timing.about("bench.rl_step", argv, cfg, "trl", "transformers", "accelerate")
         timing.header("threads", "ms")
         for n in cfg.threads:
-            result[f"threads_{n}"] = measure(cfg, folder, task, n, where)
-            timing.line(str(n), result[f"threads_{n}"], lambda seconds: 1000 * seconds)
+            result[f"threads_{n}"] = r = measure(cfg, folder, task, n, where)
+            timing.line(str(n), r, lambda seconds: 1000 * seconds)
     timing.write(cfg.out, result)
 
 

@@ -11,26 +11,33 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from common import UserError, write_json
+from common import UserError, opt, write_json
+
+
+@dataclass
+class Flags:
+    """What every benchmark can be told."""
+
+    wait: float = opt(0.0, "seconds to wait, at most, until other processes are quiet", "timing", low=0)
+    seed: int = opt(0, "fixes every random choice", "timing", low=0)
+    tiny: bool = opt(False, "small shapes and hardly any rounds: does it run?", "timing")
 
 
 def machine(*packages):
     """Processor, cores and versions, for the JSON."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
-        rows = dict(row.split(":", 1) for row in info.read_text().split("\n\n")[0].splitlines() if ":" in row)
-        rows = {k.strip(): v.strip() for k, v in rows.items()}
-        cpu = f"{rows.get('model name', cpu)} (family {rows.get('cpu family', '?')}, model {rows.get('model', '?')})"
-    versions = {name: metadata.version(name) for name in packages}
+        rows = [row.partition(":") for row in info.read_text().split("\n\n")[0].splitlines()]
+        cpu = {key.strip(): value.strip() for key, _, value in rows}
+        cpu = f"{cpu.get('model name')} (family {cpu.get('cpu family')}, model {cpu.get('model')})"
     return dict(cpu=cpu, cores=os.cpu_count(), system=platform.system(), python=platform.python_version(),
-                torch=torch.__version__, **versions)
+                torch=torch.__version__, **{name: metadata.version(name) for name in packages})
 
 
 def need(*packages):
@@ -44,12 +51,11 @@ def need(*packages):
 
 def wait_quiet(seconds, cores=0.15):
     """Wait, at most so long, until other processes have used less than `cores` cores for 10 s. Returns the load."""
-    end = time.time() + seconds
-    while time.time() < end:
-        with Others() as others:
+    end, others = time.time() + seconds, Others()
+    others.cores = 1.0
+    while time.time() < end and others.cores >= cores:
+        with others:
             time.sleep(10)
-        if others.cores < cores:
-            break
     return os.getloadavg()[0]
 
 
@@ -95,15 +101,14 @@ def alternate(sides, repeats, min_seconds=0.0):
     return times
 
 
-def spread(values):
-    """Median, quartiles and minimum of a list, to four digits."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    numbers = dict(median=statistics.median(values), quartiles=[low, high], min=min(values))
-    return {k: [_digits(x) for x in v] if isinstance(v, list) else _digits(v) for k, v in numbers.items()}
-
-
 def _digits(x):
     return float(f"{x:.4g}")
+
+
+def spread(values):
+    """Median, quartiles and minimum of a list, to four digits."""
+    low, middle, high = statistics.quantiles(values * 2 if len(values) == 1 else values, n=4, method="inclusive")
+    return dict(median=_digits(middle), quartiles=[_digits(low), _digits(high)], min=_digits(min(values)))
 
 
 def ratio(theirs, ours):
@@ -116,6 +121,12 @@ def compare(times, others):
     """alternate()'s times of "ours" and "theirs" -> seconds of both and their ratio."""
     sides = {name: dict(seconds=spread(times[name])) for name in ("ours", "theirs")}
     return sides | dict(ratio=ratio(times["theirs"], times["ours"]), others=others.cores)
+
+
+def compare_calls(ours, theirs, repeats, min_seconds=0.0):
+    with Others() as others:
+        times = alternate(dict(ours=ours, theirs=theirs), repeats, min_seconds)
+    return compare(times, others)
 
 
 def header(label, unit):
