@@ -6,7 +6,7 @@ products   kernels.product.matmul_nt (oneDNN) against x @ w.T (MKL in PyTorch's 
            matrices of SmolLM2-135M and of the tiny model: forward, both gradients, and "packed": the forward of
            generation, where the weight lies in oneDNN's layout already (packing itself is not timed here).
 logprob    kernels.linear_logprob, forward and backward, against log_softmax of whole logits with autograd: "plain"
-           (log-prob only) and "entropy" (as ours always returns it). Time, and the peak memory above the inputs (Linux).
+           (log-prob only) and "entropy" (as ours always returns it). Time, and peak memory above the inputs (Linux).
 sampler    kernels.linear_sample with a packed weight and random numbers drawn before, as in generate(), against
            softmax, torch.multinomial and the log of the drawn probability; the head's product is in both.
 Not compared: bfloat16, CUDA, torch.compile, chunked cross-entropies of other libraries.

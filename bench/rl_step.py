@@ -19,7 +19,6 @@ bench.generate); long prompts, where a group shares one prefill here (a prompt o
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -42,13 +41,13 @@ class Config(timing.Flags):
 
 def starting_model(cfg, where):
     """A supervised tiny model in a plain folder that both sides read, and the task."""
-    sft = train_sft.Config(seed=cfg.seed, steps=5 if cfg.tiny else 400, threads=1, run_dir=str(Path(where) / "sft"),
+    sft = train_sft.Config(seed=cfg.seed, steps=5 if cfg.tiny else 400, threads=1, run_dir=f"{where}/sft",
                            device="cpu", eval_problems=16, num_examples=512 if cfg.tiny else 6000)
     task = get_task(sft)
     sft.strength = task.strengths["prover"]
     train_sft.train(sft)
-    save_model(Path(where) / "model", *load_model(resolve(sft.run_dir)))
-    return Path(where) / "model", task
+    save_model(f"{where}/model", *load_model(resolve(sft.run_dir)))
+    return f"{where}/model", task
 
 
 class Ours:
@@ -78,7 +77,7 @@ def grpo_config(cfg, rl, limit, where):
     from trl import GRPOConfig
 
     return GRPOConfig(
-        output_dir=str(where), use_cpu=True, bf16=False, gradient_checkpointing=False, seed=cfg.seed, top_k=0,
+        output_dir=where, use_cpu=True, bf16=False, gradient_checkpointing=False, seed=cfg.seed, top_k=0,
         max_steps=cfg.warmup + cfg.steps, per_device_train_batch_size=rl.num_prompts * rl.num_generations,
         num_generations=rl.num_generations, max_completion_length=limit, temperature=rl.temperature, num_iterations=1,
         beta=0.0, loss_type=rl.loss_type, scale_rewards="none", epsilon=rl.epsilon, epsilon_high=rl.epsilon_high,
@@ -121,7 +120,6 @@ def run_theirs(cfg, folder, ours, where):
 
 
 def measure(cfg, folder, task, threads, where):
-    """Seconds a step of both sides, and what shows that they do the same work."""
     torch.set_num_threads(threads)
     ours, w = Ours(cfg, folder, task), cfg.warmup
     with timing.Others() as others:
