@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -180,11 +180,11 @@ def open_run(run_dir, cfg, ignore=()):
         changed = [k for k in settings if old.get(k, settings[k]) != settings[k]]
         if changed:
             k = changed[0]
-            raise UserError(f"{run_dir} holds a run with {k}={old[k]!r}, not {settings[k]!r}: give another --run-dir, "
-                            "or delete that one")
+            raise UserError(f"{run_dir} holds a run with --{k.replace('_', '-')} {old[k]!r}, not {settings[k]!r}: give "
+                            "another --run-dir, or delete that one")
     write_json(path, settings)
     for leftover in run_dir.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
 
 
@@ -231,12 +231,15 @@ def save_checkpoint(run_dir, step, write, optimizer=None, params=(), state=None,
 
 
 def latest_checkpoint(run_dir):
-    """Newest checkpoint folder with a readable state.json, or None."""
+    """Newest checkpoint folder whose files are whole, or None."""
     for folder in sorted(Path(run_dir).glob("step_*"), reverse=True):
         try:
             json.loads((folder / "state.json").read_text())
+            for path in folder.glob("*.safetensors"):
+                with safe_open(path, framework="pt"):  # compares the header with the file's length
+                    pass
             return folder
-        except (OSError, ValueError):
+        except (OSError, ValueError, SafetensorError):
             print(f"warning: {folder} is incomplete, looking for the one before it", file=sys.stderr)
     return None
 
