@@ -33,10 +33,10 @@ STAGES = {
     "jsonl": dict(
         sft=dict(steps=24, batch_size=16, learning_rate=1e-4, warmup_steps=3, num_examples=384, eval_problems=64,
                  micro_batch_size=8, save_steps=12, logging_steps=1),
-        verifier=dict(num_problems=80, n_cov=2, cuts=2, n_mc=2, epochs=1, batch_size=32, learning_rate=5e-5, prover_k=4,
-                      slots=128, eval_problems=32, eval_mc=8, shard_problems=16, save_steps=8),
-        rl=dict(num_prompts=8, num_generations=8, steps=10, learning_rate=5e-6, entropy_coef=0.0, micro_batch_size=16,
-                eval_steps=5, eval_problems=96, slots=128, save_steps=2),
+        verifier=dict(num_problems=64, n_cov=2, cuts=2, n_mc=2, epochs=1, batch_size=32, learning_rate=5e-5, prover_k=4,
+                      slots=128, eval_problems=24, eval_mc=8, shard_problems=16, save_steps=4),
+        rl=dict(num_prompts=8, num_generations=8, steps=10, learning_rate=5e-6, temperature=0.5, micro_batch_size=16,
+                eval_steps=5, eval_problems=64, slots=128, save_steps=1),
         prover="base",
     ),
 }
@@ -84,7 +84,7 @@ def plan(cfg, given):
             stage(name, "train_sft.py", [], arguments, settings)
 
         def verifier(name, prover, strength, label="q", home=home, policy=policy):
-            arguments = [f"--policy={policy}", f"--label={label}"]
+            arguments = [f"--policy={policy}", f"--label={label}", f"--temperature={rl.temperature}"]
             arguments += [f"--prover={home / prover}"] if prover else []
             arguments += [f"--prover-strength={strength}"] if strength is not None else []
             settings = table["verifier"] | extra.get("verifier", {}) | (SMOKE["verifier"] if cfg.smoke else {})
