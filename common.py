@@ -7,6 +7,7 @@ Nothing here knows about reasoning or rewards. Two rules carry the whole of "res
 
 import argparse
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -109,11 +110,11 @@ def script(main):
         main()
     except UserError as e:
         sys.exit(_complain(e))
-    except OSError as e:
-        if e.errno not in (28, 30, 13):  # no space, read-only, no permission: the user's to mend
+    except (OSError, SafetensorError) as e:
+        mendable = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+        if getattr(e, "errno", None) not in mendable and "(os error " not in str(e):  # safetensors wraps them in text
             raise
-        sys.exit(_complain(f"{e.strerror}: {e.filename or 'while saving'}; nothing saved before is lost, mend it and "
-                           "run the same command again"))
+        sys.exit(_complain(f"{e}; nothing saved before is lost, mend it and run the same command again"))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
