@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -46,25 +47,33 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stage(script, argv, log, die_at=None, die_after=None):
-    """Body of a process: one command, its words in a file. die_at: the file operation before which it is killed."""
-    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 (for the life of the process)
-    module, count, root, begin = importlib.import_module(script), 0, os.path.dirname(log), time.time()
-    module.get_task = lambda cfg: ToyTask()
-    os.fsync = lambda fd: None  # slow, and only for the loss of power: what a killed process wrote is kept
+def count_files(root, die_at):
+    """-> list that holds the number of file operations below root so far; before the one number die_at, death."""
+    count = [0]
 
     def watch(event, arguments):
-        nonlocal count
-        if event in FILE_EVENTS and str(arguments[0]).startswith(root) and str(arguments[0]) != log:
-            count += 1
-            if count == die_at:
+        if event in FILE_EVENTS and str(arguments[0]).startswith(root) and not str(arguments[0]).endswith("/log"):
+            count[0] += 1
+            if count[0] == die_at:
                 die()
 
     sys.addaudithook(watch)
+    os.fsync = lambda fd: None  # slow, and only for the loss of power: what a killed process wrote is kept
+    return count
+
+
+def stage(script, argv, log, die_at=None, die_after=None, largest_file=None):
+    """Body of a process: one command, its words in a file. die_at: the file operation before which it is killed."""
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 (for the life of the process)
+    module, begin = importlib.import_module(script), time.time()
+    module.get_task = lambda cfg: ToyTask()
+    count = count_files(os.path.dirname(log), die_at)
     if die_after is not None:
         threading.Timer(die_after, die).start()
     common.script(lambda: module.main(argv))
-    print(f"file operations: {count} in {time.time() - begin}")
+    print(f"file operations: {count[0]} in {time.time() - begin}")
 
 
 @pytest.fixture(autouse=True)
@@ -169,15 +178,7 @@ def checkpoint(run, step, seed):
 
 
 def save_and_die(run, die_at):
-    os.fsync, count = lambda fd: None, 0
-
-    def watch(event, arguments):
-        nonlocal count
-        count += event in FILE_EVENTS and str(arguments[0]).startswith(run)
-        if count == die_at:
-            die()
-
-    sys.addaudithook(watch)
+    count_files(run, die_at)
     checkpoint(run, 20, 2)
 
 
@@ -189,6 +190,7 @@ def test_a_kill_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(start,
         process = context.Process(target=save_and_die, args=(str(run), die_at))
         process.start()
         process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
         folder, model = latest_checkpoint(run), tiny_model(9)
         optimizer = torch.optim.Adam(model.parameters())
         load_weights(model, folder)
@@ -217,7 +219,8 @@ def test_a_second_process_and_changed_settings_are_refused(start, inputs, tmp_pa
     for change in (dict(learning_rate=1e-4), dict(seed=1), dict(steps=13)):
         assert start("train_sft", command("train_sft", inputs, run, **change), log) == 2
         words = log.read_text()
-        assert words.startswith("error: ") and words.count("\n") == 1 and "--" + [*change][0].replace("_", "-") in words, words
+        assert words.startswith("error: ") and words.count("\n") == 1
+        assert f"--{[*change][0].replace('_', '-')} " in words
     lock = open_run(tmp_path / "busy", common.RunConfig())
     assert start("train_sft", command("train_sft", inputs, tmp_path / "busy"), log) == 2
     assert "is in use by another process" in log.read_text() and log.read_text().count("\n") == 1
@@ -248,6 +251,23 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     (tmp_path / "step_000030" / "optimizer.safetensors").write_bytes(b"")
     assert latest_checkpoint(tmp_path).name == "step_000020"
     assert capsys.readouterr().err.startswith("warning: ")
+
+
+@pytest.mark.parametrize("script, largest_file", [
+    ("train_sft", 3000), ("pav", 3000), ("pav", 8000), ("train_rl", 12000)])
+def test_a_run_goes_on_when_there_is_space_again(start, inputs, tmp_path, script, largest_file):
+    """No file may grow beyond the limit: the weights do not fit, nor, with the smaller one, pav.py's rollouts."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    argv = command(script, inputs, run)
+    assert start(script, argv, log) == 0
+    whole = outcome(run)
+    shutil.rmtree(run)
+    assert start(script, argv, log, largest_file=largest_file) == 2
+    error = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and "File too large" in error[0] and "run the same command again" in error[0]
+    assert "Traceback" not in log.read_text()
+    assert start(script, argv, log) == 0
+    assert outcome(run) == whole
 
 
 @pytest.mark.parametrize("where", ["model", "common"])
