@@ -20,7 +20,7 @@ STAGES = {
     "planted": dict(
         sft=dict(steps=400, num_examples=6000),
         verifier=dict(num_problems=40000, n_cov=1, cuts=1, n_mc=1, epochs=6),
-        rl=dict(),
+        rl=dict(num_prompts=4, num_generations=32),  # large groups: outcome-only needs them, PAV does not mind
         prover="scripted",
     ),
     "countdown": dict(

@@ -1,15 +1,18 @@
 """Read the runs below a directory, print the table, draw the figures. Nothing is computed twice: every number
 comes from metrics.jsonl and summary.json of a stage.
 
-    python report.py runs/planted          # -> table.md, curves.png, results.json in that directory
+    python report.py runs/planted                              # -> table.md, curves.png, results.json there
+    python report.py runs/planted --out docs/results/planted   # ... or elsewhere, to keep
 """
 
+import argparse
 import json
+import os
 import platform
-import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common import UserError, mean, read_metrics, script, write_json
 
@@ -141,24 +144,41 @@ def reliability_figure(rows, path):
     plt.close(fig)
 
 
-def write(root):
-    root = Path(root)
+def write(root, out=None):
+    """Table, figure and numbers of all finished arms below root, into out (default: root)."""
+    root, out = Path(root), Path(out or root)
+    out.mkdir(parents=True, exist_ok=True)
     arms = load_arms(root)
     rows = summarise(arms)
     task = next(iter(arms.values()))[0][3]["task"]
     text = table(rows)
-    figure(arms, root / "curves.png", f"--task {task}")
-    (root / "table.md").write_text(text + "\n")
-    write_json(root / "results.json", dict(task=task, arms=rows, machine=f"{platform.machine()}, {platform.system()}"))
-    print("\n" + text + f"\n\nfigure: {root}/curves.png   table: {root}/table.md   numbers: {root}/results.json")
+    figure(arms, out / "curves.png", f"--task {task}")
+    (out / "table.md").write_text(text + "\n")
+    curves = {name: {seed: [(r["num_tokens"], r["eval/accuracy"], r.get("eval/verifier_score")) for r in e]
+                     for seed, e, *_ in runs} for name, runs in arms.items()}
+    settings = {name: runs[0][3] for name, runs in arms.items()}
+    write_json(out / "results.json", dict(task=task, arms=rows, machine=machine(), torch=torch.__version__, settings=settings,
+                                          curves=curves))
+    print("\n" + text + f"\n\nfigure: {out}/curves.png   table: {out}/table.md   numbers: {out}/results.json")
     print("metrics of each arm: " + ", ".join(f"{root}/seed*/rl_{a}/metrics.jsonl" for a in rows))
 
 
+def machine():
+    """Processor and core count, for the record beside the numbers."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
 def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if "--help" in sys.argv or "-h" in sys.argv else 2)
-    write(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", help="a directory with seed*/rl_* runs, as train_rl.py makes it")
+    parser.add_argument("--out", help="where table, figure and numbers go (default: root)")
+    args = parser.parse_args()
+    write(args.root, args.out)
 
 
 if __name__ == "__main__":
