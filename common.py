@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -77,8 +78,8 @@ def check_bounds(cfg):
         flag = "--" + f.name.replace("_", "-")
         for v in value if isinstance(value, list) else [value]:
             if isinstance(v, (int, float)) and not isinstance(v, bool):
-                if v != v:
-                    raise UserError(f"{flag} is not a number")
+                if not math.isfinite(v):
+                    raise UserError(f"{flag} must be a finite number, got {v}")
                 if m["low"] is not None and v < m["low"]:
                     raise UserError(f"{flag} must be at least {m['low']}, got {v}")
                 if m["high"] is not None and v > m["high"]:
@@ -189,18 +190,27 @@ def open_run(run_dir, cfg, ignore=()):
     return lock
 
 
+def finite(value):
+    """NaN and infinity -> null, all the way down: JSON has no words for them."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value):
     """Whole or not at all: a reader never sees half a file."""
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(run_dir, step, write, optimizer=None, params=(), state=None, keep=1):
+def save_checkpoint(run_dir, step, write, optimizer=None, params=(), state=None, keep=2):
     """run_dir/step_000100/ in one rename. write(folder) puts the model there; the optimizer's moments go
     beside it as safetensors, everything else as JSON. Older checkpoints but `keep` are removed after."""
     run_dir = Path(run_dir)
@@ -272,7 +282,7 @@ class Metrics:
         temporary.rename(self.path)
 
     def write(self, step, **values):
-        row = dict(step=step) | {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        row = finite(dict(step=step) | {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
 

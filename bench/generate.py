@@ -20,6 +20,7 @@ Not compared: torch.compile, bfloat16, int8, llama.cpp, vLLM; early stopping, wh
 import random
 import tempfile
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ class Config(timing.Flags):
     max_prompt: int = opt(128, "tokens of the longest prompt", "what", low=1)
     peer_cache: str = opt("dynamic", "transformers' KV cache", "what", choices=["dynamic", "static"])
     repeats: int = opt(5, "rounds", "timing", low=1)
-    threads: int = opt(2, "CPU threads of both sides", "timing", low=1)
+    threads: list = opt([2], "CPU threads of both sides, one comparison each", "timing")
     out: str = opt("bench/results/generate.json", "where the numbers go", "timing")
 
 
@@ -75,7 +76,7 @@ def load_peer(folder):
 
 
 def tiny_folder(where, cfg):
-    cfg.rows, cfg.max_new_tokens, cfg.max_prompt, cfg.repeats, cfg.threads = 8, 4, 20, 1, 1
+    cfg.rows, cfg.max_new_tokens, cfg.max_prompt, cfg.repeats, cfg.threads = 8, 4, 20, 1, [1]
     tokenizer = alphabet_tokenizer(list("0123456789="))
     shape = ModelConfig(vocab_size=tokenizer.n_vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                         num_attention_heads=4, num_key_value_heads=2, head_dim=4, max_position_embeddings=64)
@@ -122,16 +123,17 @@ def main(argv=None):
     timing.need("transformers")
     with tempfile.TemporaryDirectory() as temporary:
         folder = tiny_folder(temporary, cfg) if cfg.tiny else resolve(cfg.model)
-        torch.set_num_threads(cfg.threads)
         model, _ = load_model(folder)
         peer = load_peer(folder)
     torch.manual_seed(cfg.seed)
     gap = check_same(model, peer, prompts_of("single", cfg, model.cfg.vocab_size)[0])
     result = timing.about("bench.generate", argv, cfg, "transformers") | dict(largest_logprob_difference=gap)
     timing.header("workload", "tok/s")
-    for workload in cfg.workloads:
-        r = result[workload] = measure(workload, cfg, model, peer)
-        timing.line(workload, r, lambda seconds: r["new_tokens"] / seconds)  # noqa: B023
+    for n, workload in product(cfg.threads, cfg.workloads):
+        torch.set_num_threads(n)
+        r = measure(workload, cfg, model, peer)
+        result.setdefault(f"threads_{n}", {})[workload] = r
+        timing.line(f"{workload}, {n} thread{'s' * (n > 1)}", r, lambda seconds: r["new_tokens"] / seconds)  # noqa: B023
     timing.write(cfg.out, result)
 
 

@@ -12,12 +12,12 @@ sampler    kernels.linear_sample with a packed weight and random numbers drawn b
 Not compared: bfloat16, CUDA, torch.compile, chunked cross-entropies of other libraries.
 """
 
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 
@@ -96,9 +96,10 @@ def peak_memory(cfg, side):
     inputs = head_inputs(cfg, generator(cfg.seed, "bench"))
     small = [x[:16].detach().requires_grad_(x.is_floating_point()) for x in (inputs[0], inputs[1], inputs[2] * 0)]
     logprob_step(side, *small)  # libraries load now
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024  # noqa: E731
+    before = peak()  # ru_maxrss would not do: a child starts with its parent's
     logprob_step(side, *inputs)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak() - before
 
 
 def logprob(cfg, gen):

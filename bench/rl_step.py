@@ -3,7 +3,7 @@
     python -m bench.rl_step                 # tiny planted model; 2 minutes (--tiny: does it run?)
 
 A step is 16 prompts x 8 samples x 12 tokens from a model of width 64 with 2 layers, graded by the task, and one
-optimizer step on the 128 samples: train_rl.py's defaults with --reward outcome, so no verifier on either side. Ours is
+optimizer step on the 128 samples: train_rl.py with --reward outcome, so no verifier on either side. Ours is
 the body of train_rl.train's loop; theirs is all between two ends of a step of trainer.train(). The sides take turns: a
 callback at the end of each TRL step runs one of ours. The model is train_sft.py's with the demonstrator "prover", so
 that rewards within a group differ. Same on both sides: weights at the start (TRL reads the folder that model.save_model
@@ -55,7 +55,8 @@ class Ours:
 
     def __init__(self, cfg, folder, task):
         self.task, self.problems = task, task.problems("train", None, 0)
-        self.cfg = train_rl.Config(reward="outcome", seed=cfg.seed, num_prompts=2 if cfg.tiny else 16)
+        P = 2 if cfg.tiny else 16
+        self.cfg = train_rl.Config(reward="outcome", seed=cfg.seed, num_prompts=P, num_generations=8)
         self.model, self.tokenizer = load_model(folder)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.cfg.learning_rate, betas=(0.9, 0.99))
         self.log = []  # (seconds, tokens, mean reward) of every step
