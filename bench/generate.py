@@ -112,7 +112,7 @@ def measure(workload, cfg, model, peer):
 
     tokens = len(prompts) * new
     result = dict(sequences=len(prompts), prompt_tokens=sum(map(len, prompts)), new_tokens=tokens)
-    result |= timing.compare_calls(ours, theirs, cfg.repeats)
+    result |= timing.compare_calls(cfg, ours, theirs)
     for side in ("ours", "theirs"):
         result[side]["tokens_per_second"] = round(tokens / result[side]["seconds"]["median"], 1)
     return result

@@ -14,7 +14,7 @@ Not compared: bfloat16, CUDA, torch.compile, chunked cross-entropies of other li
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -43,7 +43,7 @@ class Config(timing.Flags):
 
 
 def compare(cfg, label, ours, theirs):
-    result = timing.compare_calls(ours, theirs, cfg.repeats, 0.0 if cfg.tiny else 0.1)
+    result = timing.compare_calls(cfg, ours, theirs, 0.0 if cfg.tiny else 0.15)
     timing.line(label, result, lambda seconds: 1000 * seconds)
     return result
 
@@ -94,8 +94,7 @@ def logprob_step(side, hidden, weight, target):
 def peak_memory(cfg, side):
     """MiB that a step adds to the process's peak. The gradients of the inputs (110 MiB) are among them."""
     inputs = head_inputs(cfg, generator(cfg.seed, "bench"))
-    small = [x[:16].detach().requires_grad_(x.is_floating_point()) for x in (inputs[0], inputs[1], inputs[2] * 0)]
-    logprob_step(side, *small)  # libraries load now
+    logprob_step(side, *head_inputs(replace(cfg, tiny=True), generator(cfg.seed, "bench"), 16))  # libraries load now
     peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024  # noqa: E731
     before = peak()  # ru_maxrss would not do: a child starts with its parent's
     logprob_step(side, *inputs)

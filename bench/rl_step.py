@@ -54,9 +54,8 @@ class Ours:
     """The body of train_rl.train's loop: step() does one step and notes what it cost."""
 
     def __init__(self, cfg, folder, task):
-        self.task, self.problems = task, task.problems("train", None, 0)
-        P = 2 if cfg.tiny else 16
-        self.cfg = train_rl.Config(reward="outcome", seed=cfg.seed, num_prompts=P, num_generations=8)
+        self.task, self.problems, prompts = task, task.problems("train", None, 0), 2 if cfg.tiny else 16
+        self.cfg = train_rl.Config(reward="outcome", seed=cfg.seed, num_prompts=prompts, num_generations=8)
         self.model, self.tokenizer = load_model(folder)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.cfg.learning_rate, betas=(0.9, 0.99))
         self.log = []  # (seconds, tokens, mean reward) of every step
@@ -120,8 +119,7 @@ def run_theirs(cfg, folder, ours, where):
     return [(s, *g) for s, g in zip(seconds, graded)]
 
 
-def measure(cfg, folder, task, threads, where):
-    torch.set_num_threads(threads)
+def measure(cfg, folder, task, where):
     ours, w = Ours(cfg, folder, task), cfg.warmup
     with timing.Others() as others:
         logs = dict(theirs=run_theirs(cfg, folder, ours, where), ours=ours.log)
@@ -142,7 +140,8 @@ def main(argv=None):
         result = timing.about("bench.rl_step", argv, cfg, "trl", "transformers", "accelerate")
         timing.header("threads", "ms")
         for n in cfg.threads:
-            result[f"threads_{n}"] = r = measure(cfg, folder, task, n, where)
+            torch.set_num_threads(n)
+            result[f"threads_{n}"] = r = timing.undisturbed(cfg, lambda: measure(cfg, folder, task, where))
             timing.line(str(n), r, lambda seconds: 1000 * seconds)
     timing.write(cfg.out, result)
 

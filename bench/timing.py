@@ -2,8 +2,9 @@
 
 Times on a shared machine wander by tens of percent within minutes. So the sides of a comparison take turns in one
 process, a ratio is formed within each round, and the median of those ratios is the result; seconds are context.
-`others` is the number of cores that other processes kept busy meanwhile (from /proc, Linux only): above 0.1 the
-seconds are suspect, above 0.5 the ratios are, too. `min` is given beside the median for that case.
+`others` is the number of cores that other processes kept busy meanwhile (from /proc, Linux only). Where they left
+fewer than our threads need, two threads wait for each other in slices of the scheduler, 8 or 16 ms, and even the ratio
+says nothing: such a result is marked "disturbed" (and "*" in the table), and --wait measures it again.
 """
 
 import os
@@ -24,7 +25,7 @@ from common import UserError, opt, write_json
 class Flags:
     """What every benchmark can be told."""
 
-    wait: float = opt(0.0, "seconds to wait, at most, until other processes are quiet", "timing", low=0)
+    wait: float = opt(0.0, "seconds to spend on waiting for others and repeating what they disturbed", "timing", low=0)
     seed: int = opt(0, "fixes every random choice", "timing", low=0)
     tiny: bool = opt(False, "small shapes and hardly any rounds: does it run?", "timing")
 
@@ -47,16 +48,6 @@ def need(*packages):
             metadata.version(name)
         except metadata.PackageNotFoundError:
             raise UserError(f"{name} is not installed, and it is what this compares with: pip install {name}") from None
-
-
-def wait_quiet(seconds, cores=0.15):
-    """Wait, at most so long, until other processes have used less than `cores` cores for 10 s. Returns the load."""
-    end, others = time.time() + seconds, Others()
-    others.cores = 1.0
-    while time.time() < end and others.cores >= cores:
-        with others:
-            time.sleep(10)
-    return os.getloadavg()[0]
 
 
 def _busy():
@@ -123,10 +114,30 @@ def compare(times, others):
     return sides | dict(ratio=ratio(times["theirs"], times["ours"]), others=others.cores)
 
 
-def compare_calls(ours, theirs, repeats, min_seconds=0.0):
-    with Others() as others:
-        times = alternate(dict(ours=ours, theirs=theirs), repeats, min_seconds)
-    return compare(times, others)
+def undisturbed(cfg, measure):
+    """measure(), and again while others leave less than our threads' cores free and cfg.wait lasts: it is used up."""
+    room = os.cpu_count() - torch.get_num_threads() + 0.15
+    while True:
+        start, quiet = time.time(), Others()
+        while cfg.wait > time.time() - start:
+            with quiet:
+                time.sleep(1.1)
+            if quiet.cores <= room:
+                break
+        result = measure()
+        cfg.wait -= time.time() - start
+        result["disturbed"] = (result["others"] or 0) > room
+        if not result["disturbed"] or cfg.wait <= 0:
+            return result
+
+
+def compare_calls(cfg, ours, theirs, min_seconds=0.0):
+    def measure():
+        with Others() as others:
+            times = alternate(dict(ours=ours, theirs=theirs), cfg.repeats, min_seconds)
+        return compare(times, others)
+
+    return undisturbed(cfg, measure)
 
 
 def header(label, unit):
@@ -138,7 +149,7 @@ def line(label, result, number):
     a, b = (number(result[side]["seconds"]["median"]) for side in ("ours", "theirs"))
     low, high = result["ratio"]["quartiles"]
     print(f"{label:<34}{a:>14.4g}{b:>16.4g}{result['ratio']['median']:>8.2f}   {f'{low:.2f} - {high:.2f}':<16}"
-          f"{result['others']}", flush=True)
+          f"{result['others']}{' *' if result['disturbed'] else ''}", flush=True)
 
 
 def write(path, result):
@@ -150,5 +161,4 @@ def write(path, result):
 def about(module, argv, cfg, *packages):
     """The head of every JSON: the command, the machine, the settings."""
     command = ["python", "-m", module, *(sys.argv[1:] if argv is None else argv)]
-    return dict(command=" ".join(command), machine=machine(*packages), settings=asdict(cfg),
-                load_before=wait_quiet(cfg.wait))
+    return dict(command=" ".join(command), machine=machine(*packages), settings=asdict(cfg))
