@@ -160,5 +160,6 @@ def write(path, result):
 
 def about(module, argv, cfg, *packages):
     """The head of every JSON: the command, the machine, the settings."""
-    command = ["python", "-m", module, *(sys.argv[1:] if argv is None else argv)]
-    return dict(command=" ".join(command), machine=machine(*packages), settings=asdict(cfg))
+    given = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--out=")]
+    settings = {name: value for name, value in asdict(cfg).items() if name != "out"}  # a path of this machine
+    return dict(command=" ".join(["python", "-m", module, *given]), machine=machine(*packages), settings=settings)
