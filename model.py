@@ -95,16 +95,19 @@ class KVCache:
 
 
 def rope_tables(cfg, device):
-    """cos, sin [max_position, head_dim/2] float32 of the angles position * theta^(-2i/head_dim)."""
+    """cos and sin [max_position, head_dim] float32 of the angles position * theta^(-2i/head_dim), i = 0..head_dim/2-1,
+    twice side by side; the first half of sin negated, which is what rotate wants."""
     freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32) / cfg.head_dim)
     angle = torch.outer(torch.arange(cfg.max_position_embeddings, device=device, dtype=torch.float32), freq)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding, "rotate half" layout. x [B,T,heads,head_dim]; cos, sin broadcast to [B,T,1,head_dim/2]."""
+    """Rotary embedding, "rotate half" layout. x [B,T,heads,head_dim]; cos, sin of rope_tables broadcast to
+    [B,T,1,head_dim]. (a, b) -> (a cos - b sin, b cos + a sin), three operations instead of seven."""
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
 
 
 class Layer(nn.Module):
@@ -183,7 +186,7 @@ class Transformer(nn.Module):
 
             return write_and_attend
 
-        here = (cos[length][:, None, None], sin[length][:, None, None])  # (B, 1, 1, d/2)
+        here = (cos[length][:, None, None], sin[length][:, None, None])  # (B, 1, 1, d)
         return self._run(tokens[:, None], here, attend)[:, 0]
 
     def _run(self, tokens, rope, attend):
@@ -202,7 +205,7 @@ class Transformer(nn.Module):
         cos, sin = self._rope_tables(device)
         if len(cos) < T:
             raise UserError(f"{T} tokens exceed the model's context of {len(cos)}; shorten the text")
-        return cos[:T, None], sin[:T, None]  # (T, 1, d/2)
+        return cos[:T, None], sin[:T, None]  # (T, 1, d)
 
     def logits(self, hidden):
         """hidden [...,D] -> logits [...,V] float32. Whole: for tests and small looks."""

@@ -1,12 +1,16 @@
-"""The matrix product of every layer: x @ weight.T, and on a CPU through oneDNN instead of BLAS.
+"""The matrix product of every layer: x @ weight.T, on a CPU through the library that is fastest there.
 
-PyTorch's CPU wheels send float32 products to MKL, which on many non-Intel processors takes a slow code
-path. oneDNN, in the same wheel, looks at what the processor can do: on a Zen 5 core its products are 2.2
-times as fast, forward and backward (bench/products.py). A product of a few rows has a second cost: oneDNN
-first copies the weight into the layout that it likes. Generation uses each weight hundreds of times between
-two updates, so there the copies are kept: see packed_weights. A single row is limited by reading the weight
-once, which MKL does at the speed of memory when the matrix lies transposed, and at two thirds of it otherwise.
+PyTorch's CPU wheels send float32 products to MKL, which on processors of other makers takes a slower code path, the more
+so the wider their vectors. oneDNN, in the same wheel, looks at what the processor can do: with AVX-512 on a Zen 5 core its
+products are 2.2 times as fast, forward and backward; with AVX2 on a Zen 3 core MKL is as fast, and cheaper to call
+(bench/products.py). Three layouts of a weight, then:
 
+    as it is     the large products of training: oneDNN with AVX-512, else MKL
+    packed       a few rows (decoding): oneDNN's own layout, else it would copy the weight in every call
+    transposed   one row (decoding one sequence), limited by reading the weight once: MKL reads a wide one at the speed
+                 of memory when it lies transposed, and at half to two thirds of that otherwise
+
+Generation uses each weight hundreds of times between two updates, so the copies are kept meanwhile: see packed_weights.
 On CUDA, in bfloat16, or where PyTorch lacks the operator, this is F.linear.
 """
 
@@ -23,7 +27,10 @@ try:
 except (AttributeError, RuntimeError):
     _usable = False
 
-SMALL = 500_000  # multiply-adds below which oneDNN's call costs more than it saves
+_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+SMALL = 500_000  # multiply-adds below which oneDNN's call costs more than it saves (20 us)
+FEW = 16  # rows up to which a packed weight beats MKL also without AVX-512: reading it is what costs
+TINY = 65_536  # entries of a weight that stays in the cache whatever its layout
 _packed = {}  # id(weight) -> (weight, its version, a copy in a faster layout)
 
 
@@ -35,9 +42,19 @@ def matmul_nt(x, weight):
     if entry is not None and entry[0] is weight and entry[1] == weight._version:
         copy = entry[2]
         return _product(x, copy, None, "none", [], "") if copy.is_mkldnn else x @ copy
-    if x.shape[0] * weight.numel() < SMALL or x.shape[0] == 1:
-        return x @ weight.t()
-    return _product(x, weight, None, "none", [], "")
+    if _wide and x.shape[0] > 1 and x.shape[0] * weight.numel() >= SMALL:
+        return _product(x, weight, None, "none", [], "")
+    return x @ weight.t()
+
+
+def best_layout(weight, rows):
+    """Which copy of weight [N,K] to keep for many products with `rows` rows: "packed", "transposed" or "" (none)."""
+    N, K = weight.shape
+    if rows == 1:
+        return "transposed" if N * K >= TINY and N >= K else ""
+    if _wide:
+        return "packed" if rows * N * K >= SMALL else ""
+    return "packed" if rows <= FEW and N * K >= TINY else ""
 
 
 class _Linear(torch.autograd.Function):
@@ -83,8 +100,11 @@ def packed_weights(weights, rows):
     mine = []
     if _usable:
         for w in weights:
-            if w.dim() == 2 and w.dtype == torch.float32 and w.device.type == "cpu" and id(w) not in _packed:
-                copy = _pack(w.detach(), rows) if rows > 1 else w.detach().t().contiguous()
+            if w.dim() != 2 or w.dtype != torch.float32 or w.device.type != "cpu" or id(w) in _packed:
+                continue
+            layout = best_layout(w, rows)
+            if layout:
+                copy = _pack(w.detach(), rows) if layout == "packed" else w.detach().t().contiguous()
                 _packed[id(w)] = (w, w._version, copy)
                 mine.append(id(w))
     try:

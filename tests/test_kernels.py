@@ -239,8 +239,10 @@ def test_greedy_takes_the_lowest_id_among_equals():
 # Products
 
 
+@pytest.mark.parametrize("wide", [True, False])  # what a processor with and without AVX-512 takes
 @pytest.mark.parametrize("M, N, K", [(1, 3, 5), (7, 3, 5), (64, 128, 96), (1, 1024, 600)])
-def test_products_equal_plain_ones_forward_and_backward(M, N, K):
+def test_products_equal_plain_ones_forward_and_backward(M, N, K, wide, monkeypatch):
+    monkeypatch.setattr(product, "_wide", wide)
     g = torch.Generator().manual_seed(0)
     x, weight, dy = torch.randn(M, K, generator=g), torch.randn(N, K, generator=g), torch.randn(M, N, generator=g)
     for a, b in [(x, weight), (x.t().contiguous().t(), weight.t().contiguous().t())]:  # and transposed views
@@ -256,18 +258,21 @@ def test_products_equal_plain_ones_forward_and_backward(M, N, K):
         torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 64])
-def test_packed_copies_are_equal_and_stale_ones_are_not_used(rows):
+@pytest.mark.parametrize("wide, rows, layout", [(True, 1, "transposed"), (True, 64, "packed"), (False, 1, "transposed"),
+                                                (False, 8, "packed"), (False, 64, "")])
+def test_packed_copies_are_equal_and_stale_ones_are_not_used(wide, rows, layout, monkeypatch):
+    monkeypatch.setattr(product, "_wide", wide)
     g = torch.Generator().manual_seed(1)
-    weight = torch.nn.Parameter(torch.randn(128, 96, generator=g))
+    weight = torch.nn.Parameter(torch.randn(768, 96, generator=g))
     x = torch.randn(rows, 96, generator=g)
     optimizer = torch.optim.Adam([weight], lr=0.1)
+    assert product.best_layout(weight, rows) == layout
     with torch.no_grad(), packed_weights([weight], rows):
-        assert (id(weight) in product._packed) == product._usable
+        assert (id(weight) in product._packed) == (product._usable and layout != "")
         for m in (rows, 1, 3):
             torch.testing.assert_close(matmul_nt(x[:1].expand(m, -1).contiguous(), weight),
                                        x[:1].expand(m, -1) @ weight.t(), atol=1e-4, rtol=1e-4)
-        for update in (lambda: weight.mul_(2), lambda: weight.copy_(torch.randn(128, 96, generator=g)), optimizer.step):
+        for update in (lambda: weight.mul_(2), lambda: weight.copy_(torch.randn(768, 96, generator=g)), optimizer.step):
             weight.grad = torch.ones_like(weight)
             before = x @ weight.t()
             update()
@@ -277,7 +282,7 @@ def test_packed_copies_are_equal_and_stale_ones_are_not_used(rows):
 
 
 def test_packed_copies_go_with_an_exception_and_nest():
-    weight = torch.randn(128, 96)
+    weight = torch.randn(768, 96)
     with pytest.raises(RuntimeError), packed_weights([weight], 8):
         with packed_weights([weight], 8):
             pass
