@@ -12,6 +12,9 @@ ids), the group's mean as baseline, loss "dapo", one iteration, beta 0, entropy 
 constant rate, gradient clipping. Off in TRL, as it costs time: gradient checkpointing, bfloat16, logging, saving. Our
 metrics and evaluations are not timed.
 
+"products" is the time of the step's matrix products alone, on their shapes, taken in the same run: what is left when
+everything else is free. It says how large the ratio can become.
+
 Not compared: vLLM and GPUs, for which TRL is made; transformers' continuous batching; larger models (see
 bench.generate); long prompts, where a group shares one prefill here (a prompt of this task is one token).
 """
@@ -26,6 +29,7 @@ import train_rl
 import train_sft
 from bench import timing
 from common import derive, mean, opt, parse, script
+from kernels.product import matmul_nt
 from model import load_model, resolve, save_model
 from sample import generate
 from tasks import get_task
@@ -119,6 +123,26 @@ def run_theirs(cfg, folder, ours, where):
     return [(s, *g) for s, g in zip(seconds, graded)]
 
 
+def products(ours, tokens, seconds):
+    """Seconds of the matrix products of one step with that many sampled tokens: decoding (a product a matrix and token
+    position), the update's forward, and two as large in backward. Best library for each, a median over `seconds`."""
+    B = ours.cfg.num_prompts * ours.cfg.num_generations
+    weights = [p.detach() for p in ours.model.parameters() if p.dim() == 2]
+    positions, times = round(tokens / B), []
+    x = {w: (torch.randn(B, w.shape[1]), torch.randn(tokens, w.shape[1]), torch.randn(tokens, w.shape[0])) for w in weights}
+    until = time.perf_counter() + seconds
+    with torch.no_grad():
+        while time.perf_counter() < until or len(times) < 3:
+            start = time.perf_counter()
+            for w in weights:
+                few, many, grad = x[w]
+                for _ in range(positions):
+                    matmul_nt(few, w)
+                matmul_nt(many, w), matmul_nt(grad, w.t()), matmul_nt(grad.t(), many.t())
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
 def measure(cfg, folder, task, where):
     ours, w = Ours(cfg, folder, task), cfg.warmup
     with timing.Others() as others:
@@ -126,8 +150,10 @@ def measure(cfg, folder, task, where):
     result = timing.compare({side: [seconds for seconds, _, _ in log[w:]] for side, log in logs.items()}, others)
     for side, log in logs.items():
         _, tokens, reward = zip(*log)
+        tokens_a_step = round(mean(tokens))
         result[side] |= dict(tokens_a_step=mean(tokens), first_reward=mean(reward[:w]), last_reward=mean(reward[-w:]))
-    return result
+    floor = products(ours, tokens_a_step, 0.1 if cfg.tiny else 2)
+    return result | dict(products=floor, largest_ratio=result["theirs"]["seconds"]["median"] / floor)
 
 
 def main(argv=None):
