@@ -2,6 +2,7 @@
 
     python sample.py --model smollm2 --prompt "Tom has 3 apples and buys 4 more. How many apples does he have?"
     python sample.py --model runs/planted/seed0/sft --task planted --n 64          # accuracy and pass@k
+    python sample.py --model DIR --task planted --search beam --n 12 --verifier DIR --alpha 0.5   # see search.py
 
 How it decodes. Every sequence owns a row of the KV cache while it lives. Prompts are prefilled once each
 (G samples of a prompt share that work), longest first, in right-padded buckets of similar length. A row
@@ -209,6 +210,13 @@ class Config:
     min_p: float = opt(0.0, "only tokens with this share of the likeliest one's probability", "sampling", low=0, high=1)
     max_new_tokens: int = opt(0, "tokens a completion may have (0: 256, or the task's)", "sampling", low=0)
     seed: int = opt(0, "fixes every draw (and the planted task's sequences)", "sampling", low=0)
+    search: str = opt("", "spend --n samples a problem on one answer; what each does: search.py", "search",
+                      choices=["", "best-of-n", "beam", "majority"])
+    verifier: str = opt("", "Q^pi that ranks (pav.py --label q --prover base); best-of-n: also --label outcome", "search")
+    alpha: float = opt(0.5, "beam: rank by Q^pi + alpha * A^mu", "search", low=0)
+    prover_k: int = opt(0, "A^mu of the Best-of-K prover (0: the verifier's own K)", "search", low=0)
+    prover_verifier: str = opt("", "A^mu of another prover (default: Best-of-K of --verifier)", "search")
+    width: int = opt(0, "beam: elements kept a step; must divide --n (0: n/3)", "search", low=0)
     slots: int = opt(64, "sequences decoded at once", "sampling", low=1)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")
     dtype: str = opt("float32", "of weights and activations", "run", choices=["float32", "bfloat16"])
@@ -277,7 +285,9 @@ def main(argv=None):
     temperature = 0.0 if cfg.greedy else cfg.temperature if cfg.temperature >= 0 else (1.0 if cfg.task else 0.0)
     options = dict(temperature=temperature, seed=cfg.seed, stop_ids=tokenizer.eos_ids, slots=cfg.slots, top_k=cfg.top_k,
                    top_p=cfg.top_p, min_p=cfg.min_p)
-    (answer_task if cfg.task else answer_prompt)(cfg, model, tokenizer, options)
+    if cfg.search:
+        from search import answer as answer_task
+    (answer_task if cfg.task or cfg.search else answer_prompt)(cfg, model, tokenizer, options)
 
 
 if __name__ == "__main__":

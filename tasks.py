@@ -39,13 +39,15 @@ class Problem:
 class Task:
     """What tasks share. Each also has
     strengths: {base, prover, strong} of the demonstrator (None: none), max_new_tokens, ends_with_eos,
-        random_demonstrations (False: one solution per problem)
+        random_demonstrations (False: one solution per problem), step_tokens (0: a step ends with a newline)
     tokenizer() -> the tiny alphabet (None: the model brings its own)
     demonstration(problem, strength, seed) -> completion text without EOS
     grade(problem, completion) -> 0.0 or 1.0, from the text alone
     step_ends(tokens, prompt_len, length, tokenizer) -> exclusive ends of the steps: increasing positions in
         `tokens` (prompt and completion), the last is length; [] for an empty completion
     """
+
+    step_tokens = 0
 
     def problems(self, split, n=None, seed=0):
         """At most n problems (None: all) of "train", "val" or "test", in an order fixed by seed."""
@@ -111,6 +113,7 @@ class Planted(Task):
 
     strengths = dict(base=5.0, prover=16.0, strong=1000.0)
     ends_with_eos, random_demonstrations = False, True
+    step_tokens = 1
 
     def __init__(self, seed=0, prompts=4, letters=14, planted=6, length=12):
         if not (1 <= prompts <= 26 and 1 <= planted <= letters <= 26 and planted <= length):
