@@ -370,7 +370,7 @@ def mean(values):
 class RunConfig:
     """The flags that every training script shares."""
 
-    task: str = opt("planted", "what to solve", "task", choices=["planted", "countdown", "jsonl"])
+    task: str = opt("planted", "what to solve", "task", choices=["planted", "countdown", "chain", "stargraph", "jsonl"])
     data: list = opt([], "jsonl files of the user, for --task jsonl", "task")
     question_field: str = opt("", "name of the question in --data (default: guessed)", "task")
     answer_field: str = opt("", "name of the answer in --data (default: guessed)", "task")

@@ -458,4 +458,8 @@ def get_task(name, seed=0, data=(), question_field="", answer_field="", **option
         return Countdown(**options)
     if name == "jsonl":
         return Jsonl(data, question_field, answer_field, seed, **options)
-    raise UserError(f"task {name!r} is unknown; use planted, countdown or jsonl")
+    if name in ("chain", "stargraph"):
+        import didactic
+
+        return didactic.Chain(seed, **options) if name == "chain" else didactic.StarGraph(seed, **options)
+    raise UserError(f"task {name!r} is unknown; use planted, countdown, chain, stargraph or jsonl")

@@ -2,6 +2,7 @@
 
     python train_sft.py --task planted --run-dir runs/sft                        # tiny model from nothing, CPU, 15 s
     python train_sft.py --task jsonl --data gsm8k_train.jsonl --model smollm2    # open weights
+    python train_sft.py --task planted --rft --policy runs/sft --run-dir runs/rft    # rejection-sampling fine-tuning
 
 The loss is the mean negative log-prob of the completion's tokens, its EOS included, the prompt's left
 out. What is left out of the textbook: packing several examples into one row (rows of a micro-batch have
@@ -9,6 +10,9 @@ similar lengths instead), dropout, label smoothing.
 
 With --task planted or countdown the demonstrations come from a scripted policy whose --strength says how
 often it knows what it is doing: a weak one makes the base policy, a stronger one a prover.
+
+With --rft the examples are a policy's own correct solutions (solutions.py), by default beside the demonstrations
+of the same problems (Yuan et al. 2023, arXiv 2308.01825). Training starts from --model, the base, not from --policy.
 """
 
 import json
@@ -40,6 +44,7 @@ from common import (
 from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, load_weights, pad_right, token_logprobs, write_model
 from sample import generate
+from solutions import count, first_problems, keep_correct, sample_solutions
 from tasks import get_task
 
 
@@ -51,6 +56,15 @@ class Config(RunConfig):
     num_attention_heads: int = opt(4, "heads of the tiny model", "model", low=1)
     strength: float = opt(-1.0, "demonstrator's strength (-1: the task's base strength)", "task")
     num_examples: int = opt(6000, "demonstrations (a file is used whole where it has fewer)", "task", low=1)
+    num_problems: int = opt(0, "only the first so many training problems (0: all)", "task", low=0)
+    rft: bool = opt(False, "train on correct solutions sampled from --policy", "rejection sampling")
+    policy: str = opt("", "whose solutions: a folder that train_sft.py made", "rejection sampling")
+    num_generations: int = opt(16, "solutions sampled a problem", "rejection sampling", low=1)
+    rft_keep: int = opt(4, "distinct correct solutions kept a problem (0: all)", "rejection sampling", low=0)
+    rft_demonstrations: bool = opt(True, "keep the demonstrations beside them", "rejection sampling")
+    temperature: float = opt(1.0, "of the sampled solutions", "rejection sampling", above=0)
+    slots: int = opt(512, "sequences decoded at once", "rejection sampling", low=1)
+    shard_problems: int = opt(1000, "problems per file of solutions (what a kill may cost)", "rejection sampling", low=1)
     steps: int = opt(400, "optimizer steps", "optimization", low=1)
     batch_size: int = opt(128, "examples a step", "optimization", low=1)
     micro_batch_size: int = opt(0, "examples a backward pass, to save memory (0: the whole batch)", "optimization", low=0)
@@ -84,6 +98,29 @@ def build_examples(task, tokenizer, problems, cfg):
         completion += [tokenizer.eos_ids[0]] if task.ends_with_eos else []
         examples.append((task.prompt_tokens(problem, tokenizer), completion))
     return examples
+
+
+def rft_examples(task, tokenizer, problems, cfg, run, device):
+    """Correct solutions of --policy, and unless told otherwise the demonstrations: [(prompt ids, completion ids)], counts."""
+    if not cfg.policy:
+        raise UserError("--rft needs --policy: the folder of the policy that is to be sampled (train_sft.py makes one)")
+    policy, other = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
+    if other.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--policy {cfg.policy} has another tokenizer than the model to train; its solutions are other tokens")
+    spare_threads(policy, cfg.threads)
+    solutions = sample_solutions(policy, tokenizer, task, problems, cfg.num_generations, cfg, run / "rollouts")
+    kept = keep_correct(solutions, cfg.rft_keep)
+    counts = count(solutions, kept)
+    print("rft: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items()), flush=True)
+    examples = build_examples(task, tokenizer, problems, cfg) if cfg.rft_demonstrations else []
+    shown = {(*p, -1, *c) for p, c in examples}
+    for problem, mine in zip(problems, kept):
+        prompt = task.prompt_tokens(problem, tokenizer)
+        examples += [(prompt, c) for c in mine if (*prompt, -1, *c) not in shown]
+    if not examples:
+        raise UserError("no sampled solution is right, and --no-rft-demonstrations leaves nothing to train on: raise "
+                        "--num-generations, or take a better --policy")
+    return examples, counts
 
 
 def sft_batch(examples, device):
@@ -173,7 +210,11 @@ def train(cfg):
         start, spent = state["step"], state["seconds"]
         print(f"resuming {run} at step {start}")
     metrics = Metrics(run, start)
-    examples = build_examples(task, tokenizer, task.problems("train", None, cfg.seed), cfg)
+    problems, counts = first_problems(task, cfg.num_problems, cfg.seed), {}
+    if cfg.rft:
+        examples, counts = rft_examples(task, tokenizer, problems, cfg, run, device)
+    else:
+        examples = build_examples(task, tokenizer, problems, cfg)
     longest = max(len(p) + len(c) for p, c in examples)
     if longest > model.cfg.max_position_embeddings:
         raise UserError(f"an example has {longest} tokens, the model's context is {model.cfg.max_position_embeddings}: "
@@ -204,9 +245,9 @@ def train(cfg):
     held_out = task.problems("val", cfg.eval_problems, cfg.seed)
     score, clipped = accuracy(model, tokenizer, task, held_out, cfg.max_completion_length or task.max_new_tokens, cfg.seed)
     summary = dict(loss=nll if start < cfg.steps else None, accuracy=score, clipped_ratio=clipped,
-                   examples=len(examples), seconds=round(time.time() - clock, 1))
+                   examples=len(examples), seconds=round(time.time() - clock, 1), **counts)
     write_json(run / "summary.json", summary)
-    print(f"sft: {cfg.steps} steps on {len(examples)} demonstrations, sampled accuracy {score:.3f} "
+    print(f"sft: {cfg.steps} steps on {len(examples)} examples, sampled accuracy {score:.3f} "
           f"(val, n={len(held_out)}), {summary['seconds']:.0f} s -> {run}")
     return summary
 
@@ -225,6 +266,7 @@ def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     if cfg.smoke:
         cfg.steps, cfg.num_examples, cfg.eval_problems = min(cfg.steps, 20), min(cfg.num_examples, 256), 32
+        cfg.num_generations = 4
     return train(cfg)
 
 

@@ -20,7 +20,7 @@ from tasks import get_task
 from tokenizer import alphabet_tokenizer
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["train_sft", "pav", "train_rl", "sample"]
+SCRIPTS = ["train_sft", "train_dpo", "pav", "train_rl", "sample"]
 
 
 def call(monkeypatch, capsys, script, *argv):

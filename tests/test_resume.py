@@ -36,7 +36,10 @@ TINY = {
                 eval_problems=8, eval_mc=2),
     "train_rl": dict(reward="pav", num_prompts=3, num_generations=4, steps=8, save_steps=3, eval_steps=2,
                      eval_problems=8, num_iterations=2, beta=0.1),
+    "train_dpo": dict(num_problems=18, num_generations=8, n_mc=5, shard_problems=6, epochs=4, batch_size=8, save_steps=3,
+                      logging_steps=1, eval_problems=8),
 }
+RFT = TINY["train_sft"] | dict(rft=True, num_problems=18, num_examples=18, num_generations=6, shard_problems=6)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -67,7 +70,7 @@ def stage(script, argv, log, die_at=None, die_after=None, largest_file=None):
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 (for the life of the process)
-    module, begin = importlib.import_module(script), time.time()
+    module, begin = importlib.import_module("train_sft" if script == "rft" else script), time.time()
     module.get_task = lambda cfg: ToyTask()
     count = count_files(os.path.dirname(log), die_at)
     if die_after is not None:
@@ -89,7 +92,7 @@ def start():
         patch.setenv("PYTHONPATH", path)
         patch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train_sft", "pav", "train_rl", "toy", "torch._dynamo"])  # which Adam imports
+        context.set_forkserver_preload(["train_sft", "pav", "train_rl", "train_dpo", "toy", "torch._dynamo"])  # which Adam imports
 
         def run(script, argv, log, **kill):
             process = context.Process(target=stage, args=(script, argv, str(log)), kwargs=kill)
@@ -116,15 +119,16 @@ def command(script, inputs, run_dir, **change):
     """Flags of a tiny run."""
     policy = {} if script == "train_sft" else dict(policy=inputs / "policy")
     policy |= dict(verifier=inputs / "verifier") if script == "train_rl" else {}
-    settings = TINY[script] | policy | dict(run_dir=run_dir, device="cpu", threads=1) | change
-    return [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
+    settings = (RFT | dict(policy=inputs / "policy") if script == "rft" else TINY[script] | policy)
+    settings |= dict(run_dir=run_dir, device="cpu", threads=1) | change
+    return [f"--{k.replace('_', '-')}" + (f"={v}" if v is not True else "") for k, v in settings.items()]
 
 
 def outcome(run):
     """What must be the same: every file of the newest checkpoint but the time in it, and the rows of metrics.jsonl."""
     folder = latest_checkpoint(run)
     files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "state.json"}
-    files |= {p.name: p.read_bytes() for p in run.glob("rollouts/*")}
+    files |= {p.name: p.read_bytes() for p in [*run.glob("rollouts/*"), *run.glob("pairs.*")]}
     state = {k: v for k, v in json.loads((folder / "state.json").read_text()).items() if k != "seconds"}
     clock = lambda name: name in ("step_time", "tokens_per_second") or name.startswith("timing/")  # noqa: E731
     rows = [{k: v for k, v in row.items() if not clock(k)} for row in read_metrics(run)]
@@ -135,7 +139,7 @@ def outcome(run):
 # Kill and go on
 
 
-@pytest.mark.parametrize("script", TINY)
+@pytest.mark.parametrize("script", [*TINY, "rft"])
 def test_killed_runs_end_with_the_same_bits(start, inputs, tmp_path, script):
     argv, log = command(script, inputs, tmp_path / "run"), tmp_path / "log"
     assert start(script, argv, log) == 0, log.read_text()
@@ -254,7 +258,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script, largest_file", [
-    ("train_sft", 3000), ("pav", 3000), ("pav", 8000), ("train_rl", 12000)])
+    ("train_sft", 3000), ("pav", 3000), ("pav", 8000), ("train_rl", 12000), ("train_dpo", 3000)])
 def test_a_run_goes_on_when_there_is_space_again(start, inputs, tmp_path, script, largest_file):
     """No file may grow beyond the limit: the weights do not fit, nor, with the smaller one, pav.py's rollouts."""
     run, log = tmp_path / "run", tmp_path / "log"

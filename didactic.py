@@ -1,0 +1,127 @@
+"""Two tasks made to show one thing each: what wrong solutions teach that right ones do not (train_dpo.py).
+
+    python train_sft.py --task chain --num-problems 256 --num-examples 256
+    python train_sft.py --task stargraph --num-problems 2000 --num-examples 2000
+
+Both are problems by the thousand that a model of width 64 learns to solve for *new* problems, in seconds.
+"""
+
+import functools
+import random
+
+from common import UserError
+from tasks import Problem, Task, split_of
+
+POOL = 24000  # problems made; eight tenths are for training
+
+
+class Chain(Task):
+    """Prompt "+5*2>3=7", response "=2=4=4": apply the operations one after the other to the 7 and write the digit after
+    each; success: the last digit is right. + - * are modulo 10, "<b" is the smaller and ">b" the larger of the two. A
+    step is one digit (a token). To solve new problems is to know the table of 200 (digit, operation) pairs.
+
+    The demonstrator computes a step right with chance `strength`, else it writes some other digit and goes on from
+    there; only solutions whose *last* digit is right are shown. As maps merge (>7 sends 3 and 5 alike to 7) some
+    mistakes are healed, so demonstrations contain wrong steps although every one is "correct": the spurious steps of
+    arXiv 2406.14532. With strength 1 they contain none.
+    """
+
+    strengths = dict(base=0.7, prover=0.9, strong=1.0)
+    ends_with_eos, random_demonstrations = True, True
+
+    def __init__(self, seed=0, operations=5):
+        self.operations, self.max_new_tokens = operations, operations + 1
+        self.symbols = [o + b for o in "+-*<>" for b in "2357"]
+
+    def tokenizer(self):
+        from tokenizer import alphabet_tokenizer
+
+        return alphabet_tokenizer([*self.symbols, *(f"={d}" for d in range(10))])
+
+    @staticmethod
+    def apply(digit, symbol):
+        b = int(symbol[1:])
+        return {"+": digit + b, "-": digit - b, "*": digit * b, "<": min(digit, b), ">": max(digit, b)}[symbol[0]] % 10
+
+    @functools.cached_property
+    def by_split(self):
+        out, rng = dict(train=[], val=[], test=[]), random.Random(f"chain/{self.operations}")
+        for _ in range(POOL):
+            start, ops = rng.randrange(10), tuple(rng.choice(self.symbols) for _ in range(self.operations))
+            prompt = f"{''.join(ops)}={start}"
+            digit = functools.reduce(self.apply, ops, start)
+            out[split_of(prompt)].append(Problem(prompt, prompt, str(digit), (start, ops)))
+        return out
+
+    def demonstration(self, problem, strength, seed):
+        rng, (start, ops) = random.Random(f"{problem.key}/{seed}"), problem.data
+        while True:
+            digit, text = start, ""
+            for op in ops:
+                digit = self.apply(digit, op)
+                if rng.random() >= strength:
+                    digit = (digit + rng.randrange(1, 10)) % 10
+                text += f"={digit}"
+            if str(digit) == problem.answer:
+                return text
+
+    def grade(self, problem, completion):
+        digits = completion.split("=")[1:]
+        return float(len(digits) == self.operations and digits[-1] == problem.answer)
+
+    def step_ends(self, tokens, prompt_len, length, tokenizer):
+        ends = list(range(prompt_len + 1, length + 1))
+        return ends[:-2] + ends[-1:] if len(ends) > 1 and tokens[length - 1] in tokenizer.eos_ids else ends
+
+    def first_illegal_step(self, problem, completion):
+        """The first step whose digit does not follow from the digit before it."""
+        digit, ops = problem.data
+        written = completion.split("=")[1:]
+        for i, op in enumerate(ops):
+            digit = self.apply(digit, op)
+            if i >= len(written) or written[i] != str(digit):
+                return i
+        return None
+
+
+class StarGraph(Task):
+    """Find the arm of a star that ends at the goal (Bachmann and Nagarajan 2024, arXiv 2403.06963).
+
+    Prompt: the shuffled edges of `degree` arms that leave one source, then source and goal; response: the `path`-1
+    nodes from the source's neighbour to the goal. After the first, *critical* one every node is the only successor of
+    the one before, a look-up that hides from imitation that the first needs looking ahead. A step is a token.
+    """
+
+    strengths = None
+    ends_with_eos, random_demonstrations = False, True
+
+    def __init__(self, seed=0, degree=2, path=4, nodes=16):
+        if not (degree >= 2 and path >= 3 and degree * (path - 1) + 1 <= nodes <= 99):
+            raise UserError("stargraph needs degree >= 2, path >= 3 and degree * (path - 1) + 1 <= nodes <= 99")
+        self.degree, self.path, self.nodes, self.max_new_tokens = degree, path, nodes, path - 1
+
+    def tokenizer(self):
+        from tokenizer import alphabet_tokenizer
+
+        return alphabet_tokenizer([f"{n:02d}" for n in range(self.nodes)] + ["|", "/", "="])
+
+    @functools.cached_property
+    def by_split(self):
+        out, rng = dict(train=[], val=[], test=[]), random.Random(f"stargraph/{self.degree}/{self.path}/{self.nodes}")
+        for _ in range(POOL):
+            source, *rest = (f"{n:02d}" for n in rng.sample(range(self.nodes), self.degree * (self.path - 1) + 1))
+            arms = [rest[i :: self.degree] for i in range(self.degree)]
+            edges = [a + b for arm in arms for a, b in zip([source, *arm], arm)]
+            rng.shuffle(edges)
+            prompt = f"{'|'.join(edges)}/{source}{arms[0][-1]}="
+            out[split_of(prompt)].append(Problem(prompt, prompt, "".join(arms[0])))
+        return out
+
+    def demonstration(self, problem, strength=None, seed=0):
+        return problem.answer
+
+    def grade(self, problem, completion):
+        return float(completion == problem.answer)
+
+    def step_ends(self, tokens, prompt_len, length, tokenizer):
+        return list(range(prompt_len + 1, length + 1))
