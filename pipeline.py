@@ -56,6 +56,9 @@ def plan(cfg, given):
     """The jobs of a comparison: list of (label, needs, argv). `given` are the flags that the user typed, which
     win over the table above."""
     here = Path(__file__).parent
+    if cfg.task not in STAGES:
+        raise UserError(f"--task {cfg.task} has no settings for a whole pipeline: build its stages one by one (train_sft.py, "
+                        "pav.py) and give --policy, --verifier and --run-dir")
     table = STAGES[cfg.task]
     extra = json.loads(cfg.stage_flags) if cfg.stage_flags else {}
     threads = cfg.threads or (0 if cfg.model else 1)

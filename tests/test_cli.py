@@ -100,6 +100,8 @@ def test_an_impossible_value_is_refused_by_its_flag(refuse, script, argv, flag):
 def test_nothing_to_do_is_said(refuse):
     refuse("--prompt TEXT, or --task NAME", "sample")
     refuse("--policy is missing", "pav", "--run-dir", "v")
+    refuse("--policy is missing", "train_dpo", "--run-dir", "d")
+    refuse("--task chain has no settings", "train_rl", "--task", "chain")
 
 
 def test_missing_files_are_named(refuse, tmp_path, policy):

@@ -92,7 +92,7 @@ def start():
         patch.setenv("PYTHONPATH", path)
         patch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train_sft", "pav", "train_rl", "train_dpo", "toy", "torch._dynamo"])  # which Adam imports
+        context.set_forkserver_preload([*TINY, "toy", "torch._dynamo"])  # which Adam imports
 
         def run(script, argv, log, **kill):
             process = context.Process(target=stage, args=(script, argv, str(log)), kwargs=kill)
