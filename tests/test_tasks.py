@@ -1,4 +1,4 @@
-"""tasks.py: exact values against sampling, splits, step ends, the grader's verdicts, errors of data files."""
+"""tasks.py: exact values against sampling, splits, step ends, errors of data files."""
 
 import itertools
 import json
@@ -11,9 +11,7 @@ from tasks import (
     Countdown,
     Jsonl,
     Planted,
-    answers_equal,
     countdown_moves,
-    extract_answer,
     get_task,
     kmp_next,
     split_of,
@@ -234,126 +232,6 @@ def test_text_steps(tmp_path, pieces, eos, ends):
     task = Jsonl([write(tmp_path, ROWS)])
     tokens = [0, 0, *range(len(pieces) + eos)]
     assert task.step_ends(tokens + [0] * 3, 2, len(tokens), Pieces(*pieces)) == [e + 2 for e in ends]
-
-
-# ----------------------------------------------------------------------------------------------------
-# The grader
-
-
-@pytest.mark.parametrize(
-    "text, want",
-    [
-        ("so\n#### 7", "7"),
-        ("#### 7\nand\n#### 8", "8"),
-        ("  ####   1,234 ", "1,234"),
-        ("#### 7\n####", None),
-        (r"\boxed{1} then \boxed{2}", "2"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\fbox{3}", "3"),
-        (r"\boxed{7", None),
-        ("The answer is 7.", "7"),
-        ("the answer is: 3.5. I hope so.", "3.5"),
-        ("#### 1\n" + r"\boxed{2}", "1"),
-        ("it is 7", None),
-        ("", None),
-        (r"\boxed 7", None),
-        ("x #### 7", None),
-        (r"\boxed{" + "{" * 40 + "}" * 40 + "}", "{" * 40 + "}" * 40),
-        (r"\boxed{" + "{" * 51 + "}" * 51 + "}", None),
-        (r"\boxed{" * 10**5, None),
-        ("#### " + "9" * 2001, None),
-        ("answer is " * 10**5, None),
-        ("\n" * 10**6, None),
-    ],
-)
-def test_extract(text, want):
-    assert extract_answer(text) == want
-
-
-@pytest.mark.parametrize(
-    "pred, gold",
-    [
-        ("7", "7"),
-        ("7.0", "7"),
-        ("1,234", "1234"),
-        ("$18", "18"),
-        ("18.", "18"),
-        ("-$5", "-5"),
-        ("+5", "5"),
-        ("50%", "50"),
-        (r"50\%", "50"),
-        ("1/2", "0.5"),
-        (r"\frac{1}{2}", "1/2"),
-        (r"\dfrac12", "0.5"),
-        (".5", "0.5"),
-        ("0.0833333333333333", "1/12"),
-        ("1e3", "1000"),
-        ("2.5E-1", "1/4"),
-        ("x = 5", "5"),
-        ("−3", "-3"),
-        (r"-\frac{3}{4}", "-0.75"),
-        ("**7**", "7"),
-        ("(1, 2)", "(1,2)"),
-        ("Paris", "Paris."),
-        ("0", "-0"),
-        ("1{,}000", "1000"),
-        ("1" * 200, "1" * 200),
-        ("6/3", "2"),
-        ("1e64", "10e63"),
-        (r"\sqrt{2}", r"\sqrt{2}"),
-        ("9**9", "9**9"),
-    ],
-)
-def test_equal(pred, gold):
-    assert answers_equal(pred, gold) and answers_equal(gold, pred)
-
-
-@pytest.mark.parametrize(
-    "pred, gold",
-    [
-        ("7", "8"),
-        (None, None),
-        (None, "7"),
-        ("7", None),
-        ("", ""),
-        (" ", ""),
-        ("50%", "0.5"),
-        ("50%", "1/2"),
-        ("0.3333333333", "1/3"),
-        ("0.1000000000001", "0.1"),
-        ("1/0", "1/0 "[:1]),
-        ("1,2,3", "3,2,1"),
-        ("12,34", "1234"),
-        ("7 8", "78"),
-        ("(1,2)", "[1,2]"),
-        ("٧", "7"),
-        ("７", "7"),
-        ("1e65", "10e64" + "0"),
-        ("9**9", "387420489"),
-        ("2+2", "4"),
-        ("9**9**9**9", "7"),
-        ("1e999999999", "7"),
-        ("9" * 201, "7"),
-        ("7" * 2001, "7" * 2001),
-        ("not 7", "7"),
-        ("7 or 8", "7"),
-        ("{" * 1900, "7"),
-        ("__import__('os')", "0"),
-        ("nan", "0"),
-        ("inf", "inf0"),
-        ("1_000", "1000"),
-        ("xy = 5", "5"),
-        (" " * 10**6, "7"),
-        (".", "0"),
-        ("e5", "0"),
-        ("1 - 1/e", "1 + 1/e"),
-        (r"\frac{1}{0}", "0"),
-        ("--5", "5"),
-        ("0x10", "16"),
-    ],
-)
-def test_not_equal(pred, gold):
-    assert not answers_equal(pred, gold) and not answers_equal(gold, pred)
 
 
 # ----------------------------------------------------------------------------------------------------

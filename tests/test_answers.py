@@ -1,0 +1,154 @@
+"""answers.py, algebra.py, symbolic.py: extraction, every row of the case file, hostile input, the process of its own."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+import symbolic
+from algebra import same_formula
+from answers import answers_equal, canonical, extract_answer, last_number
+
+CASES = [json.loads(line) for line in (Path(__file__).parent / "answer_cases.jsonl").read_text("utf-8").splitlines()]
+DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("so\n#### 7", "7"),
+        ("#### 7\nand\n#### 8", "8"),
+        ("  ####   1,234 ", "1,234"),
+        ("#### 7\n####", None),
+        ("##### 7", "7"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {7}", "7"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed{7", None),
+        (r"\boxed{1} and \boxed{2", None),
+        (r"so $\boxed 7$.", "7"),
+        (r"\boxed{}", None),
+        (r"\boxed", None),
+        ("The answer is 7.", "7"),
+        ("the answer is: 3.5. I hope so.", "3.5"),
+        ("The final answer is:\n\n$$7$$", "$$7$$"),
+        ("#### 1\n" + r"\boxed{2}", "1"),
+        (r"<think>\boxed{1}</think> \boxed{2}", "2"),
+        (r"<think>\boxed{1}</think> so it is", None),
+        (r"<think>it is \boxed{1}", None),
+        ("it is 7", None),
+        ("", None),
+        ("x #### 7", None),
+        (r"\boxed{" + "{" * 40 + "}" * 40 + "}", "{" * 40 + "}" * 40),
+        (r"\boxed{" + "{" * 51 + "}" * 51 + "}", None),
+        (r"\boxed{" * 10**5, None),
+        ("#### " + "9" * 2001, None),
+        ("answer is " * 10**5, None),
+        ("\n" * 10**6, None),
+    ],
+)
+def test_extract(text, want):
+    assert extract_answer(text) == want
+
+
+def test_last_number_is_what_it_says():
+    assert last_number("3 apples and 1,234.50 pears, -7 left.") == "-7" and last_number("1,234.50 in all") == "1,234.50"
+    assert last_number("none") is None and last_number("9" * 10**6) is not None
+
+
+def test_case_file_has_both_verdicts_and_reasons():
+    verdicts = [case["verdict"] for case in CASES]
+    assert len(CASES) >= 150 and min(sum(verdicts), len(CASES) - sum(verdicts)) >= 60
+    assert all(case["why"] for case in CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{str(c['prediction'])[:24]} ? {str(c['gold'])[:24]}")
+def test_case(case):
+    """Both ways round: which of the two is the gold answer does not matter."""
+    assert answers_equal(case["prediction"], case["gold"]) is case["verdict"], case["why"]
+    assert answers_equal(case["gold"], case["prediction"]) is case["verdict"], case["why"]
+
+
+PIECES = [r"\frac", r"\sqrt", r"\text{", r"\boxed{", "{", "}", "(", ")", "[", "]", r"\{", r"\}", "^", "_", "**", "9", "0.1",
+          "1e9", "x", ",", "=", "+", "-", "/", " ", "$", "%", r"\\", "&", r"\begin{pmatrix}", r"\end{pmatrix}", r"\cup", r"\sin",
+          "\\", "\n", "é", "٧", "\x01", "\ud800", "and", "cm", r"\left", r"\circ", r"\pm", "####", "answer is ", "<think>", "1,234", "i"]
+
+
+def test_random_and_mutated_text_raises_nothing_and_is_symmetric():
+    rng = random.Random(0)
+    seeds = [c[k] for c in CASES for k in ("prediction", "gold") if c[k]]
+    for i in range(3000):
+        texts = []
+        for _ in range(2):
+            if i % 2:
+                text = "".join(rng.choices(PIECES, k=rng.choice([3, 10, 60])))
+            else:
+                text = rng.choice(seeds)[:400]
+                for _ in range(rng.randrange(4)):
+                    at = rng.randrange(len(text) + 1)
+                    text = text[:at] + rng.choice(PIECES) + text[at + rng.randrange(3) :]
+            texts.append(text)
+        a, b = texts
+        extract_answer(a), last_number(a)
+        assert answers_equal(a, b) == answers_equal(b, a), texts
+        if canonical(a) and len(a) <= 2000:
+            assert answers_equal(a, a), a
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_the_same_piece_for_ever(piece):
+    long = piece * (2000 // len(piece))
+    extract_answer(piece * 10**5)
+    listed = r"\{" + (piece + ",") * (1900 // (len(piece) + 1)) + r"\}"
+    for text in (long, "(" + long[:1990] + ")", f"{long[:900]},{long[:900]}", listed):
+        answers_equal(text, text + "1" if len(text) < 2000 else text[:-1] + "1")
+        answers_equal(text, "7")
+
+
+def test_formulas_agree_with_known_identities():
+    for a, b in [(r"(x+y)^3", "x^3+3x^2y+3xy^2+y^3"), (r"\frac{1}{x-1}-\frac{1}{x+1}", r"\frac{2}{x^2-1}"), ("i^2", "-1"),
+                 (r"\sqrt{-4}", "2i"), (r"\sqrt{12}-\sqrt{3}", r"\sqrt{3}"), ("x_{1}+x_1", "2x_1"), ("2^{-1}x", r"x/2")]:
+        assert same_formula(a, b), (a, b)
+    for a, b in [("x", "-x"), ("x_1", "x_2"), (r"\alpha", "a"), (r"\ln x", r"\log x"), ("x^{65}", "x^{65}"), ("|x|", "|x|"),
+                 ("x!", "x!"), ("x=1=2", "x=1=2"), ("", ""), ("(", "("), ("x2", "2x"), ("0.333333333333333333x", r"\frac{x}{3}")]:
+        assert not same_formula(a, b), (a, b)
+
+
+def test_gold_answers_of_math_500_equal_what_their_solutions_say():
+    if not (DATA / "math500.json").exists():
+        pytest.skip("MATH-500 is not here")
+    rows = json.loads((DATA / "math500.json").read_text())
+    wrong = [r["answer"] for r in rows if not answers_equal(extract_answer(r["solution"]), r["answer"])]
+    assert len(rows) == 500 and not wrong
+
+
+def test_gsm8k_answers_equal_themselves():
+    if not (DATA / "gsm8k_test.jsonl").exists():
+        pytest.skip("GSM8K is not here")
+    for line in (DATA / "gsm8k_test.jsonl").read_text().splitlines():
+        gold = extract_answer(json.loads(line)["answer"])
+        assert answers_equal(gold, gold) and not answers_equal(gold + "1", gold)
+
+
+@pytest.mark.skipif(not symbolic.available(), reason="math-verify is not installed")
+def test_math_verify_is_a_second_opinion_with_a_time_limit():
+    equal = symbolic.symbolically_equal
+    assert equal("x > 3", "3 < x") and not answers_equal("x > 3", "3 < x")
+    assert not equal("x > 3", "x < 3")
+    assert not equal("2+2", "4") and not equal("3,2,1", "1,2,3") and not equal(None, "1")
+    child = symbolic._judge.child.pid
+    assert not equal("x^{9^{9^{9^{9}}}}", "y^{9^{9^{9}}}")  # sympy would compute for ever
+    assert symbolic._judge.timeouts == 1 and symbolic._judge.child is None
+    assert equal("x > 3", "3 < x") and symbolic._judge.child.pid != child  # another process took its place
+    pid = os.fork()
+    if not pid:  # a child of ours asks a process of its own, and leaves the parent's alone
+        os._exit(0 if equal("x > 4", "4 < x") else 1)
+    assert os.waitpid(pid, 0)[1] == 0 and equal("x > 5", "5 < x")
+
+
+def test_without_math_verify_the_second_opinion_is_the_first(monkeypatch):
+    monkeypatch.setattr(symbolic, "available", lambda: False)
+    assert symbolic.symbolically_equal("1+x", "x+1") and not symbolic.symbolically_equal("x > 3", "3 < x")
