@@ -192,7 +192,8 @@ class Config:
     model: str = opt("smollm2", "a folder, a run directory, or smollm2", "what")
     prompt: str = opt("", "text to answer (in the model's chat format where it has one)", "what")
     raw: bool = opt(False, "continue --prompt as plain text, without the chat format", "what")
-    task: str = opt("", "answer the problems of a task and grade them", "what", choices=["", "planted", "countdown", "chain", "stargraph", "jsonl"])
+    task: str = opt("", "answer the problems of a task and grade them", "what",
+                    choices=["", "planted", "countdown", "chain", "stargraph", "jsonl"])
     data: list = opt([], "jsonl files, for --task jsonl", "what")
     question_field: str = opt("", "name of the question in --data (default: guessed)", "what")
     answer_field: str = opt("", "name of the answer in --data (default: guessed)", "what")
