@@ -74,7 +74,8 @@ def test_case(case):
 
 PIECES = [r"\frac", r"\sqrt", r"\text{", r"\boxed{", "{", "}", "(", ")", "[", "]", r"\{", r"\}", "^", "_", "**", "9", "0.1",
           "1e9", "x", ",", "=", "+", "-", "/", " ", "$", "%", r"\\", "&", r"\begin{pmatrix}", r"\end{pmatrix}", r"\cup", r"\sin",
-          "\\", "\n", "é", "٧", "\x01", "\ud800", "and", "cm", r"\left", r"\circ", r"\pm", "####", "answer is ", "<think>", "1,234", "i"]
+          "\\", "\n", "é", "٧", "\x01", "\ud800", "and", "cm", r"\left", r"\circ", r"\pm", "####", "answer is ",
+          "<think>", "1,234", "i"]
 
 
 def test_random_and_mutated_text_raises_nothing_and_is_symmetric():
