@@ -366,11 +366,14 @@ def mean(values):
     return float(np.mean(values)) if values else 0.0
 
 
+TASKS = ["planted", "countdown", "chain", "stargraph", "worded", "jsonl"]
+
+
 @dataclasses.dataclass
 class RunConfig:
     """The flags that every training script shares."""
 
-    task: str = opt("planted", "what to solve", "task", choices=["planted", "countdown", "chain", "stargraph", "jsonl"])
+    task: str = opt("planted", "what to solve", "task", choices=TASKS)
     data: list = opt([], "jsonl files of the user, for --task jsonl", "task")
     question_field: str = opt("", "name of the question in --data (default: guessed)", "task")
     answer_field: str = opt("", "name of the answer in --data (default: guessed)", "task")

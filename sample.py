@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, opt, parse, script, setup, spare_threads
+from common import TASKS, UserError, opt, parse, script, setup, spare_threads
 from kernels import linear_greedy, linear_sample, linear_sample_filtered, packed_weights, philox_uniform
 from model import KVCache, load_model
 
@@ -193,7 +193,7 @@ class Config:
     prompt: str = opt("", "text to answer (in the model's chat format where it has one)", "what")
     raw: bool = opt(False, "continue --prompt as plain text, without the chat format", "what")
     task: str = opt("", "answer the problems of a task and grade them", "what",
-                    choices=["", "planted", "countdown", "chain", "stargraph", "jsonl"])
+                    choices=["", *TASKS])
     data: list = opt([], "jsonl files, for --task jsonl", "what")
     question_field: str = opt("", "name of the question in --data (default: guessed)", "what")
     answer_field: str = opt("", "name of the answer in --data (default: guessed)", "what")

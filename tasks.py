@@ -462,4 +462,8 @@ def get_task(name, seed=0, data=(), question_field="", answer_field="", **option
         import didactic
 
         return didactic.Chain(seed, **options) if name == "chain" else didactic.StarGraph(seed, **options)
-    raise UserError(f"task {name!r} is unknown; use planted, countdown, chain, stargraph or jsonl")
+    if name == "worded":
+        from worded import Worded
+
+        return Worded(**options)
+    raise UserError(f"task {name!r} is unknown; use planted, countdown, chain, stargraph, worded or jsonl")

@@ -3,6 +3,7 @@
     python train_sft.py --task planted --run-dir runs/sft                        # tiny model from nothing, CPU, 15 s
     python train_sft.py --task jsonl --data gsm8k_train.jsonl --model smollm2    # open weights
     python train_sft.py --task planted --rft --policy runs/sft --run-dir runs/rft    # rejection-sampling fine-tuning
+    python train_sft.py --task worded --num-examples 500 --track-memorization 10  # who learns, who recites: memorization.py
 
 The loss is the mean negative log-prob of the completion's tokens, its EOS included, the prompt's left
 out. What is left out of the textbook: packing several examples into one row (rows of a micro-batch have
@@ -41,6 +42,7 @@ from common import (
     spare_threads,
     write_json,
 )
+from memorization import curate, load_run, snapshot
 from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, load_weights, pad_right, token_logprobs, write_model
 from sample import generate
@@ -75,6 +77,16 @@ class Config(RunConfig):
     logging_steps: int = opt(20, "steps between lines of metrics.jsonl", "evaluation", low=1)
     save_steps: int = opt(200, "steps between checkpoints", "evaluation", low=1)
     eval_problems: int = opt(256, "problems for the accuracy at the end (one sample each, temperature 1)", "evaluation", low=1)
+    track_memorization: int = opt(0, "snapshots over the run of each example's accuracy and likelihood (memorization.py; "
+                                  "0: none)", "memorization", low=0)
+    memorization_samples: int = opt(4, "samples a training and a test problem in a snapshot", "memorization", low=1)
+    memorization_temperature: float = opt(0.8, "of these samples", "memorization", above=0)
+    memorization_problems: int = opt(256, "test problems in a snapshot", "memorization", low=1)
+    memorization_threshold: float = opt(0.1, "nats a token below which a solution counts as memorised", "memorization", above=0)
+    curate: str = opt("", "a tracked run: keep its examples and fill up to --num-examples with problems like those that it "
+                      "found hard", "memorization")
+    curate_by: str = opt("premem", "hard is: low pre-memorization accuracy, high nll, low accuracy; iid: any", "memorization",
+                         choices=["premem", "nll", "accuracy", "iid"])
 
 
 def learning_rate(step, cfg):
@@ -196,6 +208,8 @@ def train(cfg):
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/sft"
     run = Path(cfg.run_dir)
     task = get_task(cfg)
+    if cfg.rft and (cfg.track_memorization or cfg.curate):
+        raise UserError("--track-memorization and --curate are about the task's own solutions; leave out --rft")
     lock = open_run(run, cfg, ignore=("run_dir", "device", "logging_steps"))  # noqa: F841 (held until the end)
     if (run / "summary.json").exists():
         print(f"{run} is complete")
@@ -210,7 +224,8 @@ def train(cfg):
         start, spent = state["step"], state["seconds"]
         print(f"resuming {run} at step {start}")
     metrics = Metrics(run, start)
-    problems, counts = first_problems(task, cfg.num_problems, cfg.seed), {}
+    problems = curated(cfg, task) if cfg.curate else first_problems(task, cfg.num_problems, cfg.seed)
+    counts = {}
     if cfg.rft:
         examples, counts = rft_examples(task, tokenizer, problems, cfg, run, device)
     else:
@@ -220,6 +235,8 @@ def train(cfg):
         raise UserError(f"an example has {longest} tokens, the model's context is {model.cfg.max_position_embeddings}: "
                         "shorten the data or take another model")
 
+    snapshots = {cfg.steps * (i + 1) // cfg.track_memorization for i in range(cfg.track_memorization)}
+    tracked = task.problems("test", cfg.memorization_problems, cfg.seed) if snapshots else []
     clock = time.time() - spent
     for step in progress(range(start + 1, cfg.steps + 1), "sft"):
         first = (step - 1) * cfg.batch_size
@@ -235,6 +252,11 @@ def train(cfg):
             raise UserError(f"the gradient is not a number at step {step}; lower --learning-rate (now {cfg.learning_rate})")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if step in snapshots:
+            at = snapshot(run / f"memorization/step_{step:06d}.safetensors", model, tokenizer, task, examples,
+                          [problems[i % len(problems)] for i in range(len(examples))], tracked, cfg, step, device)
+            print(f"  step {step}: accuracy {at['accuracy'].mean():.3f} on train, {at['test'].mean():.3f} on test, "
+                  f"{(at['nll'] < cfg.memorization_threshold).mean():.3f} of the solutions memorised")
         if step % cfg.logging_steps == 0 or step == cfg.steps:
             metrics.write(step, loss=nll, entropy=entropy, grad_norm=grad_norm, learning_rate=learning_rate(step, cfg),
                           epoch=(first + cfg.batch_size) / len(examples))
@@ -250,6 +272,18 @@ def train(cfg):
     print(f"sft: {cfg.steps} steps on {len(examples)} examples, sampled accuracy {score:.3f} "
           f"(val, n={len(held_out)}), {summary['seconds']:.0f} s -> {run}")
     return summary
+
+
+def curated(cfg, task):
+    """The training problems of the run cfg.curate, then new ones like those it found hard, cfg.num_examples in all."""
+    run, old = load_run(cfg.curate), json.loads((Path(cfg.curate) / "run_config.json").read_text())
+    if old["task"] != cfg.task or old["seed"] != cfg.seed:
+        raise UserError(f"{cfg.curate} was trained with --task {old['task']} --seed {old['seed']}; give the same here")
+    n = run["accuracy"].shape[1]
+    if cfg.num_examples <= n:
+        raise UserError(f"{cfg.curate} has {n} examples already; give a larger --num-examples")
+    problems = task.problems("train", n, cfg.seed)
+    return problems + curate(run, task, problems, cfg.num_examples - n, cfg.curate_by, cfg.memorization_threshold, cfg.seed)
 
 
 _orders = {}
