@@ -85,7 +85,8 @@ def judge(runs, seed=0, fixed=None):
     both = len(test) > 1 and plain.var() > 0 and test.var() > 0
     scores, chosen = held_out_r_squared(runs, GRID, 200, seed)
     return dict(runs=len(runs), checkpoints=len(test), threshold=threshold, r2=r_squared(premem, test),
-                r2_train_accuracy=r_squared(plain, test), correlation_train_accuracy=np.corrcoef(plain, test)[0, 1] ** 2 if both else None,
+                r2_train_accuracy=r_squared(plain, test),
+                correlation_train_accuracy=np.corrcoef(plain, test)[0, 1] ** 2 if both else None,
                 held_out=dict(splits=200, median=np.median(scores), p10=np.percentile(scores, 10),
                               thresholds=np.percentile(chosen, [10, 90])),
                 sensitivity={f"{t:.3f}": r_squared(*predicted(runs, t)) for t in GRID},

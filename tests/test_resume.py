@@ -31,7 +31,8 @@ ROOT = Path(__file__).parent.parent
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 TINY = {
     "train_sft": dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, steps=12, num_examples=40,
-                      batch_size=8, save_steps=3, logging_steps=2, eval_problems=8),
+                      batch_size=8, save_steps=3, logging_steps=2, eval_problems=8, track_memorization=4,
+                      memorization_samples=1, memorization_problems=4),
     "pav": dict(num_problems=18, n_mc=2, cuts=2, shard_problems=6, epochs=6, batch_size=16, save_steps=4,
                 eval_problems=8, eval_mc=2),
     "train_rl": dict(reward="pav", num_prompts=3, num_generations=4, steps=8, save_steps=3, eval_steps=2,
@@ -128,7 +129,7 @@ def outcome(run):
     """What must be the same: every file of the newest checkpoint but the time in it, and the rows of metrics.jsonl."""
     folder = latest_checkpoint(run)
     files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "state.json"}
-    files |= {p.name: p.read_bytes() for p in [*run.glob("rollouts/*"), *run.glob("pairs.*")]}
+    files |= {p.name: p.read_bytes() for p in [*run.glob("rollouts/*"), *run.glob("pairs.*"), *run.glob("memorization/*")]}
     state = {k: v for k, v in json.loads((folder / "state.json").read_text()).items() if k != "seconds"}
     clock = lambda name: name in ("step_time", "tokens_per_second") or name.startswith("timing/")  # noqa: E731
     rows = [{k: v for k, v in row.items() if not clock(k)} for row in read_metrics(run)]
