@@ -40,7 +40,8 @@ TINY = {
     "train_dpo": dict(num_problems=18, num_generations=8, n_mc=5, shard_problems=6, epochs=4, batch_size=8, save_steps=3,
                       logging_steps=1, eval_problems=8),
 }
-RFT = TINY["train_sft"] | dict(rft=True, num_problems=18, num_examples=18, num_generations=6, shard_problems=6)
+RFT = TINY["train_sft"] | dict(track_memorization=0, rft=True, num_problems=18, num_examples=18,
+                                num_generations=6, shard_problems=6)
 
 
 # ----------------------------------------------------------------------------------------------------
