@@ -14,68 +14,21 @@ to get wrong, and positions are simply 0, 1, 2, ...
 Legend: P prompts, G samples per prompt, B = P*G rows, T tokens, D width, V vocabulary, H heads, K key/value heads.
 """
 
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import math
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from common import UserError
+from families import Config
 from kernels import Linear, linear_logprob
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import load_tokenizer
+from weights import load_weights, resolve, save_model, write_model
 
-
-@dataclass
-class Config:
-    """Names and meaning as in a transformers config.json of model_type "llama"."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = True
-
-    @classmethod
-    def from_json(cls, path):
-        """Read config.json; refuse what this model would compute wrongly rather than ignore it."""
-        raw = _read_json(path)
-        if raw.get("model_type") != "llama":
-            raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported (only 'llama' is)")
-        rope = raw.get("rope_parameters") or {}  # where transformers >= 5 keeps rope_theta
-        scaling = raw.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
-        for name, value in [("rope_scaling", scaling), ("attention_bias", raw.get("attention_bias")),
-                            ("mlp_bias", raw.get("mlp_bias"))]:
-            if value:
-                raise UserError(f"{path}: {name}={value} is not supported yet; use a model without it")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{path}: hidden_act={raw['hidden_act']!r} is not supported (only 'silu' is)")
-        raw.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-        raw.setdefault("tie_word_embeddings", False)
-        try:
-            raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-            return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
-        except (TypeError, KeyError) as e:
-            raise UserError(f"{path}: {e}; is this the config.json of a language model?") from None
-
-    def to_json(self, tokenizer=None):
-        raw = asdict(self) | dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
-                                  attention_bias=False, mlp_bias=False, torch_dtype="float32")
-        if tokenizer is not None:
-            raw |= dict(bos_token_id=tokenizer.bos_id, eos_token_id=list(tokenizer.eos_ids))
-        return raw
+__all__ = ["Config", "KVCache", "Transformer", "init_weights", "load_model", "load_weights", "pad_right", "resolve",
+           "save_model", "token_logprobs", "write_model"]
 
 
 class KVCache:
@@ -94,10 +47,23 @@ class KVCache:
             kv[:, target, :, :length] = kv[:, source, :, :length]
 
 
-def rope_tables(cfg, device):
-    """cos and sin [max_position, head_dim] float32 of the angles position * theta^(-2i/head_dim), i = 0..head_dim/2-1,
-    twice side by side; the first half of sin negated, which is what rotate wants."""
+def rope_frequencies(cfg, device):
+    """Angle per position [head_dim/2] float32: theta^(-2i/head_dim). Llama 3.1 and later divide the slow ones, which turn
+    less than low_freq_factor times in the context of pre-training, by `factor`, leave those alone that turn more than
+    high_freq_factor times, and blend between (rope_type "llama3")."""
     freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32) / cfg.head_dim)
+    if cfg.rope_scaling is None:
+        return freq
+    low, high = cfg.rope_scaling["low_freq_factor"], cfg.rope_scaling["high_freq_factor"]
+    turns = cfg.rope_scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * freq + (1 - keep) * freq / cfg.rope_scaling["factor"]
+
+
+def rope_tables(cfg, device):
+    """cos and sin [max_position, head_dim] float32 of the angles position * rope_frequencies, twice side by side; the
+    first half of sin negated, which is what rotate wants."""
+    freq = rope_frequencies(cfg, device)
     angle = torch.outer(torch.arange(cfg.max_position_embeddings, device=device, dtype=torch.float32), freq)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
@@ -110,29 +76,51 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
 
 
+class OffsetNorm(nn.RMSNorm):
+    """RMSNorm that multiplies by 1 + weight, all of it in float32 (Gemma)."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
 class Layer(nn.Module):
     """One block. q, k and v are one matrix, gate and up another: fewer, larger products."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
-        D, heads, kv = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads
-        self.attn_norm = nn.RMSNorm(D, eps=cfg.rms_norm_eps)
-        self.qkv = Linear(D, (heads + 2 * kv) * cfg.head_dim)
-        self.out = Linear(heads * cfg.head_dim, D)
-        self.mlp_norm = nn.RMSNorm(D, eps=cfg.rms_norm_eps)
+        self.cfg, family = cfg, cfg.family
+        D, d, heads, kv = cfg.hidden_size, cfg.head_dim, cfg.num_attention_heads, cfg.num_key_value_heads
+        norm = OffsetNorm if family.gemma else nn.RMSNorm
+        self.attn_norm = norm(D, eps=cfg.rms_norm_eps)
+        self.qkv = Linear(D, (heads + 2 * kv) * d)
+        self.qkv_bias = nn.Parameter(torch.zeros((heads + 2 * kv) * d)) if family.qkv_bias else None
+        self.q_norm = norm(d, eps=cfg.rms_norm_eps) if family.qk_norm else None
+        self.k_norm = norm(d, eps=cfg.rms_norm_eps) if family.qk_norm else None
+        self.out = Linear(heads * d, D)
+        self.post_attn_norm = norm(D, eps=cfg.rms_norm_eps) if family.gemma else None
+        self.mlp_norm = norm(D, eps=cfg.rms_norm_eps)
         self.gate_up = Linear(D, 2 * cfg.intermediate_size)
         self.down = Linear(cfg.intermediate_size, D)
+        self.post_mlp_norm = norm(D, eps=cfg.rms_norm_eps) if family.gemma else None
+        self.activation = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}[family.activation]
 
     def forward(self, x, cos, sin, attend):
         """x [B,T,D] -> [B,T,D]; attend(q [B,T,H,d], k [B,T,K,d], v [B,T,K,d]) -> [B,T,H*d]."""
         B, T, _ = x.shape
         H, K, d = self.cfg.num_attention_heads, self.cfg.num_key_value_heads, self.cfg.head_dim
-        qkv = self.qkv(self.attn_norm(x)).view(B, T, H + 2 * K, d)
-        qk = rotate(qkv[:, :, : H + K], cos, sin)
-        x = x + self.out(attend(qk[:, :, :H], qk[:, :, H:], qkv[:, :, H + K :]))
+        qkv = self.qkv(self.attn_norm(x))
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias
+        qkv = qkv.view(B, T, H + 2 * K, d)
+        qk = qkv[:, :, : H + K]
+        if self.q_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], 2)
+        qk = rotate(qk, cos, sin)
+        attended = self.out(attend(qk[:, :, :H], qk[:, :, H:], qkv[:, :, H + K :]))
+        x = x + (attended if self.post_attn_norm is None else self.post_attn_norm(attended))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        y = self.down(self.activation(gate) * up)
+        return x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
 
 
 class Transformer(nn.Module):
@@ -260,7 +248,7 @@ def init_weights(model, generator):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 1:
-                p.fill_(1.0)
+                p.fill_(0.0 if name.endswith("bias") or model.cfg.family.gemma else 1.0)
                 continue
             std = p.shape[1] ** -0.5
             if name.endswith(("out.weight", "down.weight")):
@@ -269,135 +257,14 @@ def init_weights(model, generator):
     return model
 
 
-# ----------------------------------------------------------------------------------------------------
-# Files. Our names are fused and short; the file's names are transformers'.
-
-
-def _file_names(cfg):
-    """our parameter name -> (names in the file, their row counts): several names are stacked by rows."""
-    H, K, d, inner = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.intermediate_size
-    table = {"embed.weight": (["model.embed_tokens.weight"], None), "norm.weight": (["model.norm.weight"], None)}
-    if not cfg.tie_word_embeddings:
-        table["lm_head.weight"] = (["lm_head.weight"], None)
-    for i in range(cfg.num_hidden_layers):
-        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-        table[ours + "qkv.weight"] = ([theirs + f"self_attn.{x}_proj.weight" for x in "qkv"], [H * d, K * d, K * d])
-        table[ours + "out.weight"] = ([theirs + "self_attn.o_proj.weight"], None)
-        table[ours + "gate_up.weight"] = ([theirs + f"mlp.{x}_proj.weight" for x in ("gate", "up")], [inner, inner])
-        table[ours + "down.weight"] = ([theirs + "mlp.down_proj.weight"], None)
-        table[ours + "attn_norm.weight"] = ([theirs + "input_layernorm.weight"], None)
-        table[ours + "mlp_norm.weight"] = ([theirs + "post_attention_layernorm.weight"], None)
-    return table
-
-
-def _read_json(path):
-    try:
-        value = json.loads(Path(path).read_text())
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-        return value
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; give a folder that holds config.json and model.safetensors") from None
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path} cannot be read ({e}); copy it again") from None
-
-
-def _weight_files(folder):
-    """tensor name -> file, from one safetensors file or from the index of many shards."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise UserError(f"{index} holds no weight_map; copy it again")
-        bad = [name for name in shards.values() if Path(name).name != name]
-        if bad:
-            raise UserError(f"{index}: shard {bad[0]!r} lies outside the folder; refuse such a checkpoint")
-        return {tensor: folder / shard for tensor, shard in shards.items()}
-    path = folder / "model.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} is missing; give a folder that holds config.json and model.safetensors")
-    with open_safetensors(path) as f:
-        return dict.fromkeys(f.keys(), path)  # noqa: SIM118 (not a dict)
-
-
-def open_safetensors(path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is truncated or not safetensors ({e}); copy or build it again") from None
-
-
-def load_weights(model, folder):
-    """Fill the model's parameters from a transformers-style folder, one tensor at a time."""
-    where = _weight_files(folder)
-    ours = dict(model.named_parameters())
-    for name, (names, rows) in _file_names(model.cfg).items():
-        parts = []
-        for file_name in names:
-            if file_name not in where:
-                raise UserError(f"{folder}: tensor {file_name} is missing; config.json and weights do not match")
-            with open_safetensors(where[file_name]) as f:
-                parts.append(f.get_tensor(file_name))
-        want = ours[name].shape
-        shapes = [tuple(p.shape) for p in parts]
-        expected = [(r, *want[1:]) for r in rows] if rows else [tuple(want)]
-        if shapes != expected:
-            raise UserError(f"{folder}: {names[0]} has shape {shapes[0]}, config.json says {expected[0]}")
-        with torch.no_grad():
-            ours[name].copy_(torch.cat(parts) if rows else parts[0])
-
-
-def resolve(name_or_dir):
-    """A folder with a config.json: the path itself, the newest step_* inside it, or a known name."""
-    path = Path(name_or_dir)
-    if name_or_dir == "smollm2":
-        path = Path("runs/models/smollm2")
-        if not (path / "config.json").exists():
-            from gguf_import import convert_gguf, find_smollm2
-
-            source = find_smollm2()
-            print(f"converting {source.name} to {path} (once)")
-            convert_gguf(source, path)
-    steps = sorted(p for p in path.glob("step_*") if (p / "config.json").exists()) if path.is_dir() else []
-    if steps and not (path / "config.json").exists():
-        path = steps[-1]
-    if not (path / "config.json").exists():
-        raise UserError(f"no model at {name_or_dir!r}: give a folder with config.json, or the name smollm2")
-    return path
-
-
 def load_model(name_or_dir, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) from a transformers-style folder, a run directory, or the name "smollm2"."""
+    """(model, tokenizer) from a transformers-style folder, a run directory, "smollm2" or a hub id (weights.py)."""
     folder = resolve(str(name_or_dir))
     cfg = Config.from_json(folder / "config.json")
-    with torch.device(device):
-        model = Transformer(cfg).to(dtype)
-    load_weights(model, folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.n_vocab > cfg.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.n_vocab} tokens, the model {cfg.vocab_size}")
+    with torch.device("meta"):  # shapes without memory; load_weights allocates the parameters where they are to be
+        model = Transformer(cfg).to(dtype)
+    load_weights(model, folder, device)
     return model, tokenizer
-
-
-def save_model(folder, model, tokenizer: Tokenizer):
-    """Write a folder that transformers reads. Atomic: a temporary name first, then a rename."""
-    folder = Path(folder)
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_model(temporary, model, tokenizer)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-
-
-def write_model(folder, model, tokenizer):
-    """config.json, model.safetensors and tokenizer files into an existing folder."""
-    ours = dict(model.named_parameters())
-    tensors = {}
-    for name, (names, rows) in _file_names(model.cfg).items():
-        parts = ours[name].detach().split(rows) if rows else [ours[name].detach()]
-        tensors |= {n: p.contiguous().cpu() for n, p in zip(names, parts)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.cfg.to_json(tokenizer), indent=2) + "\n")
-    tokenizer.save(folder)

