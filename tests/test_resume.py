@@ -276,7 +276,7 @@ def test_a_run_goes_on_when_there_is_space_again(start, inputs, tmp_path, script
     assert outcome(run) == whole
 
 
-@pytest.mark.parametrize("where", ["model", "common"])
+@pytest.mark.parametrize("where", ["weights", "common"])
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, where):
     model, _ = checkpoint(tmp_path, 10, 1)
     before = {p.name: p.read_bytes() for p in (tmp_path / "step_000010").iterdir()}
