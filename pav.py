@@ -12,15 +12,16 @@ so one function is enough, V^mu(prefix): the chance that the prover, taking over
 answer. Both terms are read off the *same* verifier at consecutive step ends, the bare prompt included.
 
     1. roll in   n_cov seed solutions a problem from the policy (the states we shall be asked about),
-    2. cut       each at some step ends, the bare prompt among them,
+    2. cut       each at some step ends, the bare prompt among them (--coverage first-pit: more cuts where a good
+                 state turns bad),
     3. roll out  n_mc continuations a cut from the prover, grade them: a Monte-Carlo label of V^mu.
-                 Later step ends of a continuation are prover states too and get its own outcome, free;
+                 Later step ends of a continuation are prover states too and get its own outcome, free (labels.py);
     4. fit       a Transformer with a scalar head by cross-entropy with these soft labels,
     5. judge     on held-out problems: calibration, Brier, AUC, and the correlation of the *advantage*,
                  which is what RL will be paid by. A verifier can rank states well and steps badly.
 
 Best-of-K provers need no training of their own: V^BoK = 1 - (1 - V)^K (eq. 30); see prover_transform.
-What is left out: first-pit coverage (the paper's App. D), lower-variance tree estimates.
+What is left out: lower-variance tree estimates, several verifiers of different provers in one model.
 """
 
 import json
@@ -51,6 +52,7 @@ from common import (
     spare_threads,
     write_json,
 )
+from labels import boundaries, collect_all
 from model import load_model, load_weights, resolve, write_model
 from sample import generate
 from tasks import get_task
@@ -67,6 +69,10 @@ class Config(RunConfig):
     n_cov: int = opt(1, "seed solutions a problem (coverage)", "data", low=1)
     n_mc: int = opt(1, "prover continuations a cut (label noise)", "data", low=1)
     cuts: int = opt(1, "step ends of a seed solution to cut at (0: all of them)", "data", low=0)
+    coverage: str = opt("uniform", "first-pit: after the uniform cuts follow wrong continuations of good states, step by step, "
+                        "to the first step that no continuation survives", "data", choices=["uniform", "first-pit"])
+    pit_threshold: float = opt(0.25, "a state is good from this Monte-Carlo value on", "data", above=0, high=1)
+    pit_mc: int = opt(8, "continuations a prefix on the way to a pit", "data", low=1)
     temperature: float = opt(1.0, "of seeds and continuations", "data", above=0)
     slots: int = opt(512, "sequences decoded at once", "data", low=1)
     shard_problems: int = opt(1000, "problems per file of rollouts (what a kill may cost)", "data", low=1)
@@ -122,17 +128,6 @@ def step_values(verifier, tokens, ends, batch_size=256):
     return prover_transform(torch.cat(out).sigmoid(), verifier.k)
 
 
-def boundaries(task, rollouts, tokenizer):
-    """Step ends of every rollout: [B,S+1] int64, column 0 the prompt's length, rows padded by repeating
-    their last end (an empty step, whose progress is 0), so that no mask is needed behind it."""
-    rows = []
-    for b in range(len(rollouts)):
-        start, length = int(rollouts.prompt_len[b]), int(rollouts.length[b])
-        rows.append([start] + task.step_ends(rollouts.tokens[b, :length].tolist(), start, length, tokenizer))
-    width = max(len(r) for r in rows)
-    return torch.tensor([r + [r[-1]] * (width - len(r)) for r in rows])
-
-
 def save_verifier(folder, verifier, tokenizer, info):
     write_model(folder, verifier.backbone, tokenizer)
     save_file({k: v.detach().cpu().contiguous() for k, v in verifier.head.state_dict().items()},
@@ -161,90 +156,6 @@ def load_head(verifier, folder):
         verifier.head.load_state_dict(load_file(folder / "value_head.safetensors"))
     except Exception as e:  # safetensors and torch raise several kinds here
         raise UserError(f"{folder}/value_head.safetensors cannot be read ({e}); train it again with pav.py") from None
-
-
-# ----------------------------------------------------------------------------------------------------
-# 1-3. Rollouts -> labelled sequences.
-
-
-def choose_cuts(ends, cuts, rng_seed):
-    """Which step ends of one seed solution to cut at: indices into [prompt, step 1, ...], the last (the
-    complete solution) left out, since there is nothing to continue. cuts=0: all."""
-    inner = len(ends) - 1
-    return sorted(shuffled(inner, rng_seed)[:cuts]) if cuts else list(range(inner))
-
-
-def collect(base, prover, tokenizer, task, problems, cfg, shard):
-    """Labelled sequences for some problems: dict(tokens [N,T], ends [N,S+1], target [N,S+1], weight [N,S+1]).
-
-    target is the Monte-Carlo estimate of V^mu at that step end, weight 0 where there is none.
-    """
-    limit = cfg.max_completion_length or task.max_new_tokens
-    prompts = [task.prompt_tokens(p, tokenizer) for p in problems for _ in range(cfg.n_cov)]
-    options = dict(temperature=cfg.temperature, stop_ids=tokenizer.eos_ids, slots=cfg.slots)
-    seeds = generate(base, prompts, max_new_tokens=limit, seed=derive(cfg.seed, "seeds", shard), **options)
-    ends = boundaries(task, seeds, tokenizer)
-    if cfg.label == "outcome":  # an ORM needs no prover: the seed's own outcome, read at its end
-        outcome = torch.tensor([task.grade(problems[i // cfg.n_cov], tokenizer.decode(seeds.completion(i)))
-                                for i in range(len(seeds))])
-        weight = torch.zeros(ends.shape)
-        weight[:, -1] = 1.0
-        return dict(tokens=seeds.tokens, ends=ends, target=outcome[:, None].expand(ends.shape).clone(), weight=weight), \
-            int((seeds.length - seeds.prompt_len).sum())
-
-    starts = []  # (problem, prefix, its number of steps), each n_mc times in a row
-    for i in range(len(seeds)):
-        own = sorted(set(ends[i].tolist()))
-        for h in choose_cuts(own, cfg.cuts, derive(cfg.seed, "cuts", shard, i)):
-            starts += [(i // cfg.n_cov, seeds.tokens[i, : own[h]].tolist(), h, int(seeds.prompt_len[i]))] * cfg.n_mc
-    rolled = generate(prover, [s[1] for s in starts], seed=derive(cfg.seed, "continuations", shard),
-                      max_new_tokens=[limit - (len(s[1]) - s[3]) for s in starts], **options)
-    rolled.prompt_len = torch.tensor([s[3] for s in starts])  # from here on prefix + continuation is one solution
-    ends = boundaries(task, rolled, tokenizer)
-    outcome = torch.tensor([task.grade(problems[s[0]], tokenizer.decode(rolled.completion(i)))
-                            for i, s in enumerate(starts)])
-    at_cut = outcome.view(-1, cfg.n_mc).mean(1).repeat_interleave(cfg.n_mc)  # the siblings' mean: a soft label
-    cut_end = torch.tensor([len(s[1]) for s in starts])[:, None]
-    target = torch.where(ends == cut_end, at_cut[:, None], outcome[:, None])
-    weight = (ends >= cut_end).float()
-    weight[:, 1:] *= (ends[:, 1:] > ends[:, :-1]).float()  # padding repeats the last end: count it once
-    spent = int((seeds.length - seeds.prompt_len).sum() + (rolled.length - cut_end[:, 0]).sum())
-    return dict(tokens=rolled.tokens, ends=ends, target=target, weight=weight), spent
-
-
-def collect_all(base, prover, tokenizer, task, cfg, run):
-    """All shards; each is a file, so a killed run does not sample twice. Returns one dict, tokens sampled."""
-    folder = run / "rollouts"
-    folder.mkdir(exist_ok=True)
-    problems = task.problems("train", None, cfg.seed)
-    if cfg.num_problems:
-        problems = (problems * (1 + cfg.num_problems // len(problems)))[: cfg.num_problems]
-    shards, spent = [], 0
-    for shard in progress(range(-(-len(problems) // cfg.shard_problems)), "rollouts"):
-        path = folder / f"shard_{shard:05d}.safetensors"
-        if not path.exists():
-            part = problems[shard * cfg.shard_problems : (shard + 1) * cfg.shard_problems]
-            data, cost = collect(base, prover, tokenizer, task, part, cfg, shard)
-            data["spent"] = torch.tensor(cost)
-            save_file(data, folder / ".tmp-shard")
-            (folder / ".tmp-shard").rename(path)
-        data = load_file(path)
-        spent += int(data.pop("spent"))
-        shards.append(data)
-    return concatenate(shards), spent
-
-
-def concatenate(shards):
-    """Shards of different widths -> one dict; tokens are padded with 0, ends by repeating, weights with 0."""
-    T, S = (max(s[k].shape[1] for s in shards) for k in ("tokens", "ends"))
-    widen = lambda x, width, last: torch.cat([x, last.expand(len(x), width - x.shape[1])], 1)  # noqa: E731
-    zero = torch.zeros(1, 1)
-    return dict(
-        tokens=torch.cat([widen(s["tokens"], T, zero.long()) for s in shards]),
-        ends=torch.cat([widen(s["ends"], S, s["ends"][:, -1:]) for s in shards]),
-        target=torch.cat([widen(s["target"], S, zero) for s in shards]),
-        weight=torch.cat([widen(s["weight"], S, zero) for s in shards]),
-    )
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -47,8 +47,9 @@ from common import (
     spare_threads,
     write_json,
 )
+from labels import boundaries
 from model import load_model, load_weights, token_logprobs, write_model
-from pav import boundaries, load_verifier, step_values
+from pav import load_verifier, step_values
 from sample import generate
 from tasks import get_task
 

@@ -10,16 +10,13 @@ import torch
 from toy import EOS, ToyTask, make_rollouts, tiny_model
 
 from common import UserError
+from labels import boundaries, choose_cuts, collect, concatenate
 from model import save_model
 from pav import (
     Config,
     Verifier,
     auc,
     bce_weights,
-    boundaries,
-    choose_cuts,
-    collect,
-    concatenate,
     correlation,
     judge,
     load_verifier,
