@@ -28,6 +28,7 @@ class Chain(Task):
 
     strengths = dict(base=0.7, prover=0.9, strong=1.0)
     ends_with_eos, random_demonstrations = True, True
+    step_tokens = 1
 
     def __init__(self, seed=0, operations=5):
         self.operations, self.max_new_tokens = operations, operations + 1
@@ -94,6 +95,7 @@ class StarGraph(Task):
 
     strengths = None
     ends_with_eos, random_demonstrations = False, True
+    step_tokens = 1
 
     def __init__(self, seed=0, degree=2, path=4, nodes=16):
         if not (degree >= 2 and path >= 3 and degree * (path - 1) + 1 <= nodes <= 99):

@@ -193,7 +193,7 @@ def test_a_step_is_a_line_and_blank_lines_are_none():
     assert all(len(e.completion()) <= 12 for f in found for e in f.candidates)
 
 
-@pytest.mark.parametrize("name", ["planted", "countdown"])
+@pytest.mark.parametrize("name", ["planted", "countdown", "chain", "stargraph"])
 def test_the_searchs_steps_are_the_tasks(name):
     """Values are read where the verifier was trained to be read: at the task's own step ends."""
     task = get_task(name)
