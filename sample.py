@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from common import TASKS, UserError, opt, parse, script, setup, spare_threads
-from kernels import linear_greedy, linear_sample, linear_sample_filtered, packed_weights, philox_uniform
+from kernels import linear_draw, linear_draw_filtered, linear_greedy, packed_weights, philox_uniform
 from model import KVCache, load_model
 
 PREFILL_TOKENS = 2048  # padded tokens of one prefill batch: enough to fill the cores, small enough to bound memory
@@ -115,9 +115,9 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
         else:
             uniform = draws[torch.arange(n), at - prompt_len[s]].to(device)
             if top_k or top_p < 1 or min_p:
-                token, logprob, _ = linear_sample_filtered(hidden, model.head, temperature, uniform, top_k, top_p, min_p)
+                token, logprob, _ = linear_draw_filtered(hidden, model.head, temperature, uniform, top_k, top_p, min_p)
             else:
-                token, logprob = linear_sample(hidden, model.head, temperature, uniform)
+                token, logprob = linear_draw(hidden, model.head, temperature, uniform)
         token, logprob = token.cpu(), logprob.cpu()
         out.tokens[s, at], out.logprob[s, at], out.length[s] = token, logprob, at + 1
         # 3. Finished rows leave; rows from the end move into the holes.

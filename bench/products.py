@@ -7,7 +7,7 @@ products   kernels.product.matmul_nt (oneDNN) against x @ w.T (MKL in PyTorch's 
            generation, where the weight lies in oneDNN's layout already (packing itself is not timed here).
 logprob    kernels.linear_logprob, forward and backward, against log_softmax of whole logits with autograd: "plain"
            (log-prob only) and "entropy" (as ours always returns it). Time, and peak memory above the inputs (Linux).
-sampler    kernels.linear_sample with a packed weight and random numbers drawn before, as in generate(), against
+sampler    kernels.linear_draw with a packed weight and random numbers drawn before, as in generate(), against
            softmax, torch.multinomial and the log of the drawn probability; the head's product is in both.
 Not compared: bfloat16, CUDA, torch.compile, chunked cross-entropies of other libraries.
 """
@@ -23,7 +23,7 @@ import torch
 
 from bench import timing
 from common import generator, opt, parse, script
-from kernels import linear_logprob, linear_sample, packed_weights, philox_uniform
+from kernels import linear_draw, linear_logprob, packed_weights, philox_uniform
 from kernels.product import matmul_nt
 
 # name, inputs K, outputs N of each matrix; rows M of one decoding step and of one training or prefill batch
@@ -126,7 +126,7 @@ def sampler(cfg, gen):
         uniform = philox_uniform(cfg.seed, torch.arange(len(hidden)), torch.tensor(0))
 
         with torch.no_grad(), packed_weights([weight], rows):
-            ours = partial(linear_sample, hidden, weight, 1.0, uniform)
+            ours = partial(linear_draw, hidden, weight, 1.0, uniform)
             out[f"rows_{rows}"] = compare(cfg, f"sampler, {rows} rows", ours, partial(plain_sample, hidden, weight))
     return out
 

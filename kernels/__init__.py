@@ -3,14 +3,49 @@
     linear           the layers' matrix product                                      (everywhere)
     linear_logprob   hidden states -> log-prob, logsumexp, entropy of given tokens   (training, scoring)
     linear_sample    hidden states -> a token and its log-prob                       (generation)
+    decode_attention one query a row over its cached past, and what stands around it (generation)
 
-The last two start from the hidden state, not from logits: at V = 49152 the logits of one 64 x 96 batch are
-1.2 GB, and nobody needs them once the three numbers per token are known.
+The two in the middle start from the hidden state, not from logits: at V = 49152 the logits of one 64 x 96 batch
+are 1.2 GB, and nobody needs them once the three numbers per token are known.
+
+Where the tensors are on a GPU, the Triton function of the same name and signature takes over (NAME_triton.py).
 """
 
+from functools import wraps
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from kernels import sampling
 from kernels.logprob import linear_logprob
 from kernels.product import Linear, linear, packed_weights
-from kernels.sampling import linear_greedy, linear_sample, linear_sample_filtered, philox_uniform
 
-__all__ = ["Linear", "linear", "packed_weights", "linear_logprob", "linear_greedy", "linear_sample",
-           "linear_sample_filtered", "philox_uniform"]
+HAVE_TRITON = find_spec("triton") is not None  # it has no Windows or macOS wheels; the references run everywhere
+
+
+def _either(reference, module):
+    """`reference` for tensors on the CPU, its namesake in kernels/<module>.py for tensors on a GPU."""
+
+    @wraps(reference)
+    def pick(*args, **options):
+        if HAVE_TRITON and any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
+            return getattr(import_module(f"kernels.{module}"), reference.__name__)(*args, **options)
+        return reference(*args, **options)
+
+    return pick
+
+
+philox_uniform = _either(sampling.philox_uniform, "sampling_triton")
+linear_draw = _either(sampling.linear_draw, "sampling_triton")
+linear_draw_filtered = _either(sampling.linear_draw_filtered, "sampling_triton")
+linear_greedy = _either(sampling.linear_greedy, "sampling_triton")
+
+
+def linear_sample(hidden, weight, temperature, seed, sequence_id, position, softcap=None):
+    """One token per row, fixed by (seed, sequence_id [B], position [B]): philox_uniform, then linear_draw."""
+    return linear_draw(hidden, weight, temperature, philox_uniform(seed, sequence_id, position), softcap)
+
+
+__all__ = ["Linear", "linear", "packed_weights", "linear_logprob", "linear_draw", "linear_draw_filtered", "linear_greedy",
+           "linear_sample", "philox_uniform"]

@@ -4,7 +4,7 @@ The draw is counter-based: uniform(seed, sequence, position) is a pure function 
 et al. 2011), so a completion depends neither on the batch it was decoded in nor on when a slot became
 free, and a killed run repeats it exactly.
 
-The choice has two levels, which is exact and lets a GPU kernel keep only V/32 numbers per row:
+The choice has two levels, which is exact and lets a GPU kernel (sampling_triton.py) keep V/32 numbers per row:
     1. a group of 32 neighbouring tokens, with probability proportional to the group's mass,
     2. a token inside that group.
 Both by inverse CDF: one Philox call per token, where Gumbel noise needs one per *logit*.
@@ -66,8 +66,9 @@ def _draw(mass, uniform):
     return group * GROUP + _pick(inside, uniform[:, 1])
 
 
-def linear_sample(hidden, weight, temperature, uniform, softcap=None):
-    """One token per row. hidden [B,D], weight [V,D], uniform [B,2] from philox_uniform.
+def linear_draw(hidden, weight, temperature, uniform, softcap=None):
+    """One token per row from uniforms drawn before (kernels.linear_sample draws them too). hidden [B,D], weight [V,D],
+    uniform [B,2] from philox_uniform.
 
     Returns token [B] int64, logprob [B] float32 (nats, at this temperature).
     """
@@ -86,8 +87,8 @@ def linear_greedy(hidden, weight, softcap=None):
     return token, top - z.logsumexp(-1)
 
 
-def linear_sample_filtered(hidden, weight, temperature, uniform, top_k=0, top_p=1.0, min_p=0.0, softcap=None):
-    """As linear_sample, from the likeliest tokens only (top_k tokens, then top_p of the mass, then min_p
+def linear_draw_filtered(hidden, weight, temperature, uniform, top_k=0, top_p=1.0, min_p=0.0, softcap=None):
+    """As linear_draw, from the likeliest tokens only (top_k tokens, then top_p of the mass, then min_p
     of the largest probability; the likeliest token always stays). For reading, not for training: what
     was cut away is missing from the importance ratio, so the kept mass comes back too.
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 from kernels import (
     linear,
+    linear_draw,
+    linear_draw_filtered,
     linear_greedy,
     linear_logprob,
     linear_sample,
-    linear_sample_filtered,
     packed_weights,
     philox_uniform,
     product,
@@ -168,10 +169,18 @@ def head_and_uniforms(V, n=20_000, D=6):
 @pytest.mark.parametrize("temperature, softcap", [(0.7, None), (1.0, 1.5), (3.0, None)])
 def test_sampled_frequencies_are_exact(V, temperature, softcap):
     hidden, weight, uniform = head_and_uniforms(V)
-    token, logprob = linear_sample(hidden.expand(len(uniform), -1), weight, temperature, uniform, softcap)
+    token, logprob = linear_draw(hidden.expand(len(uniform), -1), weight, temperature, uniform, softcap)
     exact, _, _ = reference(hidden.expand(V, -1), weight, torch.arange(V), temperature, softcap)
     check_frequencies(token, exact.exp())
     torch.testing.assert_close(logprob.double(), exact[token], atol=1e-5, rtol=1e-5)
+
+
+def test_a_sample_is_a_draw_with_the_uniforms_of_its_place():
+    hidden, weight, _ = head_and_uniforms(33)
+    rows, ids, positions = hidden.expand(50, -1), torch.arange(50), torch.arange(50) % 7
+    token, logprob = linear_sample(rows, weight, 0.7, 11, ids, positions)
+    again, again_logprob = linear_draw(rows, weight, 0.7, philox_uniform(11, ids, positions))
+    assert torch.equal(token, again) and torch.equal(logprob, again_logprob)
 
 
 def test_extreme_uniforms_stay_on_tokens_with_mass():
@@ -179,20 +188,20 @@ def test_extreme_uniforms_stay_on_tokens_with_mass():
     weight = torch.zeros(33, 1)
     weight[0] = weight[32] = -1e4
     corners = torch.tensor([[a, b] for a in (0.0, 1 - 2.0**-53) for b in (0.0, 1 - 2.0**-53)], dtype=torch.float64)
-    token, logprob = linear_sample(torch.ones(4, 1), weight, 1.0, corners)
+    token, logprob = linear_draw(torch.ones(4, 1), weight, 1.0, corners)
     assert token.tolist() == [1, 31, 1, 31] and logprob.isfinite().all()
     weight[1:32] = -1e4
     weight[32] = 0.0
-    assert linear_sample(torch.ones(4, 1), weight, 1.0, corners)[0].tolist() == [32] * 4
+    assert linear_draw(torch.ones(4, 1), weight, 1.0, corners)[0].tolist() == [32] * 4
 
 
 def test_a_draw_does_not_depend_on_the_batch_around_it():
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(200, 16, generator=g), torch.randn(100, 16, generator=g)
     uniform = philox_uniform(0, torch.arange(200), torch.tensor(3))
-    token, logprob = linear_sample(hidden, weight, 0.8, uniform)
+    token, logprob = linear_draw(hidden, weight, 0.8, uniform)
     for rows in (torch.arange(7), torch.randperm(200, generator=g), torch.tensor([199]), torch.arange(0, 200, 3)):
-        again, again_logprob = linear_sample(hidden[rows], weight, 0.8, uniform[rows])
+        again, again_logprob = linear_draw(hidden[rows], weight, 0.8, uniform[rows])
         assert torch.equal(again, token[rows])
         torch.testing.assert_close(again_logprob, logprob[rows], atol=1e-5, rtol=1e-5)
 
@@ -217,7 +226,7 @@ def plain_filter(p, top_k, top_p, min_p):
 def test_filters_agree_with_a_plain_one(V, top_k, top_p, min_p):
     hidden, weight, uniform = head_and_uniforms(V, n=5000)
     rows = hidden.expand(len(uniform), -1)
-    token, logprob, kept = linear_sample_filtered(rows, weight, 0.9, uniform, top_k, top_p, min_p)
+    token, logprob, kept = linear_draw_filtered(rows, weight, 0.9, uniform, top_k, top_p, min_p)
     exact, _, _ = reference(hidden.expand(V, -1), weight, torch.arange(V), 0.9)
     keep = torch.zeros(V, dtype=torch.bool)
     keep[list(plain_filter(exact.exp().tolist(), top_k, top_p, min_p))] = True

@@ -9,7 +9,7 @@ from toy import EOS, make_rollouts, tiny_model
 
 import sample
 from common import UserError
-from kernels import linear_sample, philox_uniform
+from kernels import linear_sample
 from model import token_logprobs
 from sample import generate, pass_at_k
 
@@ -27,8 +27,8 @@ def one_by_one(model, prompt, sequence_id, max_new_tokens=12, temperature=1.0, s
     tokens, logprobs = list(prompt), []
     for position in range(max_new_tokens):
         hidden = model(torch.tensor([tokens]))[:, -1]
-        uniform = philox_uniform(seed, torch.tensor([sequence_id]), torch.tensor([position]))
-        token, logprob = linear_sample(hidden, model.head, temperature, uniform)
+        at = torch.tensor([sequence_id]), torch.tensor([position])
+        token, logprob = linear_sample(hidden, model.head, temperature, seed, *at)
         tokens.append(int(token))
         logprobs.append(float(logprob))
         if tokens[-1] in stop_ids:
@@ -130,7 +130,7 @@ def scripted(monkeypatch, table):
     def draw(hidden, head, temperature, uniform):
         return torch.full((len(hidden),), table[next(counter)]), torch.full((len(hidden),), -0.5)
 
-    monkeypatch.setattr(sample, "linear_sample", draw)
+    monkeypatch.setattr(sample, "linear_draw", draw)
 
 
 def test_eos_is_part_of_completion_and_mask(model, monkeypatch):
