@@ -366,7 +366,7 @@ def mean(values):
     return float(np.mean(values)) if values else 0.0
 
 
-TASKS = ["planted", "countdown", "chain", "stargraph", "worded", "jsonl"]
+TASKS = ["planted", "countdown", "chain", "stargraph", "worded", "gsm8k", "math", "jsonl"]
 
 
 @dataclasses.dataclass
@@ -374,11 +374,12 @@ class RunConfig:
     """The flags that every training script shares."""
 
     task: str = opt("planted", "what to solve", "task", choices=TASKS)
-    data: list = opt([], "jsonl files of the user, for --task jsonl", "task")
+    data: list = opt([], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", "task")
     question_field: str = opt("", "name of the question in --data (default: guessed)", "task")
     answer_field: str = opt("", "name of the answer in --data (default: guessed)", "task")
-    template: str = opt("auto", "prompts of --task jsonl: chat format, plain text, or chat where there is one", "task",
-                        choices=["auto", "chat", "plain"])
+    template: str = opt("auto", "prompts for problems from files (auto: chat where the model has a format, else plain)", "task",
+                        choices=["auto", "chat", "plain", "fewshot"])
+    shots: int = opt(0, "worked examples before each problem, from the training split (0: 4 with fewshot)", "task", low=0)
     planted_prompts: int = opt(4, "prompts of --task planted, each with a sequence of its own", "task", low=1, high=26)
     planted_length: int = opt(6, "letters of each hidden sequence: the dial of difficulty", "task", low=1, high=12)
     max_completion_length: int = opt(0, "tokens a completion may have (0: the task's own)", "task", low=0)

@@ -327,6 +327,8 @@ def train(cfg):
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/verifier"
     run = Path(cfg.run_dir)
     task = get_task(cfg)
+    for split in ("train", "val"):
+        task.problems(split, 1, cfg.seed)  # an empty split is said now, not after the work
     if not cfg.policy:
         raise UserError("--policy is missing: give the folder of the base policy (train_sft.py makes one)")
     lock = open_run(run, cfg, ignore=("run_dir", "device"))  # noqa: F841 (held until the end)

@@ -40,12 +40,13 @@ STAGES = {
         prover="base",
     ),
 }
+STAGES["gsm8k"] = STAGES["math"] = STAGES["jsonl"]
 LONG = 5  # the arm outcome-long runs this many times the steps
 SMOKE = {"sft": dict(steps=20, num_examples=256), "verifier": dict(num_problems=64, epochs=1),
          "rl": dict(steps=3, eval_steps=1, eval_problems=32)}
 
-TASK_FLAGS = ("task", "data", "question_field", "answer_field", "template", "planted_prompts", "planted_length",
-              "max_completion_length", "device", "dtype", "smoke")
+TASK_FLAGS = ("task", "data", "question_field", "answer_field", "template", "shots", "planted_prompts",
+              "planted_length", "max_completion_length", "device", "dtype", "smoke")
 
 
 def arm_name(cfg):

@@ -2,6 +2,7 @@
 
     python sample.py --model smollm2 --prompt "Tom has 3 apples and buys 4 more. How many apples does he have?"
     python sample.py --model runs/planted/seed0/sft --task planted --n 64          # accuracy and pass@k
+    python sample.py --model smollm2 --task gsm8k --data gsm8k_test.jsonl --eval --greedy --num-problems 16   # see evaluate.py
     python sample.py --model DIR --task planted --search beam --n 12 --verifier DIR --alpha 0.5   # see search.py
 
 How it decodes. Every sequence owns a row of the KV cache while it lives. Prompts are prefilled once each
@@ -14,11 +15,9 @@ What is left out: paging (a row owns its full length: at these sizes memory is n
 *strings* (stop ids only; text is decoded after the fact), speculative decoding.
 """
 
-import json
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -192,17 +191,19 @@ class Config:
     model: str = opt("smollm2", "a folder, a run directory, or smollm2", "what")
     prompt: str = opt("", "text to answer (in the model's chat format where it has one)", "what")
     raw: bool = opt(False, "continue --prompt as plain text, without the chat format", "what")
-    task: str = opt("", "answer the problems of a task and grade them", "what",
-                    choices=["", *TASKS])
-    data: list = opt([], "jsonl files, for --task jsonl", "what")
+    task: str = opt("", "answer the problems of a task and grade them", "what", choices=["", *TASKS])
+    data: list = opt([], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", "what")
     question_field: str = opt("", "name of the question in --data (default: guessed)", "what")
     answer_field: str = opt("", "name of the answer in --data (default: guessed)", "what")
-    template: str = opt("auto", "prompts of --task jsonl", "what", choices=["auto", "chat", "plain"])
+    template: str = opt("auto", "prompts for problems from files (auto: chat where the model has a format, else plain)", "what",
+                        choices=["auto", "chat", "plain", "fewshot"])
+    shots: int = opt(0, "worked examples before each problem, from the training split (0: 4 with fewshot)", "what", low=0)
     planted_prompts: int = opt(4, "prompts of --task planted", "what", low=1, high=26)
     planted_length: int = opt(6, "letters of each hidden sequence", "what", low=1, high=12)
     split: str = opt("test", "whose problems", "what", choices=["train", "val", "test"])
-    num_problems: int = opt(64, "how many", "what", low=1)
-    out: str = opt("", "write every completion to this jsonl file", "what")
+    num_problems: int = opt(64, "how many (0: all)", "what", low=0)
+    eval: bool = opt(False, "keep every completion and the results under runs/eval; a killed evaluation goes on", "what")
+    out: str = opt("", "keep them in this jsonl file instead", "what")
     n: int = opt(1, "samples a prompt", "sampling", low=1)
     temperature: float = opt(-1.0, "0 is greedy (default: 0 for --prompt, 1 for --task)", "sampling")
     greedy: bool = opt(False, "the same as --temperature 0", "sampling")
@@ -237,37 +238,6 @@ def answer_prompt(cfg, model, tokenizer, options):
     print(f"-- {tokens / out.seconds:.1f} tokens/s ({tokens} tokens in {out.seconds:.2f} s)")
 
 
-def answer_task(cfg, model, tokenizer, options):
-    """Grade --n samples of --num-problems problems; accuracy, pass@k, truncated and unparsable shares."""
-    from tasks import get_task
-
-    task = get_task(cfg)
-    problems = task.problems(cfg.split, cfg.num_problems, cfg.seed)
-    prompts = [task.prompt_tokens(p, tokenizer) for p in problems for _ in range(cfg.n)]
-    out = generate(model, prompts, max_new_tokens=cfg.max_new_tokens or task.max_new_tokens, **options)
-    rows = []
-    for i in range(len(prompts)):
-        p, text = problems[i // cfg.n], tokenizer.decode(out.completion(i))
-        rows.append(dict(key=p.key, prompt=p.prompt, answer=p.answer, completion=text, reward=task.grade(p, text),
-                         tokens=len(out.completion(i)), finish_reason=out.finish_reason[i]))
-    if cfg.out:
-        Path(cfg.out).write_text("".join(json.dumps(r) + "\n" for r in rows))
-        print(f"completions: {cfg.out}")
-    for r in rows[: 3 * cfg.n : cfg.n]:
-        verdict = "right" if r["reward"] else "wrong"
-        print(f"[{verdict}] {r['prompt'].strip()!r} -> {r['completion'].strip()!r} (gold {r['answer']!r})")
-    right = [sum(r["reward"] for r in rows[i : i + cfg.n]) for i in range(0, len(rows), cfg.n)]
-    accuracy = sum(right) / len(rows)
-    error = (accuracy * (1 - accuracy) / len(problems)) ** 0.5  # problems, not samples, are the independent draws
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= cfg.n]
-    print(f"accuracy {accuracy:.3f} +- {1.96 * error:.3f} (95%, {len(problems)} problems x {cfg.n}), truncated "
-          f"{sum(r == 'length' for r in out.finish_reason) / len(rows):.3f}")
-    for k in ks[1:]:
-        print(f"pass@{k} {sum(pass_at_k(cfg.n, int(c), k) for c in right) / len(right):.3f}")
-    tokens = int((out.length - out.prompt_len).sum())
-    print(f"{tokens / out.seconds:.0f} tokens/s ({tokens} tokens in {out.seconds:.1f} s)")
-
-
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     device = setup(cfg.device, cfg.threads)
@@ -281,14 +251,22 @@ def main(argv=None):
     else:
         if not cfg.prompt and not cfg.task:
             raise UserError("nothing to do: give --prompt TEXT, or --task NAME")
+        if cfg.task:  # what is wrong with the data is said before the weights are read
+            from tasks import get_task
+
+            get_task(cfg).problems(cfg.split, 1)
         model, tokenizer = load_model(cfg.model, device, getattr(torch, cfg.dtype))
     spare_threads(model, cfg.threads)
     temperature = 0.0 if cfg.greedy else cfg.temperature if cfg.temperature >= 0 else (1.0 if cfg.task else 0.0)
     options = dict(temperature=temperature, seed=cfg.seed, stop_ids=tokenizer.eos_ids, slots=cfg.slots, top_k=cfg.top_k,
                    top_p=cfg.top_p, min_p=cfg.min_p)
     if cfg.search:
-        from search import answer as answer_task
-    (answer_task if cfg.task or cfg.search else answer_prompt)(cfg, model, tokenizer, options)
+        from search import answer
+    elif cfg.task:
+        from evaluate import evaluate as answer
+    else:
+        answer = answer_prompt
+    answer(cfg, model, tokenizer, options)
 
 
 if __name__ == "__main__":

@@ -323,6 +323,8 @@ def train(cfg):
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/dpo"
     run = Path(cfg.run_dir)
     task = get_task(cfg)
+    for split in ("train", "val"):
+        task.problems(split, 1, cfg.seed)  # an empty split is said now, not after the work
     if not cfg.policy:
         raise UserError("--policy is missing: give the folder of the SFT policy (train_sft.py makes one)")
     if cfg.pairs == "per_step" and cfg.n_mc < cfg.best_of_k:

@@ -370,6 +370,10 @@ def completion_kl(model, reference, rollouts, cfg, device):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     cfg = parse(Config, argv, __doc__)
+    if cfg.data:
+        task = get_task(cfg)  # what is wrong with the files is said before any stage is built
+        for split in ("train", "val", cfg.eval_split):
+            task.problems(split, 1, 0)
     if cfg.policy and cfg.run_dir and (cfg.verifier or cfg.reward == "outcome"):
         return train(cfg)  # every stage is given: one arm
     import pipeline

@@ -208,6 +208,8 @@ def train(cfg):
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/sft"
     run = Path(cfg.run_dir)
     task = get_task(cfg)
+    for split in ("train", "val"):
+        task.problems(split, 1, cfg.seed)  # an empty split is said now, not after the work
     if cfg.rft and (cfg.track_memorization or cfg.curate):
         raise UserError("--track-memorization and --curate are about the task's own solutions; leave out --rft")
     lock = open_run(run, cfg, ignore=("run_dir", "device", "logging_steps"))  # noqa: F841 (held until the end)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from statistics import fmean
 
 import pytest
@@ -14,6 +15,7 @@ from tasks import (
     countdown_moves,
     get_task,
     kmp_next,
+    line_ends,
     split_of,
 )
 from tokenizer import alphabet_tokenizer
@@ -213,16 +215,13 @@ class Pieces:
         (["a", "\n", "b", "\n"], True, [2, 5]),
         (["a", "\n", "b"], False, [2, 3]),
         (["a", "\n\n", "b", "\n", "\n"], True, [2, 6]),
-        (["a", "\n", "\n", "b"], False, [3, 4]),
+        (["a", "\n", "\n", "b"], False, [2, 4]),  # the blank line opens the next step
         (["\n", "a", "\n", "b"], False, [3, 4]),
+        (["\n a", "b", "\n", "c"], False, [3, 4]),
         (["x", ".\n", "y", " is 3.5.", "\n"], True, [2, 6]),
         (["a\nb"], True, [2]),
-        (["It is ", "3", ".", "5", ".", " So", " 7."], True, [5, 8]),
-        (["One.", " Two!", " Three"], False, [1, 2, 3]),
-        (["1", ".", " First", ".", " Then"], False, [4, 5]),
-        (['He said "no."', " Then"], False, [1, 2]),
-        (["é", ".", " b"], False, [2, 3]),
-        (["a. b. c"], False, [1]),
+        (["a\nb", "c\n"], False, [1, 2]),
+        (["One.", " Two!", " Three"], False, [3]),
         ([" ", "\n"], True, [3]),
         ([], True, [1]),
         ([], False, []),
@@ -232,6 +231,22 @@ def test_text_steps(tmp_path, pieces, eos, ends):
     task = Jsonl([write(tmp_path, ROWS)])
     tokens = [0, 0, *range(len(pieces) + eos)]
     assert task.step_ends(tokens + [0] * 3, 2, len(tokens), Pieces(*pieces)) == [e + 2 for e in ends]
+
+
+def test_a_step_end_never_moves_while_the_text_grows():
+    """What a search cuts at when the newline is drawn is a step end of every text that goes on from there."""
+    rng, words = random.Random(0), ["a", "b ", " 3.", "\n", "\n\n", ".\n", " ", "\nc", "d\ne"]
+    for _ in range(300):
+        pieces = rng.choices(words, k=12)
+        cuts = []
+        for n in range(1, len(pieces) + 1):
+            ends = line_ends(list(range(n)), 0, n, Pieces(*pieces))
+            assert ends == sorted(set(ends)) and ends[-1] == n
+            assert set(cuts) >= set(ends[:-1]), pieces  # nothing is found later, looking back
+            since = "".join(pieces[max([0, *cuts]) : n])
+            if "\n" in pieces[n - 1] and "\n" in since.lstrip():
+                cuts.append(n)
+            assert all(c in ends or not "".join(pieces[c:n]).strip() for c in cuts), pieces
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -359,3 +374,97 @@ def test_get_task_takes_a_config_as_well():
     Config.planted_prompts, Config.planted_length = 6, 4
     assert [len(p.answer) for p in get_task(Config).all] == [4] * 6
     assert isinstance(get_task("countdown"), Countdown)
+
+
+# ----------------------------------------------------------------------------------------------------
+# GSM8K and MATH
+
+
+def gsm(n, start=0):
+    return [dict(question=f"What is {i} + 1?", answer=f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1:,}")
+            for i in range(start, n)]
+
+
+def test_gsm8k_from_files_or_their_folder(tmp_path):
+    write(tmp_path, gsm(2000), "train.jsonl")
+    write(tmp_path, gsm(2050, 1990), "test.jsonl")
+    write(tmp_path, ["not read"], "other.jsonl")
+    task = get_task("gsm8k", 0, [str(tmp_path)])
+    sizes = {s: len(task.problems(s)) for s in ("train", "val", "test")}
+    assert sizes["test"] == 60 and sizes["train"] + sizes["val"] == 1990 and 150 < sizes["val"] < 250
+    assert all(split_of(p.key) == "val" for p in task.problems("val"))
+    p = next(p for p in task.problems("test") if p.answer == "2050")
+    assert task.demonstration(p) == "2049 + 1 = 2050\n#### 2,050" and task.grade(p, task.demonstration(p)) == 1.0
+    assert task.grade(p, "#### 2,050 apples") == 1.0 and task.grade(p, "so it is 2050") == 0.0
+    assert task.grade_leniently(p, "so it is 2050") == 1.0 and task.answer(p, "so it is 2050") is None
+    files = get_task("gsm8k", 0, [str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")])
+    assert files.by_split == task.by_split
+    only = get_task("gsm8k", 0, [write(tmp_path, gsm(300), "sums.jsonl")])  # no split in the name: by the hash
+    assert all(split_of(p.key) == s for s in ("train", "val", "test") for p in only.problems(s))
+
+
+def test_worked_examples_come_from_train_only(tmp_path):
+    write(tmp_path, gsm(80), "train.jsonl")
+    write(tmp_path, gsm(90, 80), "test.jsonl")
+    task = get_task("gsm8k", 0, [str(tmp_path)], template="fewshot", shots=3)
+    train = {p.key for p in task.problems("train")}
+    plain = alphabet_tokenizer(sorted(set("Whatis 0123456789+=?#QuestionAnswer:\n,")))
+    for p in [*task.problems("test"), *task.problems("val"), *task.problems("train")]:
+        text = plain.decode(task.prompt_tokens(p, plain))
+        shown = {q.split("\n")[0] for q in text.split("Question: ")[1:-1]}
+        assert shown <= train - {p.key} and len(shown) >= 2 and text.endswith(f"Question: {p.prompt}\nAnswer:\n")
+    assert get_task("gsm8k", 0, [str(tmp_path)], template="fewshot").shots == task.problems("train", 4, 0)
+    blank = Pieces("a", "\n\n", "b\n\nc", "Question")
+    blank.n_vocab = 5
+    assert task.stop_ids(blank) == [4, 1, 2, 3] and get_task("gsm8k", 0, [str(tmp_path)]).stop_ids(blank) == [4]
+    assert task.grade(p, f"#### {p.answer}\n\nQuestion") == 1.0
+    assert task.grade(p, f"#### {p.answer}\n\nQuestion: and?\nAnswer:\n#### 0") == 1.0
+
+
+def test_math_folder_and_list(tmp_path):
+    for split, n in (("train", 30), ("test", 5)):
+        (tmp_path / "MATH" / split / "algebra").mkdir(parents=True)
+        for i in range(n):
+            solution = f"So it is\n\n$x=\\boxed{{\\frac{{{i}}}{{2}}}}$."
+            row = dict(problem=f"{split} {i}: solve $x={i}$.", level="Level 1", solution=solution)
+            (tmp_path / "MATH" / split / "algebra" / f"{i}.json").write_text(json.dumps(row))
+    task = get_task("math", 0, [str(tmp_path / "MATH")])
+    assert len(task.problems("test")) == 5 and len(task.problems("train")) + len(task.problems("val")) == 30
+    p = task.problems("test")[0]
+    assert task.grade(p, f"\\boxed{{{p.answer}}}") == 1.0 and task.demonstration(p) == p.data[0]
+    rows = [dict(problem="a", answer="\\frac12", solution="s"), dict(problem="b", answer=7)]
+    (tmp_path / "math500.json").write_text(json.dumps(rows))
+    task = get_task("math", 0, [str(tmp_path / "math500.json")])
+    assert [p.answer for p in sorted(task.problems("test"), key=lambda p: p.key)] == ["\\frac12", "7"]
+    assert all(task.grade(p, task.demonstration(p)) for p in task.problems("test"))
+
+
+@pytest.mark.parametrize("name, file, rows, message", [
+    ("gsm8k", "train.jsonl", [*gsm(3), "{oops"], "train.jsonl line 4 is not a JSON object"),
+    ("gsm8k", "train.jsonl", [*gsm(2), dict(question="q", answer="7")], "line 3: the answer does not end in '#### NUMBER'"),
+    ("gsm8k", "train.jsonl", [dict(question="q", answer="#### seven")], "#### NUMBER"),
+    ("gsm8k", "train.jsonl", [dict(question="q", target="7")], "no field 'answer'"),
+    ("math", "train.jsonl", [dict(problem="q", solution="it is 7")], "line 1: no .boxed"),
+    ("math", "train.json", ["[1, 2]"], "item 1 is not a JSON object"),
+    ("math", "train.json", ["[{}", ""], "not JSON"),
+])
+def test_rows_of_another_kind_are_named(tmp_path, name, file, rows, message):
+    with pytest.raises(UserError, match=message) as e:
+        get_task(name, 0, [write(tmp_path, rows, file)])
+    assert "\n" not in str(e.value)
+
+
+def test_what_is_missing_is_said(tmp_path):
+    train, test = write(tmp_path, gsm(60), "train.jsonl"), write(tmp_path, gsm(9), "test.jsonl")
+    (tmp_path / "empty").mkdir()
+    for make, message in [
+        (lambda: get_task("gsm8k"), "--task gsm8k needs --data"),
+        (lambda: get_task("gsm8k", 0, [str(tmp_path / "none.jsonl")]), "cannot read .*none.jsonl"),
+        (lambda: get_task("gsm8k", 0, [str(tmp_path / "empty")]), "no .jsonl or .json file named after a split"),
+        (lambda: get_task("gsm8k", 0, [train]).problems("test"), "split 'test' .*train.*add --data test=FILE"),
+        (lambda: get_task("gsm8k", 0, [test]).problems("train"), "split 'train' .*9 test.*add --data train=FILE"),
+        (lambda: get_task("gsm8k", 0, [test], template="fewshot"), "4 worked examples .*training split"),
+        (lambda: get_task("gsm8k", 0, [train, write(tmp_path, gsm(9), "more.jsonl")]), "write the split of .*more.jsonl"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            make()

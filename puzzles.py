@@ -1,0 +1,234 @@
+"""Two tasks made on the spot, each with an exact solver: a hidden sequence to find, and a number to reach.
+
+    python train_sft.py --task planted                                # exploration
+    python train_sft.py --task countdown                              # planning
+"""
+
+import functools
+import itertools
+import random
+import string
+
+import numpy as np
+
+from common import UserError
+from problems import Problem, Task, split_of
+
+# ----------------------------------------------------------------------------------------------------
+# Planted sub-sequence (2410.08146, section 3.3): each prompt hides a sequence that a response must contain
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def kmp_next(pattern, k, symbol):
+    """Length of the longest prefix of pattern that ends pattern[:k] + symbol; k < len(pattern)."""
+    tail = pattern[:k] + symbol
+    while not pattern.startswith(tail):
+        tail = tail[1:]
+    return len(tail)
+
+
+@functools.lru_cache(maxsize=256)
+def planted_values(pattern, letters, length, strength):
+    """Success of the gamma policy: table[letters left, 0..length][KMP state, 0..len(pattern)]."""
+    table = [[0.0] * len(pattern) + [1.0]]
+    for _ in range(length):
+        row = [sum((strength if c == y else 1.0) * table[-1][kmp_next(pattern, k, c)] for c in letters)
+               for k, y in enumerate(pattern)]
+        table.append([v / (strength + len(letters) - 1) for v in row] + [1.0])
+    return table
+
+
+class Planted(Task):
+    """Prompt "A" hides 6 of the letters a..n; reward 1 iff they occur in a row among the first 12 letters.
+
+    A response is 12 letters and is cut by max_new_tokens: no EOS is trained, as when to stop is not
+    what this teaches. A step is a token. The demonstrator of strength gamma gives the next hidden letter
+    gamma times the weight of each other letter. train, val and test are the same prompts, repeated to any n:
+    the task asks whether a policy finds what it was never shown, not whether it generalises.
+    """
+
+    strengths = dict(base=5.0, prover=16.0, strong=1000.0)
+    ends_with_eos, random_demonstrations = False, True
+    step_tokens = 1
+
+    def __init__(self, seed=0, prompts=4, letters=14, planted=6, length=12):
+        if not (1 <= prompts <= 26 and 1 <= planted <= letters <= 26 and planted <= length):
+            raise UserError("planted needs 1-26 prompts and planted <= letters <= 26 and planted <= length")
+        self.letters, self.max_new_tokens = string.ascii_lowercase[:letters], length
+        self.all = []
+        for name in string.ascii_uppercase[:prompts]:
+            hidden = random.Random(f"planted/{seed}/{name}").sample(self.letters, planted)
+            self.all.append(Problem(name, name, "".join(hidden)))
+        self.by_split = dict(train=self.all, val=self.all, test=self.all)
+
+    def tokenizer(self):
+        from tokenizer import alphabet_tokenizer
+
+        return alphabet_tokenizer([p.prompt for p in self.all] + list(self.letters))
+
+    def problems(self, split, n=None, seed=0):
+        once = sorted(super().problems(split), key=lambda p: p.key)
+        return list(itertools.islice(itertools.cycle(once), len(once) if n is None else n))
+
+    def demonstration(self, problem, strength, seed):
+        rng, y, k, out = random.Random(f"{problem.key}/{seed}"), problem.answer, 0, []
+        for _ in range(self.max_new_tokens):
+            if k == len(y):  # found: the rest does not matter
+                out.append(rng.choice(self.letters))
+                continue
+            follow = rng.random() * (strength + len(self.letters) - 1) < strength
+            out.append(y[k] if follow else rng.choice(self.letters.replace(y[k], "")))
+            k = kmp_next(y, k, out[-1])
+        return "".join(out)
+
+    def grade(self, problem, completion):
+        return float(problem.answer in completion[: self.max_new_tokens])
+
+    def step_ends(self, tokens, prompt_len, length, tokenizer):
+        return list(range(prompt_len + 1, length + 1))
+
+    def exact_value(self, problem, prefix, strength):
+        k, prefix = 0, prefix[: self.max_new_tokens]
+        for c in prefix:
+            k = kmp_next(problem.answer, k, c)
+            if k == len(problem.answer):
+                return 1.0
+        table = planted_values(problem.answer, self.letters, self.max_new_tokens, float(strength))
+        return table[self.max_new_tokens - len(prefix)][k]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Countdown: use all the numbers to reach the target, one operation a line
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def countdown_moves(state, ops, cap):
+    """state: tuple of numbers -> {line: next state}, one line for each pair of values and operation.
+
+    The larger number stands first, results lie in 0..cap. As zero is allowed, any pair can be subtracted: no
+    state is stuck. The number of moves depends on the multiset alone, not on the order of the list.
+    """
+    out = {}
+    for x, y in itertools.combinations(state, 2):
+        a, b, rest = max(x, y), min(x, y), list(state)
+        rest.remove(a)
+        rest.remove(b)
+        tail = f" | {' '.join(map(str, rest))}" if rest else ""
+        for op, c in (("+", a + b), ("-", a - b), ("*", a * b)):
+            if op in ops and c <= cap:
+                out[f"{a} {op} {b} = {c}{tail}"] = (c, *rest)
+    return out
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def countdown_values(state, ops, cap, strength):
+    """state: sorted tuple -> [cap+1] float64, the demonstrator's chance to end at each target."""
+    if len(state) == 1:
+        return np.eye(cap + 1)[state[0]]
+    moves = countdown_moves(state, ops, cap).values()
+    v = np.array([countdown_values(tuple(sorted(s)), ops, cap, strength) for s in moves])  # [moves, cap+1]
+    # A move keeps the target reachable iff its value is positive, whatever the strength in [0, 1].
+    return (1 - strength) * v.mean(0) + strength * v.sum(0) / np.maximum((v > 0).sum(0), 1)
+
+
+class Countdown(Task):
+    """Prompt "3 12 7 :24 ", response "12 - 3 = 9 | 7 ", ...: a line takes two numbers, the larger first, and
+    after the bar repeats those it leaves, in order: result and rest are the whole state. Success: every line
+    legal, and the one number left is the target.
+
+    The demonstrator of strength s plays, with chance s, a move from which the target can be reached (any of
+    them alike), else any legal move; its failures are kept. Blanks belong to the token before them ("12 ")
+    and the target has tokens of its own (":24 "), which a small model finds by content, not by position.
+    Three numbers to 12 and values to 30, because it is what a 2-layer model of width 64 could both learn to
+    write legally and improve at by RL; with four or five numbers it wrote legally, and RL did not move it.
+    """
+
+    strengths = dict(base=0.3, prover=0.5, strong=1.0)
+    ends_with_eos, random_demonstrations = True, True
+
+    def __init__(self, numbers=3, largest=12, cap=30, ops="+-*"):
+        if not (2 <= numbers <= 5 and 1 <= largest <= cap <= 99 and "-" in ops and set(ops) <= set("+-*")):
+            raise UserError("countdown needs 2-5 numbers, largest <= cap <= 99, and ops out of +-* with -")
+        self.numbers, self.largest, self.cap, self.ops = numbers, largest, cap, ops
+        # Each legal response has this length: 6 tokens a line, more for bar and rest, and EOS.
+        self.max_new_tokens = sum(6 + (1 + rest if rest else 0) for rest in range(numbers - 1)) + 1
+
+    def tokenizer(self):
+        from tokenizer import alphabet_tokenizer
+
+        targets = [f":{t}" for t in range(1, self.cap + 1)]
+        words = [*map(str, range(self.cap + 1)), *self.ops, "=", "|", *targets]
+        return alphabet_tokenizer([w + " " for w in words] + ["\n"])
+
+    @functools.cached_property
+    def by_split(self):
+        """Every order of the numbers is a problem; all orders share a key, hence a split."""
+        out = dict(train=[], val=[], test=[])
+        for nums in itertools.combinations_with_replacement(range(1, self.largest + 1), self.numbers):
+            orders = sorted(set(itertools.permutations(nums)))
+            for t in range(1, self.cap + 1):
+                if self._value(nums, t, 0) > 0:
+                    key = f"{' '.join(map(str, nums))} : {t}"
+                    out[split_of(key)] += [
+                        Problem(key, f"{' '.join(map(str, o))} :{t} \n", str(t), (o, t)) for o in orders]
+        return out
+
+    def _moves(self, state):
+        return countdown_moves(state, self.ops, self.cap)
+
+    def _value(self, state, target, strength):
+        return float(countdown_values(tuple(sorted(state)), self.ops, self.cap, float(strength))[target])
+
+    def _walk(self, problem, text):
+        """-> (state, number of legal lines, the text from the first other line on, or None)."""
+        state, lines = problem.data[0], text.split("\n")
+        lines = lines[:-1] if lines[-1] == "" else lines
+        for i, line in enumerate(lines):
+            after = self._moves(state).get(line.rstrip(" "))
+            if after is None:
+                return state, i, "\n".join(lines[i:])
+            state = after
+        return state, len(lines), None
+
+    def demonstration(self, problem, strength, seed):
+        (state, target), rng, text = problem.data, random.Random(f"{problem.prompt}/{seed}"), ""
+        while len(state) > 1:
+            moves = self._moves(state)
+            lines = list(moves)
+            if rng.random() < strength:
+                lines = [x for x in lines if self._value(moves[x], target, 0) > 0] or lines
+            line = rng.choice(lines)
+            text, state = f"{text}{line} \n", moves[line]
+        return text
+
+    def grade(self, problem, completion):
+        state, _, rest = self._walk(problem, completion)
+        return float(rest is None and state == (problem.data[1],))
+
+    def step_ends(self, tokens, prompt_len, length, tokenizer):
+        ends = [t + 1 for t in range(prompt_len, length) if b"\n" in tokenizer.token_bytes(tokens[t])]
+        if ends and all(t in tokenizer.eos_ids for t in tokens[ends[-1] : length]):
+            return [*ends[:-1], length]  # EOS alone after a newline belongs to the last step
+        return ends + [length] * (length > prompt_len)
+
+    def exact_value(self, problem, prefix, strength):
+        """Also within a line: the demonstrator's moves that begin like it, by their chances. Illegal: 0."""
+        state, _, rest = self._walk(problem, prefix)
+        if rest is None:
+            return self._value(state, problem.data[1], strength)
+        begun = rest.rstrip(" ").split(" ")
+        value = {x: self._value(s, problem.data[1], strength) for x, s in self._moves(state).items()}
+        good = sum(v > 0 for v in value.values())
+        if prefix.endswith("\n") or not good:
+            return 0.0
+        chance = {x: (1 - strength) / len(value) + strength * (v > 0) / good
+                  for x, v in value.items() if x.split(" ")[: len(begun)] == begun}
+        total = sum(chance.values())  # 0: no legal line begins so, or only losing ones that strength 1 avoids
+        return sum(p * value[x] for x, p in chance.items()) / total if total else 0.0
+
+    def solvable(self, problem, prefix):
+        return self.exact_value(problem, prefix, 0) > 0
+
+    def first_illegal_step(self, problem, completion):
+        _, legal, rest = self._walk(problem, completion)
+        return None if rest is None else legal
