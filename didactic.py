@@ -44,13 +44,18 @@ class Chain(Task):
         b = int(symbol[1:])
         return {"+": digit + b, "-": digit - b, "*": digit * b, "<": min(digit, b), ">": max(digit, b)}[symbol[0]] % 10
 
-    @functools.cached_property
+    @property
     def by_split(self):
-        out, rng = dict(train=[], val=[], test=[]), random.Random(f"chain/{self.operations}")
+        return self._pool(self.operations, tuple(self.symbols))
+
+    @classmethod
+    @functools.lru_cache(maxsize=4)
+    def _pool(cls, operations, symbols):
+        out, rng = dict(train=[], val=[], test=[]), random.Random(f"chain/{operations}")
         for _ in range(POOL):
-            start, ops = rng.randrange(10), tuple(rng.choice(self.symbols) for _ in range(self.operations))
+            start, ops = rng.randrange(10), tuple(rng.choice(symbols) for _ in range(operations))
             prompt = f"{''.join(ops)}={start}"
-            digit = functools.reduce(self.apply, ops, start)
+            digit = functools.reduce(cls.apply, ops, start)
             out[split_of(prompt)].append(Problem(prompt, prompt, str(digit), (start, ops)))
         return out
 
@@ -97,7 +102,7 @@ class StarGraph(Task):
     ends_with_eos, random_demonstrations = False, True
     step_tokens = 1
 
-    def __init__(self, seed=0, degree=2, path=4, nodes=16):
+    def __init__(self, seed=0, degree=2, path=3, nodes=8):
         if not (degree >= 2 and path >= 3 and degree * (path - 1) + 1 <= nodes <= 99):
             raise UserError("stargraph needs degree >= 2, path >= 3 and degree * (path - 1) + 1 <= nodes <= 99")
         self.degree, self.path, self.nodes, self.max_new_tokens = degree, path, nodes, path - 1
@@ -107,12 +112,17 @@ class StarGraph(Task):
 
         return alphabet_tokenizer([f"{n:02d}" for n in range(self.nodes)] + ["|", "/", "="])
 
-    @functools.cached_property
+    @property
     def by_split(self):
-        out, rng = dict(train=[], val=[], test=[]), random.Random(f"stargraph/{self.degree}/{self.path}/{self.nodes}")
+        return self._pool(self.degree, self.path, self.nodes)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4)
+    def _pool(degree, path, nodes):
+        out, rng = dict(train=[], val=[], test=[]), random.Random(f"stargraph/{degree}/{path}/{nodes}")
         for _ in range(POOL):
-            source, *rest = (f"{n:02d}" for n in rng.sample(range(self.nodes), self.degree * (self.path - 1) + 1))
-            arms = [rest[i :: self.degree] for i in range(self.degree)]
+            source, *rest = (f"{n:02d}" for n in rng.sample(range(nodes), degree * (path - 1) + 1))
+            arms = [rest[i::degree] for i in range(degree)]
             edges = [a + b for arm in arms for a, b in zip([source, *arm], arm)]
             rng.shuffle(edges)
             prompt = f"{'|'.join(edges)}/{source}{arms[0][-1]}="

@@ -22,6 +22,9 @@ COLOURS = {"outcome": "#000000", "outcome-long": "#7f7f7f", "pav": "#009E73", "c
 NAMES = {"outcome": "outcome only", "outcome-long": "outcome only, more steps", "pav": "PAV (prover: mid)",
          "constant": "control: constant value", "base-prover": "control: prover = base",
          "strong-prover": "control: prover too strong", "orm": "learned outcome model", "q": "Q as reward"}
+# The same for the comparisons of training methods (experiments/negatives.py and others): method -> colour.
+METHOD_COLOURS = {"sft": "#000000", "rft": "#E69F00", "dpo_per_step": "#009E73", "dpo_shared_prefix": "#56B4E9",
+                  "dpo_whole": "#D55E00", "dpo_random_cut": "#CC79A7", "base": "#7f7f7f", "pav": "#0072B2"}
 
 
 def load_arms(root):

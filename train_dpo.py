@@ -17,7 +17,7 @@
 
 A complete negative has Q = 0, so the pit is the first step after which no continuation succeeded, at the latest the
 last one. K changes no pit (Q rises with s); it scales the Q that is reported. --pairs whole leaves 2 and 3 out: the
-usual DPO on whole solutions, for comparison.
+usual DPO on whole solutions, for comparison; --pairs random cuts as often but anywhere, to see that the place matters.
 
 What is left out: length normalisation (the loss needs sums), label smoothing, an NLL term on the chosen solution,
 a reference that follows the policy. Log-probs of the reference are computed once, before training.
@@ -63,8 +63,8 @@ from train_sft import accuracy, adamw
 @dataclass
 class Config(RunConfig):
     policy: str = opt("", "the SFT policy: where training starts, and the reference", "pairs")
-    pairs: str = opt("per_step", "per_step: negatives end at their first pit; whole: they are whole solutions", "pairs",
-                     choices=["per_step", "whole"])
+    pairs: str = opt("per_step", "per_step: negatives end at their first pit; whole: they are whole solutions; random: they "
+                     "end at any step (control)", "pairs", choices=["per_step", "whole", "random"])
     positive: str = opt("full", "full: a complete right solution; shared_prefix: the negative's own steps before the pit, "
                         "then a continuation that succeeds", "pairs", choices=["full", "shared_prefix"])
     positives: str = opt("either", "right solutions from the policy, from the demonstrations, or a demonstration where the "
@@ -80,6 +80,7 @@ class Config(RunConfig):
     shard_problems: int = opt(200, "problems per file of rollouts (what a kill may cost)", "pairs", low=1)
     beta: float = opt(0.3, "how far the policy may go from the reference: small is far", "optimization", above=0)
     epochs: int = opt(2, "passes over the pairs", "optimization", low=1)
+    max_steps: int = opt(0, "optimizer steps, instead of --epochs (0: by epochs)", "optimization", low=0)
     batch_size: int = opt(64, "pairs a step", "optimization", low=1)
     micro_batch_size: int = opt(0, "pairs a backward pass, to save memory (0: the whole batch)", "optimization", low=0)
     learning_rate: float = opt(3e-4, "peak of AdamW; warm-up over 5%, cosine to a tenth (open weights: 1e-6 or less)",
@@ -241,6 +242,8 @@ def make_pairs(solutions, negatives, values, positives, cfg, prompts):
                     bridge = values[i, tuple(negative[: ends[pit - 1]])][1]
                     if bridge is None:
                         continue  # what succeeded from there did not end by itself
+            elif cfg.pairs == "random":
+                pit = derive(cfg.seed, "cut", i, turn) % len(ends)
             pair = make_pair(prompts[i], negative, ends, pit, positives[i], turn, bridge)
             if pair is not None:
                 pairs.append(pair)
@@ -330,7 +333,7 @@ def train(cfg):
     if cfg.pairs == "per_step" and cfg.n_mc < cfg.best_of_k:
         raise UserError(f"--n-mc {cfg.n_mc} continuations cannot estimate Best-of-{cfg.best_of_k}: raise --n-mc to at least "
                         "--best-of-k")
-    if cfg.pairs == "whole" and cfg.positive == "shared_prefix":
+    if cfg.pairs != "per_step" and cfg.positive == "shared_prefix":
         raise UserError("--positive shared_prefix needs a pit: use it with --pairs per_step")
     lock = open_run(run, cfg, ignore=("run_dir", "device", "logging_steps"))  # noqa: F841 (held until the end)
     if (run / "summary.json").exists():
@@ -346,7 +349,7 @@ def train(cfg):
                                 for k, v in counts.items()), flush=True)
     optimizer, params = adamw(model, cfg)
     per_epoch = math.ceil(len(pairs) / cfg.batch_size)
-    steps, start = per_epoch * cfg.epochs, 0
+    steps, start = cfg.max_steps or per_epoch * cfg.epochs, 0
     if folder := latest_checkpoint(run):
         load_weights(model, folder)
         state = load_state(folder, optimizer, params)

@@ -1,0 +1,492 @@
+"""What wrong solutions are worth: accuracy against the number of training problems, with and without negatives.
+
+    python experiments/negatives.py              # both parts, about 30 minutes of one core
+    python experiments/negatives.py --smoke      # the same road in under a minute
+    -> docs/results/negatives/ and docs/results/stargraph/: results.json, table.md, curves.png
+
+The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's own right solutions
+(RFT) is worth twice the problems of SFT, per-step DPO on its wrong ones eight times; DPO on whole solutions is worth
+nothing. Here, on the task `chain` (didactic.py), whose demonstrations end right but contain wrong steps:
+
+    sft            demonstrations, one a problem; epochs tuned at every size
+    rft            demonstrations and up to 4 right samples a problem of an SFT policy, from the same random weights;
+                   optimizer steps tuned over the same grid
+    dpo_per_step   from that SFT policy, negatives cut at their first pit; learning rate and beta tuned
+    dpo_whole      the same with whole negatives, over the same grid
+    dpo_random_cut the same with negatives cut anywhere (control), over the same grid
+    dpo_shared_prefix   the same with the theorem's positives, at the setting of dpo_per_step, not tuned
+
+The policy that is sampled, and from which DPO starts, is SFT at the middle of the grid of epochs: the best one by
+accuracy is trained for longer and makes few mistakes on the problems it was trained on. All arms of a seed see the
+same problems and the same 16 samples a problem of the same policy. Settings are chosen on tuning seeds
+and `val`, the reported numbers come from other seeds and `test`; greedy accuracy, mean and standard deviation over seeds.
+
+What would have falsified the claim: per-step DPO not above SFT by more than the spread of the paired differences; or
+whole-solution or randomly cut negatives as good as cut ones, as then the pit is not what helps. "Eight times" would be
+seen as accuracy at D problems equal to SFT's at 8 D: the table's last column is that factor, whatever it is.
+Where it should fail, and is measured: clean demonstrations (strength 1: nothing spurious to unlearn); a reference that
+was trained too long (it has no negatives left) or too briefly; sizes at which SFT is done.
+
+Second part, `stargraph`: imitation learns to follow an arm of the star and guesses which; the paper says that
+negatives at the first node mend that, if they come from an early checkpoint. Falsified if the accuracy of the first
+node after per-step DPO stays at SFT's chance level.
+
+Runs, with their samples, stay in runs/negatives: killed, the same command goes on.
+"""
+
+import itertools
+import json
+import math
+import shutil
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_dpo  # noqa: E402
+import train_sft  # noqa: E402
+from common import UserError, mean, opt, parse, script, write_json  # noqa: E402
+from model import load_model  # noqa: E402
+from report import METHOD_COLOURS, machine  # noqa: E402
+from sample import generate  # noqa: E402
+from tasks import get_task  # noqa: E402
+from train_dpo import load_pairs  # noqa: E402
+
+NAMES = {"sft": "SFT", "rft": "RFT", "dpo_per_step": "per-step DPO", "dpo_shared_prefix": "per-step DPO, shared prefix",
+         "dpo_whole": "whole-solution DPO", "dpo_random_cut": "DPO, cut at random (control)"}
+DPO = {"dpo_per_step": dict(pairs="per_step"), "dpo_shared_prefix": dict(pairs="per_step", positive="shared_prefix"),
+       "dpo_whole": dict(pairs="whole"), "dpo_random_cut": dict(pairs="random")}
+TINY = dict(threads=1, device="cpu", save_steps=10**6, eval_problems=32)  # the scripts' own last evaluation is not used
+TUNING = 1000  # seeds from here on choose settings, on val; those below are reported, on test
+SAMPLING = dict(num_generations=16, slots=1024)
+
+
+@dataclass
+class Config:
+    part: str = opt("all", "which part", choices=["all", "chain", "stargraph"])
+    sizes: list = opt([256, 384, 576, 864, 1296], "numbers of training problems; at the last one SFT alone")
+    seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
+    tuning_seeds: int = opt(1, "seeds of the search (1000, 1001, ...)", low=1)
+    epochs: list = opt([10, 20, 40], "grid of SFT: passes over the demonstrations; RFT takes as many optimizer steps")
+    learning_rates: list = opt([3e-4, 1e-3], "grid of the DPO arms")
+    betas: list = opt([0.1, 0.5], "grid of the DPO arms")
+    dpo_steps: int = opt(60, "optimizer steps of 64 pairs of every DPO run (stargraph: 2.5 times as many)", low=1)
+    test_problems: int = opt(1000, "problems of an evaluation", low=1)
+    out: str = opt("docs/results", "where tables, figures and numbers go")
+    smoke: bool = opt(False, "a few steps of everything")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Runs. Each is a run directory of train_sft.py or train_dpo.py; its accuracy is kept beside it.
+
+
+def accuracy(run, task, split, n, temperature=0.0):
+    """Share of n problems solved, and share whose first step is right (for stargraph)."""
+    model, tokenizer = load_model(run)
+    problems = task.problems(split, n, 0)
+    out = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=task.max_new_tokens,
+                   temperature=temperature, seed=0, stop_ids=tokenizer.eos_ids, slots=256)
+    texts = [tokenizer.decode(out.completion(i)) for i in range(len(problems))]
+    first = [t[:2] == p.answer[:2] for t, p in zip(texts, problems)]
+    return mean(task.grade(p, t) for p, t in zip(problems, texts)), mean(first)
+
+
+def measured(run, cfg, train, config):
+    """Train (or find) one run -> its numbers: greedy accuracy on val (tuning seeds) or test, sampled accuracy, counts."""
+    run, path = Path(run), Path(run) / "accuracy.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    clock = time.process_time()
+    with redirect_stdout(StringIO()):
+        summary = train(config)
+    task, row, split = get_task(config), {}, "val" if config.seed >= TUNING else "test"
+    row[split], row["first"] = accuracy(run, task, split, cfg.test_problems)
+    if split == "test":
+        row["test_sampled"], _ = accuracy(run, task, split, cfg.test_problems, temperature=1.0)
+    row |= {k: v for k, v in summary.items() if k not in ("accuracy", "clipped_ratio")}
+    row["cpu_seconds"] = round(time.process_time() - clock, 1)
+    write_json(path, row)
+    return row
+
+
+def borrow(run, other, pairs=False):
+    """The samples of another run with the same policy, problems and seed: drawn once, used by all arms. With `pairs`
+    also its pairs and the reference's log-probs, which do not depend on learning rate and beta."""
+    run, other = Path(run), Path(other)
+    if run.exists() or not other.exists():
+        return
+    names = ["rollouts/*.safetensors", "pairs.safetensors", "pairs.json"] if pairs else ["rollouts/solutions_*"]
+    for path in [p for name in names for p in sorted(other.glob(name))]:
+        (run / path.relative_to(other)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, run / path.relative_to(other))
+
+
+def sft_config(task, size, seed, run, steps, **more):
+    shape = dict(num_hidden_layers=1, learning_rate=5e-3, weight_decay=1.0) if task == "chain" else dict(learning_rate=2e-3)
+    return train_sft.Config(**(TINY | shape | dict(
+        task=task, seed=seed, run_dir=str(run), num_problems=size, num_examples=size, batch_size=64, warmup_steps=10,
+        steps=steps, slots=1024) | more))
+
+
+def dpo_config(task, size, seed, run, policy, **more):
+    return train_dpo.Config(**(TINY | SAMPLING | dict(task=task, seed=seed, run_dir=str(run), policy=str(policy),
+                                                      num_problems=size, num_negatives=8, n_mc=5) | more))
+
+
+class Arm:
+    """One method at one size and seed: run(setting) trains it (or finds it) and returns its numbers.
+
+    policy: run directory of the SFT policy that is sampled and from which DPO starts; samples: where the first
+    sampled solutions of that policy lie."""
+
+    def __init__(self, cfg, task, name, size, seed, home, policy=None, strength=-1.0):
+        self.cfg, self.task, self.name, self.size, self.seed = cfg, task, name, size, seed
+        self.home, self.policy, self.strength = Path(home), policy, strength
+
+    def run(self, setting):
+        run = self.home / self.name / "_".join(f"{k}{v:g}" for k, v in setting.items())
+        more = setting | dict(strength=self.strength)
+        if self.name == "sft":
+            return measured(run, self.cfg, train_sft.train, sft_config(self.task, self.size, self.seed, run, **more)), run
+        for other in sorted(self.home.glob(f"{self.name}/*")):
+            if (other / "summary.json").exists():
+                borrow(run, other, pairs=True)
+        for other in sorted(self.home.glob("*/*/rollouts")):
+            if (other.parent / "summary.json").exists():
+                borrow(run, other.parent)
+        if self.name == "rft":
+            config = sft_config(self.task, self.size, self.seed, run, rft=True, policy=str(self.policy),
+                                num_generations=SAMPLING["num_generations"], shard_problems=200, **more)
+            return measured(run, self.cfg, train_sft.train, config), run
+        more |= dict(max_steps=self.cfg.dpo_steps * (5 if self.task == "stargraph" else 2) // 2)
+        config = dpo_config(self.task, self.size, self.seed, run, self.policy, **DPO[self.name], **more)
+        return measured(run, self.cfg, train_dpo.train, config), run
+
+
+def steps_of(epochs, size):
+    return max(1, round(epochs * size / 64))
+
+
+def grids(cfg, size):
+    """Settings to try, by method. SFT and RFT: steps. DPO: learning rate x beta."""
+    steps = [dict(steps=steps_of(e, size)) for e in cfg.epochs]
+    dpo = [dict(learning_rate=lr, beta=b) for lr, b in itertools.product(cfg.learning_rates, cfg.betas)]
+    return {"sft": steps, "rft": steps} | dict.fromkeys(DPO, dpo)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Part 1: chain.
+
+
+def chain_at(cfg, root, size, strength, arms):
+    """Tune every arm on the tuning seeds, then run it on the others. -> {arm: {setting, rows (one a seed), tuning}}."""
+    grid, best, tuning = grids(cfg, size), {}, {}
+    middle = grid["sft"][len(grid["sft"]) // 2]
+    home = lambda seed: root / f"strength{strength:g}" / f"size{size}" / f"seed{seed}"  # noqa: E731
+    policies = {}
+    for name in arms:  # SFT comes first: the others sample its policy
+        scores = []
+        for setting in [best["dpo_per_step"]] if name == "dpo_shared_prefix" else grid[name]:
+            found = [Arm(cfg, "chain", name, size, seed, home(seed), policies.get(seed), strength).run(setting)
+                     for seed in range(TUNING, TUNING + cfg.tuning_seeds)]
+            scores.append((mean(r["val"] for r, _ in found), setting, found))
+        _, best[name], _ = max(scores, key=lambda s: s[0])
+        tuning[name] = [dict(setting, val=round(s, 4)) for s, setting, _ in scores]
+        if name == "sft":
+            policies = {TUNING + i: run for i, (_, run) in enumerate(next(f for _, s, f in scores if s == middle))}
+    out = {name: dict(setting=best[name], tuning=tuning[name], rows=[]) for name in arms}
+    for seed in range(cfg.seeds):
+        start, policy = Arm(cfg, "chain", "sft", size, seed, home(seed), None, strength).run(middle)
+        out["sft"].setdefault("policies", []).append(start)
+        for name in arms:
+            row, run = Arm(cfg, "chain", name, size, seed, home(seed), policy, strength).run(best[name])
+            if name == "dpo_per_step":
+                row = row | pit_quality(run)
+            out[name]["rows"].append(row)
+    shown = "  ".join(f"{NAMES[n]} {mean(r['test'] for r in o['rows']):.3f}" for n, o in out.items())
+    print(f"chain, strength {strength:g}, {size} problems: {shown}", flush=True)
+    return out
+
+
+def pit_quality(run):
+    """Where the cuts lie against the truth: at the first wrong step, after it (the first one was healed, or seemed so),
+    or before any (too few continuations)."""
+    task = get_task("chain")
+    tokenizer, counts = task.tokenizer(), dict.fromkeys(("pit_exact", "pit_later", "pit_early"), 0)
+    pairs, *_ = load_pairs(run)
+    problems = {p.prompt: p for p in task.problems("train")}
+    for prompt, _, rejected in pairs:
+        text = tokenizer.decode(rejected)
+        first, cut = task.first_illegal_step(problems[tokenizer.decode(prompt)], text), text.count("=") - 1
+        counts["pit_early" if first is None or first > cut else "pit_exact" if first == cut else "pit_later"] += 1
+    return {k: v / len(pairs) for k, v in counts.items()}
+
+
+def reference_regimes(cfg, root, size, setting):
+    """Per-step and whole DPO from SFT policies that were trained for too few, enough, and too many steps."""
+    rows = []
+    for epochs in (cfg.epochs[0] // 2, cfg.epochs[1], cfg.epochs[-1] * 2):
+        steps = steps_of(epochs, size)
+        for seed in range(cfg.seeds):
+            home = root / "reference" / f"size{size}_steps{steps}" / f"seed{seed}"
+            sft, policy = Arm(cfg, "chain", "sft", size, seed, home).run(dict(steps=steps))
+            row = dict(steps=steps, seed=seed, sft=sft["test"])
+            for name in ("dpo_per_step", "dpo_whole"):
+                try:
+                    dpo, _ = Arm(cfg, "chain", name, size, seed, home, policy).run(setting[name])
+                    row |= {name: dpo["test"], "pairs": dpo["pairs"], "wrong_share": 1 - dpo["correct"] / dpo["sampled"]}
+                except UserError:  # no negative left
+                    row |= {name: sft["test"], "pairs": 0, "wrong_share": 0.0}
+            rows.append(row)
+    for steps in sorted({r["steps"] for r in rows}):
+        mine = [r for r in rows if r["steps"] == steps]
+        print(f"reference of {steps} steps: SFT {mean(r['sft'] for r in mine):.3f}, per-step DPO "
+              f"{mean(r['dpo_per_step'] for r in mine):.3f}, whole {mean(r['dpo_whole'] for r in mine):.3f}, pairs "
+              f"{mean(r['pairs'] for r in mine):.0f}", flush=True)
+    return rows
+
+
+def worth(sizes, sft, size, value):
+    """Problems that SFT would need for this accuracy, as a multiple of size: its mean curve, linear in log(size).
+    None where the curve does not reach so far up or down."""
+    for (a, b), (x, y) in zip(itertools.pairwise(sft), itertools.pairwise(map(math.log, sizes))):
+        if min(a, b) <= value <= max(a, b) and a != b:
+            return math.exp(x + (y - x) * (value - a) / (b - a)) / size
+    return None
+
+
+def spread(values):
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def chain_summary(results, sizes):
+    """One row per size and method: mean, spread, paired difference to SFT, worth in problems, samples, cost."""
+    sft = [mean(r["test"] for r in results[str(s)]["sft"]["rows"]) for s in sizes]
+    rows = []
+    for size in sizes:
+        base = [r["test"] for r in results[str(size)]["sft"]["rows"]]
+        for name, arm in results[str(size)].items():
+            test = [r["test"] for r in arm["rows"]]
+            gain = [a - b for a, b in zip(test, base)]
+            rows.append(dict(size=size, method=name, setting=arm["setting"], policy=mean(
+                r["test"] for r in results[str(size)]["sft"]["policies"]), test=mean(test), sd=spread(test), per_seed=test,
+                             sampled=mean(r["test_sampled"] for r in arm["rows"]), gain=mean(gain), gain_sd=spread(gain),
+                             worth=worth(sizes, sft, size, mean(test)),
+                             tokens=mean(r.get("sampled_tokens", 0) for r in arm["rows"])))
+    return rows
+
+
+def chain_table(rows):
+    lines = ["| problems | method | setting | greedy accuracy, test (sd) | minus SFT, paired (sd) | sampled at T=1 | "
+             "tokens sampled | worth of its problems in SFT's |", "|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        setting = ", ".join(f"{k.replace('learning_rate', 'lr')} {v:g}" for k, v in r["setting"].items())
+        gain = "" if r["method"] == "sft" else f"{r['gain']:+.3f} ({r['gain_sd']:.3f})"
+        factor = "1" if r["method"] == "sft" else "off SFT's curve" if r["worth"] is None else f"{r['worth']:.2f}"
+        lines.append(f"| {r['size']} | {NAMES[r['method']]} | {setting} | {r['test']:.3f} ({r['sd']:.3f}) | {gain} | "
+                     f"{r['sampled']:.3f} | {r['tokens'] / 1e3:.0f}k | {factor} |")
+    return "\n".join(lines)
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: pip install matplotlib")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def finish(plt, fig, axes, path):
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def chain_figure(rows, clean, reference, sizes, path):
+    """Left: accuracy against problems. Middle: paired gain over SFT, sloppy (full) and clean (hollow) demonstrations.
+    Right: gain against the training of the reference."""
+    plt = pyplot()
+    if plt is None:
+        return
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
+    for name, label in NAMES.items():
+        mine = [r for r in rows if r["method"] == name]
+        style = dict(color=METHOD_COLOURS[name], label=label, linewidth=2, marker="o", markersize=4, capsize=3)
+        left.errorbar([r["size"] for r in mine], [r["test"] for r in mine], [r["sd"] for r in mine], **style)
+        if name != "sft":
+            middle.errorbar([r["size"] for r in mine], [r["gain"] for r in mine], [r["gain_sd"] for r in mine], **style)
+            other = [r for r in clean if r["method"] == name]
+            middle.plot([r["size"] for r in other], [r["gain"] for r in other], linestyle="", marker="D", markersize=6,
+                        markerfacecolor="white", color=METHOD_COLOURS[name])
+    for axis in (left, middle):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, sizes)
+        axis.minorticks_off()
+        axis.set_xlabel("training problems")
+    left.set(ylabel="greedy accuracy on new problems", title="Accuracy (bars: sd over seeds)", ylim=(0, 1.02))
+    left.legend(frameon=False, fontsize=8)
+    middle.axhline(0, color="#aaaaaa", linewidth=1)
+    middle.set(ylabel="accuracy minus SFT, same seed", title="Gain over SFT (hollow: clean demonstrations)")
+    steps = sorted({r["steps"] for r in reference})
+    for name in ("dpo_per_step", "dpo_whole"):
+        gains = [[r[name] - r["sft"] for r in reference if r["steps"] == s] for s in steps]
+        right.errorbar(steps, [mean(g) for g in gains], [spread(g) for g in gains], color=METHOD_COLOURS[name],
+                       label=NAMES[name], linewidth=2, marker="o", markersize=4, capsize=3)
+    right.axhline(0, color="#aaaaaa", linewidth=1)
+    right.set_xscale("log", base=2)
+    right.set_xticks(steps, steps)
+    right.minorticks_off()
+    right.set(xlabel="SFT steps of the reference", ylabel="accuracy minus that SFT policy",
+              title=f"Which reference ({sizes[1] if len(sizes) > 1 else sizes[0]} problems)")
+    finish(plt, fig, (left, middle, right), path)
+
+
+def chain(cfg, root, out):
+    clock = time.process_time()
+    arms = list(NAMES)
+    results = {str(s): chain_at(cfg, root, s, 0.7, arms if s != cfg.sizes[-1] else ["sft"]) for s in cfg.sizes}
+    size = cfg.sizes[1]
+    clean_sizes = [size]
+    clean = {str(s): chain_at(cfg, root, s, 1.0, ["sft", "rft", "dpo_per_step", "dpo_whole"]) for s in clean_sizes}
+    reference = reference_regimes(cfg, root, size, {n: results[str(size)][n]["setting"] for n in DPO})
+    rows, clean_rows = chain_summary(results, cfg.sizes), chain_summary(clean, clean_sizes)
+    out.mkdir(parents=True, exist_ok=True)
+    tables = [f"Sloppy demonstrations (strength 0.7), {cfg.seeds} seeds:", chain_table(rows),
+              "Clean demonstrations (strength 1):", chain_table(clean_rows), reference_table(reference)]
+    (out / "table.md").write_text("\n\n".join(tables) + "\n")
+    write_json(out / "results.json", dict(
+        command="python experiments/negatives.py" + (" --smoke" if cfg.smoke else ""), machine=machine(),
+        torch=torch.__version__, settings=vars(cfg), rows=rows, clean=clean_rows, reference=reference,
+        pits={s: {k: mean(r[k] for r in arm["dpo_per_step"]["rows"]) for k in ("pit_exact", "pit_later", "pit_early")}
+              for s, arm in results.items() if "dpo_per_step" in arm},
+        tuning={s: {n: a["tuning"] for n, a in arm.items()} for s, arm in results.items()},
+        details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in results.items()},
+        clean_details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in clean.items()},
+        cpu_seconds_of_this_call=round(time.process_time() - clock)))
+    chain_figure(rows, clean_rows, reference, cfg.sizes, out / "curves.png")
+    print("\n" + "\n\n".join(tables) + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+
+
+def reference_table(rows):
+    lines = ["Other references, same DPO setting:\n", "| SFT steps | SFT | per-step DPO minus SFT (sd) | whole minus SFT (sd) | "
+             "wrong among the samples | pairs |", "|---|---|---|---|---|---|"]
+    for steps in sorted({r["steps"] for r in rows}):
+        mine = [r for r in rows if r["steps"] == steps]
+        gain = {n: [r[n] - r["sft"] for r in mine] for n in ("dpo_per_step", "dpo_whole")}
+        cells = " | ".join(f"{mean(g):+.3f} ({spread(g):.3f})" for g in gain.values())
+        lines.append(f"| {steps} | {mean(r['sft'] for r in mine):.3f} | {cells} | {mean(r['wrong_share'] for r in mine):.2f} | "
+                     f"{mean(r['pairs'] for r in mine):.0f} |")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Part 2: stargraph.
+
+STAR_SIZE, STAR_STEPS = 2000, [100, 300, 900]
+
+
+def star_arm(cfg, name, seed, home, policy, setting):
+    return Arm(cfg, "stargraph", name, STAR_SIZE if not cfg.smoke else 64, seed, home, policy).run(setting)
+
+
+def stargraph(cfg, root, out):
+    """SFT for few, more and many steps; from each of these policies per-step DPO; RFT and whole-solution DPO from the
+    middle one. The DPO setting is searched per arm on one tuning seed, from the middle policy."""
+    clock, steps_grid = time.process_time(), STAR_STEPS if not cfg.smoke else [5, 10, 20]
+    middle, grid = steps_grid[1], grids(cfg, STAR_SIZE)
+    _, policy = star_arm(cfg, "sft", TUNING, root / f"seed{TUNING}", None, dict(steps=middle))
+    best, tuning = {}, {}
+    for name in ("dpo_per_step", "dpo_whole"):
+        scores = [(star_arm(cfg, name, TUNING, root / f"seed{TUNING}", policy, s)[0]["val"], s) for s in grid[name]]
+        best[name], tuning[name] = max(scores, key=lambda x: x[0])[1], [dict(s, val=v) for v, s in scores]
+    rows = []
+    for seed in range(cfg.seeds):
+        for steps in steps_grid:
+            home = root / f"reference{steps}" / f"seed{seed}"
+            sft, policy = star_arm(cfg, "sft", seed, home, None, dict(steps=steps))
+            arms = dict(sft=sft)
+            for name in ("dpo_per_step", *(("dpo_whole", "rft") if steps == middle else ())):
+                setting = best[name] if name in DPO else dict(steps=middle)
+                try:
+                    arms[name], _ = star_arm(cfg, name, seed, home, policy, setting)
+                except UserError:  # no negative left: nothing to train on
+                    arms[name] = sft | dict(pairs=0)
+            rows += [dict(steps=steps, seed=seed, method=n, test=r["test"], first=r["first"], pairs=r.get("pairs"),
+                          wrong_share=1 - r["correct"] / r["sampled"] if r.get("sampled") else None) for n, r in arms.items()]
+    lines = [f"{'SFT' if not cfg.smoke else 'smoke: SFT'} on {STAR_SIZE if not cfg.smoke else 64} graphs, {cfg.seeds} seeds; "
+             "chance at the first node is 0.5", "",
+             "| SFT steps | method | first node right (sd) | path right (sd) | minus its SFT policy, paired (sd) | pairs | "
+             "wrong among the samples |", "|---|---|---|---|---|---|---|"]
+    for steps, name in itertools.product(steps_grid, NAMES):
+        mine = [r for r in rows if r["steps"] == steps and r["method"] == name]
+        if not mine:
+            continue
+        base = {r["seed"]: r["first"] for r in rows if r["steps"] == steps and r["method"] == "sft"}
+        gain, first, test = ([f(r) for r in mine] for f in (lambda r, b=base: r["first"] - b[r["seed"]],
+                                                           lambda r: r["first"], lambda r: r["test"]))
+        wrong = [r["wrong_share"] for r in mine if r["wrong_share"] is not None]
+        cells = " | ".join(f"{mean(x):.3f} ({spread(x):.3f})" for x in (first, test))
+        lines.append(f"| {steps} | {NAMES[name]} | {cells} | "
+                     + (f"{mean(gain):+.3f} ({spread(gain):.3f})" if name != "sft" else "") + " | "
+                     + (f"{mean(r['pairs'] for r in mine):.0f}" if mine[0]["pairs"] is not None else "") + " | "
+                     + (f"{mean(wrong):.2f}" if wrong else "") + " |")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    write_json(out / "results.json", dict(
+        command="python experiments/negatives.py --part stargraph" + (" --smoke" if cfg.smoke else ""), machine=machine(),
+        torch=torch.__version__, settings=vars(cfg) | dict(size=STAR_SIZE, steps=steps_grid), best=best,
+        tuning=tuning, rows=rows, cpu_seconds_of_this_call=round(time.process_time() - clock)))
+    star_figure(rows, steps_grid, out / "curves.png")
+    print("\n" + "\n".join(lines) + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+
+
+def star_figure(rows, steps_grid, path):
+    """First-node accuracy against how long the SFT policy was trained; every seed a dot."""
+    plt = pyplot()
+    if plt is None:
+        return
+    fig, axis = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
+    for name, shift in (("sft", 0.92), ("dpo_per_step", 1.0), ("dpo_whole", 1.08), ("rft", 1.16)):
+        mine = [r for r in rows if r["method"] == name]
+        axis.plot([r["steps"] * shift for r in mine], [r["first"] for r in mine], "o", color=METHOD_COLOURS[name], alpha=0.4,
+                  markersize=4)
+        steps = [s for s in steps_grid if any(r["steps"] == s for r in mine)]
+        axis.plot([s * shift for s in steps], [mean(r["first"] for r in mine if r["steps"] == s) for s in steps], "-D",
+                  color=METHOD_COLOURS[name], label=NAMES[name], markersize=7)
+    axis.axhline(0.5, color="#aaaaaa", linestyle=":", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xticks(steps_grid, steps_grid)
+    axis.minorticks_off()
+    axis.set(xlabel="SFT steps of the policy that is sampled", ylabel="first node right, new graphs",
+             title="stargraph: the critical token (dots: seeds; dotted: chance)")
+    axis.legend(frameon=False, fontsize=8)
+    finish(plt, fig, (axis,), path)
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    root = Path("runs/negatives_smoke" if cfg.smoke else "runs/negatives")
+    out = Path("runs/negatives_smoke/results" if cfg.smoke else cfg.out)
+    if cfg.smoke:
+        cfg.sizes, cfg.seeds, cfg.tuning_seeds, cfg.epochs, cfg.test_problems = [32, 48, 64], 2, 1, [2, 4], 32
+        cfg.learning_rates, cfg.betas, cfg.dpo_steps, SAMPLING["num_generations"] = [1e-3], [0.3], 2, 4
+    if cfg.part in ("all", "chain"):
+        chain(cfg, root / "chain", out / "negatives")
+    if cfg.part in ("all", "stargraph"):
+        stargraph(cfg, root / "stargraph", out / "stargraph")
+
+
+if __name__ == "__main__":
+    script(main)
