@@ -58,9 +58,46 @@ class Rollouts:
 
 def generate(model, prompts, *, slots=128, **options):
     """Complete every prompt once; see decode_all for the options. The weights' packed copies (kernels/product.py)
-    live as long as this call."""
+    live as long as this call. On a GPU the loop is decode_cuda.py's."""
+    if model.head.is_cuda:
+        from decode_cuda import decode_all as decode_on_gpu  # which builds on this file
+
+        return decode_on_gpu(model, prompts, slots=slots, **options)
     with torch.no_grad(), packed_weights(model.parameters(), min(slots, len(prompts))):
         return decode_all(model, prompts, slots=slots, **options)
+
+
+def start(model, prompts, max_new_tokens, sequence_ids, stop_ids):
+    """What a decode loop begins with: empty Rollouts, limit [B] (the length at which each ends if nothing stops it),
+    ids [B], stops [V] bool, and a queue of the prompts, longest first. UserError: see decode_all."""
+    B, context = len(prompts), model.cfg.max_position_embeddings
+    prompt_len = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
+    for i, p in enumerate(prompts):
+        if not 0 < len(p) < context:
+            raise UserError(f"prompt {i} has {len(p)} tokens; it needs 1 to {context - 1} (the model's context)")
+    budget = torch.as_tensor(max_new_tokens).expand(B)
+    if B and int(budget.min()) < 1:
+        raise UserError("max_new_tokens must be at least 1")
+    limit = (prompt_len + budget).clamp(max=context)
+    T = int(limit.max()) if B else 1
+    out = Rollouts(torch.zeros(B, T, dtype=torch.int64), prompt_len, prompt_len.clone(), torch.zeros(B, T), [""] * B)
+    for i, p in enumerate(prompts):
+        out.tokens[i, : len(p)] = torch.tensor(p)
+    ids = torch.arange(B) if sequence_ids is None else torch.as_tensor(sequence_ids, dtype=torch.int64)
+    stops = torch.zeros(model.cfg.vocab_size, dtype=torch.bool)
+    stops[list(stop_ids)] = True
+    queue = deque(sorted(range(B), key=lambda i: (-len(prompts[i]), prompts[i])))  # equal prompts are neighbours
+    return out, limit, ids, stops, queue
+
+
+def draw_tokens(model, hidden, uniform, temperature, top_k, top_p, min_p):
+    """hidden [n,D], uniform [n,2] -> token [n], logprob [n]; temperature 0 is greedy."""
+    cap = model.cfg.final_logit_softcapping
+    if temperature == 0:
+        return linear_greedy(hidden, model.head, softcap=cap)
+    if top_k or top_p < 1 or min_p:
+        return linear_draw_filtered(hidden, model.head, temperature, uniform, top_k, top_p, min_p, softcap=cap)[:2]
+    return linear_draw(hidden, model.head, temperature, uniform, softcap=cap)
 
 
 def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, sequence_ids=None, slots=128, top_k=0,
@@ -71,28 +108,11 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
     whatever the batch, the order or `slots` (the rows decoded at once). top_k/top_p/min_p cut the distribution; the
     log-probs stay those of the uncut one. Returns Rollouts. UserError: empty prompt, prompt longer than the context.
     """
-    start, B, device = time.time(), len(prompts), model.head.device
-    context = model.cfg.max_position_embeddings
-    prompt_len = torch.tensor([len(p) for p in prompts])
-    for i, p in enumerate(prompts):
-        if not 0 < len(p) < context:
-            raise UserError(f"prompt {i} has {len(p)} tokens; it needs 1 to {context - 1} (the model's context)")
-    budget = torch.as_tensor(max_new_tokens).expand(B)
-    if B and int(budget.min()) < 1:
-        raise UserError("max_new_tokens must be at least 1")
-    limit = (prompt_len + budget).clamp(max=context)  # (B,) final length if nothing stops it
-    longest_draw = int(budget.max()) if B else 1
-    T = int(limit.max()) if B else 1
-    out = Rollouts(torch.zeros(B, T, dtype=torch.int64), prompt_len, prompt_len.clone(), torch.zeros(B, T), [""] * B)
-    for i, p in enumerate(prompts):
-        out.tokens[i, : len(p)] = torch.tensor(p)
-    ids = torch.arange(B) if sequence_ids is None else torch.as_tensor(sequence_ids, dtype=torch.int64)
-    stops = torch.zeros(model.cfg.vocab_size, dtype=torch.bool)
-    stops[list(stop_ids)] = True
-
+    begin, B, device = time.time(), len(prompts), model.head.device
+    out, limit, ids, stops, queue = start(model, prompts, max_new_tokens, sequence_ids, stop_ids)
+    prompt_len, longest_draw = out.prompt_len, int((limit - out.prompt_len).max()) if B else 1
     slots = min(slots, B)
-    cache = KVCache(model.cfg, slots, T, device, model.head.dtype)
-    queue = deque(sorted(range(B), key=lambda i: (-len(prompts[i]), prompts[i])))  # equal prompts are neighbours
+    cache = KVCache(model.cfg, slots, out.tokens.shape[1], device, model.head.dtype)
     seq = torch.zeros(slots, dtype=torch.int64)  # which sequence a cache row holds
     length = torch.zeros(slots, dtype=torch.int64)  # tokens in that row
     draws = torch.zeros(slots, longest_draw, 2, dtype=torch.float64)
@@ -105,18 +125,12 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
             rows = torch.arange(n, n + len(new))
             seq[rows], length[rows] = torch.tensor(new), prompt_len[new]
             draws[rows] = philox_uniform(seed, ids[new][:, None], torch.arange(longest_draw))
-            hidden = torch.cat([hidden, _prefill(model, [prompts[i] for i in new], cache, n)])
+            hidden = torch.cat([hidden, prefill(model, [prompts[i] for i in new], cache, n)])
             n += len(new)
         # 2. Draw a token for every row.
         rows, s, at = slice(0, n), seq[:n], length[:n]
-        if temperature == 0:
-            token, logprob = linear_greedy(hidden, model.head)
-        else:
-            uniform = draws[torch.arange(n), at - prompt_len[s]].to(device)
-            if top_k or top_p < 1 or min_p:
-                token, logprob, _ = linear_draw_filtered(hidden, model.head, temperature, uniform, top_k, top_p, min_p)
-            else:
-                token, logprob = linear_draw(hidden, model.head, temperature, uniform)
+        uniform = draws[torch.arange(n), at - prompt_len[s]].to(device)
+        token, logprob = draw_tokens(model, hidden, uniform, temperature, top_k, top_p, min_p)
         token, logprob = token.cpu(), logprob.cpu()
         out.tokens[s, at], out.logprob[s, at], out.length[s] = token, logprob, at + 1
         # 3. Finished rows leave; rows from the end move into the holes.
@@ -137,13 +151,13 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
             at = length[:n]
             hidden = model.decode(token[:n].to(device), cache, at.to(device), int(at.max()))
             length[:n] += 1
-    out.seconds = time.time() - start
+    out.seconds = time.time() - begin
     used = int(out.length.max()) if B else 1
     out.tokens, out.logprob = out.tokens[:, :used].clone(), out.logprob[:, :used].clone()
     return out
 
 
-def _prefill(model, prompts, cache, first_row):
+def prefill(model, prompts, cache, first_row):
     """Write prompts (neighbours may be equal) to cache rows first_row...; returns last hidden states [n,D]."""
     source = []  # prompt i shares the prefill of prompt source[i]
     for i, p in enumerate(prompts):

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 import torch
 
-from kernels import sampling
+from kernels import attention, layer, sampling
 from kernels.logprob import linear_logprob
 from kernels.product import Linear, linear, packed_weights
 
@@ -40,6 +40,10 @@ philox_uniform = _either(sampling.philox_uniform, "sampling_triton")
 linear_draw = _either(sampling.linear_draw, "sampling_triton")
 linear_draw_filtered = _either(sampling.linear_draw_filtered, "sampling_triton")
 linear_greedy = _either(sampling.linear_greedy, "sampling_triton")
+decode_attention = _either(attention.decode_attention, "attention_triton")
+add_rmsnorm = _either(layer.add_rmsnorm, "layer_triton")
+rope_write = _either(layer.rope_write, "layer_triton")
+swiglu = _either(layer.swiglu, "layer_triton")
 
 
 def linear_sample(hidden, weight, temperature, seed, sequence_id, position, softcap=None):
@@ -47,5 +51,5 @@ def linear_sample(hidden, weight, temperature, seed, sequence_id, position, soft
     return linear_draw(hidden, weight, temperature, philox_uniform(seed, sequence_id, position), softcap)
 
 
-__all__ = ["Linear", "linear", "packed_weights", "linear_logprob", "linear_draw", "linear_draw_filtered", "linear_greedy",
-           "linear_sample", "philox_uniform"]
+__all__ = ["Linear", "add_rmsnorm", "decode_attention", "linear", "linear_draw", "linear_draw_filtered", "linear_greedy",
+           "linear_logprob", "linear_sample", "packed_weights", "philox_uniform", "rope_write", "swiglu"]

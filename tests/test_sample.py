@@ -127,7 +127,7 @@ def scripted(monkeypatch, table):
     """generate() draws table[position] for every row."""
     counter = itertools.count()
 
-    def draw(hidden, head, temperature, uniform):
+    def draw(hidden, head, temperature, uniform, softcap=None):
         return torch.full((len(hidden),), table[next(counter)]), torch.full((len(hidden),), -0.5)
 
     monkeypatch.setattr(sample, "linear_draw", draw)
