@@ -7,6 +7,7 @@ x: their numeric values play no part. Left out, and never equal: inequalities, \
 """
 
 import decimal
+import functools
 import hashlib
 import re
 from decimal import Decimal
@@ -198,17 +199,20 @@ class _Reader:
         return out if exponent is None else _power(out, exponent)
 
 
+@functools.lru_cache(maxsize=1024)  # a set of n formulas is compared n^2 times, but computed n times
 def _value(text, salt):
-    """Of an equation: left side minus right side."""
-    reader = _Reader(text, salt)
-    value = reader.sum()
-    if reader.peek() == "=":
-        reader.take()
-        right = reader.sum()
-        value = value[0] - right[0], value[1] - right[1]
-    if reader.peek():
-        raise _Refused
-    return value
+    """(re, im) of a formula, of an equation its left side minus its right side; None if it is not understood."""
+    try:
+        with decimal.localcontext(decimal.Context(prec=200, Emax=9999, Emin=-9999)):
+            reader = _Reader(text, salt)
+            value = reader.sum()
+            if reader.peek() == "=":
+                reader.take()
+                right = reader.sum()
+                value = value[0] - right[0], value[1] - right[1]
+            return None if reader.peek() else value
+    except (_Refused, decimal.DecimalException, ValueError, IndexError):
+        return None
 
 
 def same_formula(a, b):
@@ -216,23 +220,17 @@ def same_formula(a, b):
     equations also if one is the other's negative. False where either is not understood; never raises."""
     if max(len(a), len(b)) > 2000 or a.count("=") != b.count("=") or a.count("=") > 1:
         return False
-    try:
-        with decimal.localcontext(decimal.Context(prec=200, Emax=9999, Emin=-9999)):
-            for salt in (0, 1):
-                try:
-                    x, y = _value(a, salt), _value(b, salt)
-                except _Refused:
-                    if salt:
-                        break  # x^{2/3} has no value at a negative x: the positive one decides
-                    raise
-                size = max(map(abs, (*x, *y, Decimal(1) / 10**64)))
-                gap = max(abs(x[0] - y[0]), abs(x[1] - y[1]))
-                if "=" in a:
-                    gap = min(gap, max(abs(x[0] + y[0]), abs(x[1] + y[1])))
-                if gap > AGREE * size:
-                    return False
-    except (_Refused, decimal.DecimalException, ValueError, IndexError):
-        return False
+    for salt in (0, 1):
+        x, y = _value(a, salt), _value(b, salt)
+        if x is None or y is None:
+            return salt == 1  # x^{2/3} has no value at a negative x: the positive one has decided
+        with decimal.localcontext(decimal.Context(prec=200, Emax=99999, Emin=-99999)):
+            size = max(map(abs, (*x, *y, Decimal(1) / 10**64)))
+            gap = max(abs(x[0] - y[0]), abs(x[1] - y[1]))
+            if "=" in a:
+                gap = min(gap, max(abs(x[0] + y[0]), abs(x[1] + y[1])))
+            if gap > AGREE * size:
+                return False
     return True
 
 

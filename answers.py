@@ -235,7 +235,7 @@ def _unit_of(text):
 # 4. Comparison
 
 
-MAX_PARTS = 100  # elements of a list; the rest stays in one piece
+MAX_PARTS = 50  # elements of a list; the rest stays in one piece
 
 
 def _split(text, separator):
@@ -277,18 +277,18 @@ def _all_equal(a, b, ordered=True):
     if len(a) != len(b):
         return False
     if ordered:
-        return all(_equal(x, y) for x, y in zip(a, b))
+        return all(_equal(x, y, inner=True) for x, y in zip(a, b))
     left = list(b)
     for x in a:
-        same = next((i for i, y in enumerate(left) if _equal(x, y)), None)
+        same = next((i for i, y in enumerate(left) if _equal(x, y, inner=True)), None)
         if same is None:
             return False
         del left[same]
     return True
 
 
-def _equal(a, b):
-    """Two canonical answers."""
+def _equal(a, b, inner=False):
+    """Two canonical answers. inner: they stand in a list; sets within sets keep their order, or the cost would be a power."""
     number_a, number_b = parse_number(a), parse_number(b)
     if number_a and number_b:
         return _same_number(number_a, number_b)
@@ -297,19 +297,19 @@ def _equal(a, b):
     if "," in a and "," in b or "\\cup" in a:
         unions = _split(a, "\\cup"), _split(b, "\\cup")
         if len(unions[0]) > 1:
-            return _all_equal(*unions, ordered=False)
+            return _all_equal(*unions, ordered=inner)
         (left_a, inner_a, right_a), (left_b, inner_b, right_b) = _brackets(a), _brackets(b)
         if (left_a, right_a) != (left_b, right_b):
             return False
         parts = _split(inner_a, ","), _split(inner_b, ",")
         if len(parts[0]) > 1:
-            return _all_equal(*parts, ordered=left_a != "\\{")
+            return _all_equal(*parts, ordered=inner or left_a != "\\{")
     rows_a, rows_b = _matrix(a), _matrix(b)
     if rows_a and rows_b:
         return len(rows_a) == len(rows_b) and all(map(_all_equal, rows_a, rows_b))
     (plain_a, unit_a), (plain_b, unit_b) = _unit_of(a), _unit_of(b)
     if (unit_a or unit_b) and not (unit_a and unit_b and unit_a != unit_b) and (plain_a, plain_b) != (a, b):
-        return _equal(plain_a, plain_b)
+        return _equal(plain_a, plain_b, inner)
     if re.fullmatch(r"[A-Za-z ]{2,}", a):
         return a.casefold() == b.casefold()  # Evelyn, evelyn; but x is not X
     if re.fullmatch(r"\([A-Z]\)|[A-Z]", a) and re.fullmatch(r"\([A-Z]\)|[A-Z]", b):

@@ -21,6 +21,7 @@ from pathlib import Path
 from answers import answers_equal
 from common import UserError, mean, write_json
 from sample import generate, pass_at_k
+from symbolic import available
 
 Z = 1.96  # 95% of a normal distribution
 CHUNK_SECONDS = 60  # chunks grow until they take about this long: what a kill can lose
@@ -65,6 +66,7 @@ def summarize(rows, n, task, problems):
     if hasattr(task, "answer"):
         out["unparsable"] = mean(r["said"] is None for r in rows)
         out["lenient"] = mean(task.grade_leniently(problems[r["problem"]], r["completion"]) for r in rows)
+        out["lenient_asked_math_verify"] = available()
         if n > 1:
             chosen = [vote([r["said"] for r in g]) for g in groups]
             out["majority"], out["majority_low"], out["majority_high"] = interval(
