@@ -24,8 +24,8 @@ between steps. Three books are kept: tokens generated (the axis of every compari
 ones too), tokens prefilled, tokens read by verifiers.
 
 Two choices the paper is silent on: equal candidates count once (a beam of copies is no beam; their share of the n draws goes
-to the others), and ties go to the earlier candidate. A step ends with a token that holds a newline, a whole line having
-been written, or after task.step_tokens tokens; where a tokenizer has newlines in the middle of tokens, the step ends there.
+to the others), and ties go to the earlier candidate. A step ends with the token that holds the newline after some text, as
+tasks.line_ends has it, or after task.step_tokens tokens.
 Left out: look-ahead rollouts, a schedule of widths, keeping the cache of the survivors.
 """
 
@@ -36,7 +36,6 @@ from pathlib import Path
 
 import torch
 
-from answers import extract_answer
 from common import UserError, derive, mean
 from kernels import packed_weights
 from model import pad_right, resolve
@@ -97,10 +96,12 @@ def majority(answers):
 
 
 def step_stops(task, tokenizer):
-    """(ids that may end a step, tokens of a step or 0 for any number): tokens that hold a newline, or a fixed number."""
+    """(ids that may end a step, tokens of a step or 0 for any number, ids that end a completion): a step is a line, up to
+    a token that holds a newline, or a fixed number of tokens."""
+    eos = frozenset(task.stop_ids(tokenizer) if hasattr(task, "stop_ids") else tokenizer.eos_ids)
     if fixed := getattr(task, "step_tokens", 0):
-        return frozenset(), fixed
-    return frozenset(t for t in range(tokenizer.n_vocab) if b"\n" in tokenizer.token_bytes(t)), 0
+        return frozenset(), fixed, eos
+    return frozenset(t for t in range(tokenizer.n_vocab) if b"\n" in tokenizer.token_bytes(t)) - eos, 0, eos
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -113,8 +114,7 @@ def draw_steps(model, tokenizer, stops, prefixes, starts, ids, limit, seed, opti
     stops: see step_stops; ids fix the draws. Returns [(tokens with the step, finished)], generated tokens per prefix
     [n], and the lengths of what was prefilled [n]. A blank line is no step: there the drawing goes on.
     """
-    newline, fixed = stops
-    eos, context = set(tokenizer.eos_ids), model.cfg.max_position_embeddings
+    (newline, fixed, eos), context = stops, model.cfg.max_position_embeddings
     rows, finished, prefilled = [list(p) for p in prefixes], [False] * len(prefixes), [0] * len(prefixes)
     todo, attempt = list(range(len(rows))), 0
     while todo:
@@ -126,8 +126,8 @@ def draw_steps(model, tokenizer, stops, prefixes, starts, ids, limit, seed, opti
             prefilled[i] += len(rows[i])
             rows[i] += out.completion(j)
             finished[i] = rows[i][-1] in eos or room[j] == len(out.completion(j)) or len(rows[i]) >= context
-        blank = [not finished[i] and not b"".join(map(tokenizer.token_bytes, rows[i][len(prefixes[i]) :])).strip() for i in todo]
-        todo, attempt = [i for i, b in zip(todo, blank) if b and not fixed], attempt + 1
+        line = {i: b"".join(map(tokenizer.token_bytes, rows[i][len(prefixes[i]) :])).lstrip() for i in todo if not fixed}
+        todo, attempt = [i for i in line if not finished[i] and b"\n" not in line[i]], attempt + 1
     return list(zip(rows, finished)), [len(r) - len(p) for r, p in zip(rows, prefixes)], prefilled
 
 
@@ -201,7 +201,7 @@ def best_of_n(model, tokenizer, task, problems, values, *, n, limit, seed, probl
     ids = list(range(len(problems))) if problem_ids is None else list(problem_ids)
     prompts = [list(task.prompt_tokens(p, tokenizer)) for p in problems]
     out = generate(model, [p for p in prompts for _ in range(n)], max_new_tokens=limit, seed=seed,
-                   stop_ids=tokenizer.eos_ids, sequence_ids=[i * n + j for i in ids for j in range(n)], **options)
+                   stop_ids=step_stops(task, tokenizer)[2], sequence_ids=[i * n + j for i in ids for j in range(n)], **options)
     results = []
     for p, prompt in enumerate(prompts):
         own = [Element(prompt + out.completion(i), [len(prompt), int(out.length[i])], finished=True)
@@ -255,11 +255,6 @@ def check(cfg, temperature):
     return width
 
 
-def voted(task, text):
-    """What a solution's vote is for: its final answer, or, where a task has no such thing, its text."""
-    return extract_answer(text) if type(task).__name__ == "Jsonl" else text
-
-
 def answer(cfg, model, tokenizer, options):
     """Search --num-problems problems; print accuracy beside what it cost. Called by sample.py."""
     clock, width = time.time(), check(cfg, options["temperature"])
@@ -275,7 +270,8 @@ def answer(cfg, model, tokenizer, options):
             found = best_of_n(model, tokenizer, task, problems, values, **shared)
     text = [[tokenizer.decode(e.completion()) for e in f.candidates] for f in found]
     right = [[task.grade(p, t) for t in texts] for p, texts in zip(problems, text)]
-    votes = [majority([voted(task, t) for t in texts]) for texts in text]
+    said_by = getattr(task, "answer", lambda problem, text: text)  # a vote is for the final answer, or else for the text
+    votes = [majority([said_by(p, t) for t in texts]) for p, texts in zip(problems, text)]
     pick = votes if cfg.search == "majority" else [next(i for i, e in enumerate(f.candidates) if e is f.best) for f in found]
     report(cfg, problems, found, text, right, votes, pick, width, said)
     print(f"{time.time() - clock:.1f} s")

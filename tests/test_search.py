@@ -12,7 +12,7 @@ from common import UserError
 from model import save_model
 from pav import Verifier, save_verifier
 from search import beam, best_of_n, effective_score, learned_values, majority, parents, select
-from tasks import get_task
+from tasks import get_task, line_ends
 from tokenizer import alphabet_tokenizer
 
 OPTIONS = dict(n=6, limit=6, seed=3, temperature=1.0)
@@ -191,6 +191,8 @@ def test_a_step_is_a_line_and_blank_lines_are_none():
         last = tokens[-1] in tokenizer.eos_ids or any(e.tokens[-len(tokens) :] == tokens for f in found for e in f.candidates)
         assert last or (t.endswith("\n") and t.strip() and "\n" not in t.lstrip("\n ")[:-1])
     assert all(len(e.completion()) <= 12 for f in found for e in f.candidates)
+    for e in (e for f in found for e in f.candidates):  # where the verifier was trained to be read
+        assert set(line_ends(e.tokens, e.ends[0], len(e.tokens), tokenizer)) <= set(e.ends)
 
 
 @pytest.mark.parametrize("name", ["planted", "countdown", "chain", "stargraph"])
