@@ -41,6 +41,11 @@ FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, fields=QWEN, defaults=(("max_window_layers", 28),)),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, fields=QWEN, defaults=(("max_window_layers", 28), ("head_dim", 128))),
+    "gemma2": Family("Gemma2ForCausalLM", gemma=True, activation="gelu_pytorch_tanh", activation_field="hidden_activation",
+                     fields=GEMMA + ("hidden_act", "sliding_window_size"),  # two of which transformers does not look at
+                     defaults=(("query_pre_attn_scalar", 256), ("attn_logit_softcapping", 50.0), ("sliding_window", 4096),
+                               ("final_logit_softcapping", 30.0), ("head_dim", 256), ("tie_word_embeddings", True),
+                               ("hidden_activation", "gelu_pytorch_tanh"))),
 }
 
 # Fields that say nothing about the arithmetic of a forward pass (dropout is left out: see model.py).
@@ -198,7 +203,9 @@ def _windows(raw, kind):
         raise UserError(f"layer_types={types!r} is not supported: one full_attention or sliding_attention for each layer")
     if "sliding_attention" not in types:
         return None, None
-    raise UserError(f"sliding_window={window!r} with layers of sliding_attention is not supported yet")
+    if not isinstance(window, int) or window < 1:
+        raise UserError(f"sliding_window={window!r} with layers of sliding_attention; it must be a number of tokens")
+    return window, types
 
 
 def _check(cfg):

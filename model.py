@@ -1,7 +1,8 @@
-"""One Transformer (the Llama architecture), its KV cache, and open weights in and out.
+"""One Transformer for every family of open weights, and its KV cache.
 
-RMSNorm -> attention with rotary positions and grouped queries -> RMSNorm -> SwiGLU, no biases, tied or
-untied head. A folder that transformers wrote loads here; a folder written here loads there.
+Llama: RMSNorm -> attention with rotary positions and grouped queries -> RMSNorm -> SwiGLU, no biases, tied or untied
+head. Qwen2, Qwen3 and Gemma 2 differ from it by one line of the table in families.py; files are read and written by
+weights.py.
 
 What is left out: dropout (nobody fine-tunes with it), attention masks for padding. Batches are padded on
 the *right*, where causal attention cannot see it, and each caller knows the lengths; so there is no mask
@@ -20,6 +21,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError
 from families import Config
@@ -60,11 +62,11 @@ def rope_frequencies(cfg, device):
     return keep * freq + (1 - keep) * freq / cfg.rope_scaling["factor"]
 
 
-def rope_tables(cfg, device):
-    """cos and sin [max_position, head_dim] float32 of the angles position * rope_frequencies, twice side by side; the
+def rope_tables(cfg, length, device):
+    """cos and sin [length, head_dim] float32 of the angles position * rope_frequencies, twice side by side; the
     first half of sin negated, which is what rotate wants."""
     freq = rope_frequencies(cfg, device)
-    angle = torch.outer(torch.arange(cfg.max_position_embeddings, device=device, dtype=torch.float32), freq)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
@@ -129,8 +131,11 @@ class Transformer(nn.Module):
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        self.norm = (OffsetNorm if cfg.family.gemma else nn.RMSNorm)(cfg.hidden_size, eps=cfg.rms_norm_eps)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
+        self.embed_scale = cfg.hidden_size**0.5 if cfg.family.gemma else None
+        self.scoring = attention_options(cfg)
+        self.causal = [partial(causal_attention, window=cfg.window(i), **self.scoring) for i in range(cfg.num_hidden_layers)]
         self._rope = None
 
     @property
@@ -140,7 +145,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens):
         """tokens [B,T] int64, padded on the right -> final hidden states [B,T,D]."""
-        return self._run(tokens, self._positions(tokens.shape[1], tokens.device), lambda layer: causal_attention)
+        return self._run(tokens, self._positions(tokens.shape[1], tokens.device), self.causal.__getitem__)
 
     def prefill(self, tokens, cache, rows):
         """As forward, and writes keys and values of tokens [B,T] to positions 0..T-1 of cache rows [B]."""
@@ -150,7 +155,7 @@ class Transformer(nn.Module):
             def write_and_attend(q, k, v):
                 cache.k[layer, rows, :, :T] = k.transpose(1, 2)
                 cache.v[layer, rows, :, :T] = v.transpose(1, 2)
-                return causal_attention(q, k, v)
+                return self.causal[layer](q, k, v)
 
             return write_and_attend
 
@@ -160,17 +165,20 @@ class Transformer(nn.Module):
         """One token for each of the cache's first B rows: tokens [B], length [B] (tokens already there),
         longest = length.max() as an int. Returns hidden [B,D]; the caller adds 1 to length."""
         B = tokens.shape[0]
-        cos, sin = self._rope_tables(tokens.device)
-        rows = torch.arange(B, device=tokens.device)
-        visible = torch.arange(longest + 1, device=tokens.device) <= length[:, None]  # (B, t)
+        cos, sin = self._rope_tables(longest + 1, tokens.device)
+        rows, t = torch.arange(B, device=tokens.device), torch.arange(longest + 1, device=tokens.device)
+        visible = near = t <= length[:, None]  # (B, t)
+        if self.cfg.sliding_window is not None:
+            near = visible & (t > length[:, None] - self.cfg.sliding_window)
 
         def attend(layer):
             k_cache, v_cache = cache.k[layer], cache.v[layer]
+            seen = visible if self.cfg.window(layer) is None else near
 
             def write_and_attend(q, k, v):
                 k_cache[rows, :, length] = k[:, 0]
                 v_cache[rows, :, length] = v[:, 0]
-                return cached_attention(q, k_cache[:B, :, : longest + 1], v_cache[:B, :, : longest + 1], visible)
+                return cached_attention(q, k_cache[:B, :, : longest + 1], v_cache[:B, :, : longest + 1], seen, **self.scoring)
 
             return write_and_attend
 
@@ -179,36 +187,58 @@ class Transformer(nn.Module):
 
     def _run(self, tokens, rope, attend):
         x = self.embed(tokens)
+        if self.embed_scale is not None:  # rounded to the weights' dtype first, as Gemma was trained
+            x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
         cos, sin = (table.to(x.dtype) for table in rope)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, attend(i))
         return self.norm(x)
 
-    def _rope_tables(self, device):
-        if self._rope is None or self._rope[0].device != device:
-            self._rope = rope_tables(self.cfg, device)
+    def _rope_tables(self, length, device):
+        """Tables of at least `length` rows, kept between calls; they grow, for a context of 131072 would take 134 MB."""
+        if self._rope is None or self._rope[0].device != device or len(self._rope[0]) < length:
+            context = self.cfg.max_position_embeddings
+            if length > context:
+                raise UserError(f"{length} tokens exceed the model's context of {context}; shorten the text")
+            self._rope = rope_tables(self.cfg, min(context, max(2048, 2 * length)), device)
         return self._rope
 
     def _positions(self, T, device):
-        cos, sin = self._rope_tables(device)
-        if len(cos) < T:
-            raise UserError(f"{T} tokens exceed the model's context of {len(cos)}; shorten the text")
+        cos, sin = self._rope_tables(T, device)
         return cos[:T, None], sin[:T, None]  # (T, 1, d)
 
     def logits(self, hidden):
         """hidden [...,D] -> logits [...,V] float32. Whole: for tests and small looks."""
-        return F.linear(hidden.float(), self.head.float())
+        z, cap = F.linear(hidden.float(), self.head.float()), self.cfg.final_logit_softcapping
+        return z if cap is None else cap * torch.tanh(z / cap)
 
 
-def causal_attention(q, k, v):
-    """q [B,T,H,d], k, v [B,T,K,d] -> [B,T,H*d]; position t sees positions 0..t."""
+def attention_options(cfg):
+    """Where the scores differ from q.k / sqrt(head_dim): {} for Llama; scale, softcap."""
+    scale = None if cfg.query_pre_attn_scalar is None else cfg.query_pre_attn_scalar**-0.5
+    options = dict(scale=scale, softcap=cfg.attn_logit_softcapping)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def causal_attention(q, k, v, window=None, scale=None, softcap=None):
+    """q [B,T,H,d], k, v [B,T,K,d] -> [B,T,H*d]; position t sees positions 0..t, or only the last `window` of them."""
     B, T, H, d = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != H)
+    K, visible = k.shape[1], None
+    if softcap is not None or (window is not None and window < T):
+        t = torch.arange(T, device=q.device)
+        visible = (t <= t[:, None]) & (t > t[:, None] - (window or T))
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale,
+                                             enable_gqa=K != H)
+    else:
+        grouped, visible = q.reshape(B, K, H // K * T, d), visible.repeat(H // K, 1)
+        attend = partial(checkpoint, capped_attention, use_reentrant=False) if torch.is_grad_enabled() else capped_attention
+        out = attend(grouped, k, v, visible, scale, softcap).view(B, H, T, d)
     return out.transpose(1, 2).reshape(B, T, H * d)
 
 
-def cached_attention(q, k, v, visible):
+def cached_attention(q, k, v, visible, scale=None, softcap=None):
     """One query per row over its own past. q [B,1,H,d], k, v [B,K,t,d], visible [B,t] -> [B,1,H*d].
 
     The H/K query heads that share a key head stand as so many queries of that head, so that grouped
@@ -216,8 +246,20 @@ def cached_attention(q, k, v, visible):
     """
     B, _, H, d = q.shape
     K = k.shape[1]
-    out = F.scaled_dot_product_attention(q.view(B, K, H // K, d), k, v, attn_mask=visible[:, None, None])
+    q, visible = q.view(B, K, H // K, d), visible[:, None, None]
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    else:
+        out = capped_attention(q, k, v, visible, scale, softcap)
     return out.reshape(B, 1, H * d)
+
+
+def capped_attention(q, k, v, visible, scale, softcap):
+    """softmax(softcap * tanh(scale q.k / softcap)) v, which no fused kernel of PyTorch computes (Gemma 2). q [B,K,n,d],
+    k, v [B,K,t,d], visible broadcasts to [B,K,n,t] -> [B,K,n,d]. The scores stand whole: [B,K,n,t] float32."""
+    scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
 
 
 def pad_right(rows):
@@ -238,7 +280,8 @@ def token_logprobs(model, tokens, targets, temperature):
     positions only.
     """
     hidden = model(tokens[:, :-1])[targets[:, 1:]]  # (N, D): the state before each target
-    logprob, _, entropy = linear_logprob(hidden, model.head, tokens[targets], temperature)
+    cap = model.cfg.final_logit_softcapping
+    logprob, _, entropy = linear_logprob(hidden, model.head, tokens[targets], temperature, cap)
     return logprob, entropy
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import UserError
-from families import FAMILIES, Config
+from families import FAMILIES, Config, file_names
 from model import load_model, save_model, token_logprobs
 from sample import generate
 
@@ -24,8 +24,17 @@ MODELS = {  # name -> (class in transformers, what it sets)
     "llama 3.1": ("Llama", dict(tie_word_embeddings=True, rope_theta=500.0, rope_scaling=LLAMA3)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=False, rope_theta=1e6)),
     "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True, num_key_value_heads=4)),
+    "qwen2 with a window behind the first layer": ("Qwen2", dict(tie_word_embeddings=True, use_sliding_window=True,
+                                                                 sliding_window=8, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=True, head_dim=16, rope_theta=1e6)),
     "qwen3 untied": ("Qwen3", dict(tie_word_embeddings=False, head_dim=4, attention_bias=False)),
+    "gemma2": ("Gemma2", dict(head_dim=16, query_pre_attn_scalar=10, sliding_window=8, attn_logit_softcapping=5.0,
+                              final_logit_softcapping=8.0)),
+    "gemma2 without caps": ("Gemma2", dict(head_dim=4, query_pre_attn_scalar=10, sliding_window=8, attn_logit_softcapping=None,
+                                           final_logit_softcapping=None, num_key_value_heads=4, tie_word_embeddings=False)),
+    "gemma2 with windows elsewhere": ("Gemma2", dict(
+        head_dim=8, query_pre_attn_scalar=8, sliding_window=5, attn_logit_softcapping=3.0, final_logit_softcapping=4.0,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"])),
 }
 
 
@@ -92,6 +101,28 @@ def test_a_batch_of_several_lengths_decodes_as_each_row_alone(tmp_path, tokenize
         assert out.completion(i) == alone.completion(0)
     logprob, _ = token_logprobs(model, out.tokens, out.mask(), 1.0)  # the sampler and the trainer agree
     torch.testing.assert_close(logprob, out.logprob[out.mask()], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_a_log_prob_equal_those_of_transformers(tmp_path, tokenizer, name):
+    """Through token_logprobs, as training goes: caps, windows, scales and biases in forward and backward."""
+    theirs = theirs_of(name)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    model, _ = load_model(tmp_path)
+    tokens = torch.tensor([ids(30), ids(30, 1)])
+    targets = torch.zeros_like(tokens, dtype=torch.bool)
+    targets[0, 5:] = targets[1, 20:] = True
+    logprob, entropy = token_logprobs(model, tokens, targets, 0.7)
+    (logprob.mean() + 0.1 * entropy.mean()).backward()
+    logp = (theirs(tokens[:, :-1]).logits[targets[:, 1:]] / 0.7).log_softmax(-1)
+    expected = logp.gather(1, tokens[targets][:, None])[:, 0]
+    torch.testing.assert_close(logprob, expected, atol=1e-4, rtol=1e-5)
+    (expected.mean() - 0.1 * (logp.exp() * logp).sum(-1).mean()).backward()
+    their_grads = {key: p.grad for key, p in theirs.named_parameters()}
+    for key, p in model.named_parameters():
+        grad = torch.cat([their_grads[part] for part, _ in file_names(model.cfg)[key]])
+        torch.testing.assert_close(p.grad, grad, atol=1e-5, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @torch.no_grad()
@@ -181,6 +212,13 @@ PUBLISHED = {
         model_type="qwen3", num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8, rms_norm_eps=1e-06,
         rope_scaling=None, rope_theta=1000000, sliding_window=None, tie_word_embeddings=True, transformers_version="4.51.0",
         use_sliding_window=False, vocab_size=151936),
+    "gemma-2-2b-it": dict(
+        architectures=["Gemma2ForCausalLM"], attention_bias=False, attn_logit_softcapping=50.0, bos_token_id=2,
+        cache_implementation="hybrid", eos_token_id=[1, 107], final_logit_softcapping=30.0, head_dim=256,
+        hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", hidden_size=2304, intermediate_size=9216,
+        max_position_embeddings=8192, model_type="gemma2", num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4,
+        pad_token_id=0, query_pre_attn_scalar=256, rms_norm_eps=1e-06, rope_theta=10000.0, sliding_window=4096,
+        transformers_version="4.42.4", vocab_size=256000),
 }  # fmt: skip
 
 
@@ -198,6 +236,8 @@ def test_published_configs_are_read(tmp_path, name):
     assert cfg.head_dim == raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
     assert all(cfg.window(i) is None for i in range(cfg.num_hidden_layers)) or cfg.model_type == "gemma2"
     assert (cfg.rope_scaling is not None) == (name == "Llama-3.2-1B")
+    if cfg.model_type == "gemma2":
+        assert cfg.tie_word_embeddings and [cfg.window(i) for i in range(3)] == [4096, None, 4096]
     again = read(tmp_path, cfg.to_json())
     assert again == cfg
     if importlib.util.find_spec("transformers"):  # transformers reads what we write as it reads the published file
@@ -213,7 +253,7 @@ def test_published_configs_are_read(tmp_path, name):
                 assert ours[field] == theirs[field], field
 
 
-QWEN, LLAMA = PUBLISHED["Qwen2.5-0.5B"], PUBLISHED["Llama-3.2-1B"]
+QWEN, LLAMA, GEMMA = PUBLISHED["Qwen2.5-0.5B"], PUBLISHED["Llama-3.2-1B"], PUBLISHED["gemma-2-2b-it"]
 
 
 @pytest.mark.parametrize("base, change, match", [
@@ -239,6 +279,10 @@ QWEN, LLAMA = PUBLISHED["Qwen2.5-0.5B"], PUBLISHED["Llama-3.2-1B"]
     (LLAMA, dict(attention_bias=True), "attention_bias=True"), (LLAMA, dict(mlp_bias=True), "mlp_bias=True"),
     (LLAMA, dict(original_max_position_embeddings=4096), "original_max_position_embeddings"),
     (LLAMA, dict(model_type="llama4"), "'llama4'"),
+    (GEMMA, dict(hidden_activation="gelu"), "hidden_activation='gelu'"),
+    (GEMMA, dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    (GEMMA, dict(sliding_window=None), "sliding_window=None"),
+    (GEMMA, dict(attn_logit_softcapping=-1.0), "attn_logit_softcapping"),
 ])  # fmt: skip
 def test_what_would_be_computed_wrongly_is_refused_by_name(tmp_path, base, change, match):
     with pytest.raises(UserError, match=match) as caught:
@@ -250,6 +294,15 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(tmp_path, base, chang
 def test_a_missing_field_is_named(tmp_path, missing):
     with pytest.raises(UserError, match=missing):
         read(tmp_path, {k: v for k, v in QWEN.items() if k != missing})
+
+
+def test_windows_of_qwen_begin_where_transformers_has_them(tmp_path):
+    raw = {k: v for k, v in QWEN.items() if k != "max_window_layers"} | dict(use_sliding_window=True, num_hidden_layers=30)
+    cfg = read(tmp_path, raw)
+    assert [cfg.window(i) for i in (0, 27, 28, 29)] == [None, None, 32768, 32768]
+    assert read(tmp_path, cfg.to_json()) == cfg
+    assert read(tmp_path, raw | dict(max_window_layers=0)).window(0) == 32768
+    assert read(tmp_path, raw | dict(max_window_layers=30)).sliding_window is None
 
 
 def test_every_family_is_tested_against_transformers():
