@@ -8,7 +8,10 @@
 The two in the middle start from the hidden state, not from logits: at V = 49152 the logits of one 64 x 96 batch
 are 1.2 GB, and nobody needs them once the three numbers per token are known.
 
-Where the tensors are on a GPU, the Triton function of the same name and signature takes over (NAME_triton.py).
+Where the tensors are on a GPU, the Triton function of the same name and signature takes over (NAME_triton.py, imported
+then and not before: a machine without triton never sees it). The same functions run on CPU tensors where
+TRITON_INTERPRET=1 was set before that import, which tests/conftest.py does on a machine without a GPU; tests/test_compile.py
+compiles what they launch for GPUs that are not there, in a process of its own, since the decorator decides.
 """
 
 from functools import wraps

@@ -1,11 +1,14 @@
 """Fixtures: a toy task whose answer stands in the prompt, its tokenizer, a tiny random model (see toy.py)."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton's kernels are interpreted then; read when a kernel is decorated, so first of all
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are flat modules beside this folder
 torch.set_num_threads(1)  # one thread adds floats in one order, and two pools on two cores only fight
 

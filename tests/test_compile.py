@@ -1,0 +1,62 @@
+"""Every Triton kernel, as its wrapper would launch it for real models, compiled for GPUs that need not be here.
+
+    pytest tests/test_compile.py                              # two minutes; a few seconds once Triton has them in its cache
+
+Asserted: nothing spills, the tensor cores of that GPU are used, the shared memory fits. What it does not say: whether it
+is fast. A process whose kernels are interpreted cannot compile; there, one test runs this file in a process that can.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton has no wheel for this machine")
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a thread block may have
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def record(arch, function, *args, **options):
+    from compile_triton import Recorder
+
+    with Recorder(arch) as launches:
+        function(*args, **options)
+    return launches
+
+
+def check(launch, *required):
+    """Compile one launch; required: instructions that must be there. Returns the code."""
+    code = launch.compile()
+    assert code.spills == 0, code
+    assert code.shared <= SHARED[launch.arch], code
+    for instruction in required:
+        assert code.count(instruction) > 0, f"{code}: no {instruction}"
+    return code
+
+
+if triton.knobs.runtime.interpret:
+
+    def test_kernels_compile_in_a_process_of_their_own():
+        environment = os.environ | dict(TRITON_INTERPRET="0")
+        out = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], env=environment,
+                             capture_output=True, text=True)
+        assert out.returncode == 0, out.stdout[-8000:] + out.stderr[-2000:]
+
+else:
+    MMA = {80: "HMMA", 90: "HGMMA"}  # the tensor cores' instruction: of a warp, of a warpgroup
+
+    @pytest.mark.parametrize("arch, B, V, D", [
+        (80, 16, 49152, 576), (90, 16, 49152, 576), (90, 256, 128256, 4096),
+        pytest.param(80, 256, 128256, 4096, marks=pytest.mark.xfail(reason="two registers of the large tile spill on sm_80")),
+    ])
+    def test_sampling(arch, B, V, D):
+        from kernels import sampling_triton
+
+        (launch,) = record(arch, sampling_triton.group_stats, meta(B, D), meta(V, D), 0.7)
+        check(launch, MMA[arch], "LDGSTS")
