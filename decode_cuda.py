@@ -69,11 +69,10 @@ def decode_step(model, token, cache, length):
     there) -> hidden [B,D]. Ten launches a layer on a GPU."""
     cfg, B = model.cfg, len(token)
     tables = [table[:, 0] for table in model._positions(cache.k.shape[3], token.device)]  # (T, d)
-    scale = None if cfg.query_pre_attn_scalar is None else cfg.query_pre_attn_scalar**-0.5
     seen = length + 1
 
     def attend(i):
-        return lambda q: decode_attention(q, cache.k[i], cache.v[i], seen, scale, cfg.window(i), cfg.attn_logit_softcapping)
+        return lambda q: decode_attention(q, cache.k[i], cache.v[i], seen, window=cfg.window(i), **model.scoring)
 
     if cfg.family.gemma:  # norms on both sides of each product: PyTorch's operations, our attention
         def write_and_attend(i):

@@ -103,7 +103,7 @@ def split_tile(G, d, dtype):
     block_g, block_dim = max(16, triton.next_power_of_2(G)), max(16, triton.next_power_of_2(d))
     if dtype.itemsize == 2:
         return (block_g, block_dim, 64), 4
-    return (block_g, block_dim, max(16, min(64, 4096 // block_dim))), 4 if block_dim <= 128 else 8
+    return (block_g, block_dim, max(16, min(32, 4096 // block_dim))), 4 if block_dim <= 128 else 8
 
 
 def decode_attention(q, k_cache, v_cache, length, scale=None, window=None, softcap=None):

@@ -1,7 +1,11 @@
 """The Triton kernels of generation against their references: on the GPU where there is one, else interpreted."""
 
+import json
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +224,25 @@ def test_rope_write_writes_one_position_of_each_row(dtype, tolerance):
         torch.testing.assert_close(k[rows, :, position].double(), turned[:, H:], atol=tolerance, rtol=tolerance)
         assert torch.equal(v[rows, :, position], qkv[:, H + K :])
         assert int((k != 7).any(-1).sum()) == int((v != 7).any(-1).sum()) == 3 * K
+
+
+# ----------------------------------------------------------------------------------------------------
+# Machine code
+
+
+def test_compiled_for_a100_and_h100_without_a_spilled_register():
+    """In a process of its own: here the kernels are interpreted."""
+    script = Path(__file__).parent / "ahead_decode.py"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    lines = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env=env).stdout.splitlines()
+    made = [json.loads(line) for line in lines]
+    assert not [m for m in made if m["spills"] or m["stack"]]
+    written = {name for module in (attention_triton, layer_triton, sampling_triton) for name in vars(module)
+               if name.endswith("_kernel")}  # fmt: skip
+    assert {m["arch"] for m in made} == {80, 90} and {m["kernel"] for m in made} == written and len(written) == 11
+    for m in made:
+        if m["kernel"] == "group_stats_kernel" and m["dtype"] == "torch.bfloat16":
+            assert m["wgmma" if m["arch"] == 90 else "mma"] and m["async_copies"]  # tensor cores, fed while they work
+        if m["kernel"] == "split_kernel":
+            assert m["mma"] and m["async_copies"]
+        assert m["shared"] <= (227 if m["arch"] == 90 else 163) * 1024
