@@ -202,7 +202,7 @@ def pass_at_k(num_samples, num_correct, k):
 
 @dataclass
 class Config:
-    model: str = opt("smollm2", "a folder, a run directory, or smollm2", "what")
+    model: str = opt("smollm2", "a folder, a run directory, smollm2, or a hub id such as Qwen/Qwen2.5-0.5B", "what")
     prompt: str = opt("", "text to answer (in the model's chat format where it has one)", "what")
     raw: bool = opt(False, "continue --prompt as plain text, without the chat format", "what")
     task: str = opt("", "answer the problems of a task and grade them", "what", choices=["", *TASKS])

@@ -192,21 +192,22 @@ def resolve(name_or_dir):
     if HUB_ID.fullmatch(name_or_dir) and not path.parent.exists() and path.parts[0] != "runs":
         path = download(name_or_dir)
     if not (path / "config.json").exists():
-        raise UserError(f"no model at {name_or_dir!r}: give a folder with config.json, the name smollm2, or a hub id")
+        raise UserError(f"no model at {name_or_dir!r}: give a folder with config.json, the name smollm2, or a hub id "
+                        "(not looked up where its first part is a folder here)")
     return path
 
 
 def download(hub_id):
     """A model of the Hugging Face hub -> its folder in the cache, where a second call finds it without the network."""
-    by_hand = f"hf download {hub_id} --local-dir models/{hub_id.split('/')[1]} and give that folder"
+    by_hand = f"hf download {hub_id} --local-dir models/{hub_id.split('/')[1]}, then give that folder"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"no folder {hub_id}; if it is a model of the hub: pip install huggingface_hub, or elsewhere {by_hand}"
+        raise UserError(f"no folder {hub_id}; if it is a model of the hub: pip install huggingface_hub, or {by_hand}"
                         ) from None
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
                                       ignore_patterns=["*/*"]))
     except Exception as e:  # no network, no such model, a licence to accept first: the hub's exceptions are many
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"no folder {hub_id}, and the hub gave none ({reason}); elsewhere {by_hand}") from None
+        raise UserError(f"no folder {hub_id}, and the hub gave none ({reason}); by hand: {by_hand}") from None

@@ -161,7 +161,7 @@ def test_names_of_the_hub(folder, monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
     assert resolve("me/mine-0.5B") == folder
-    with pytest.raises(UserError, match=r"no network\); elsewhere hf download me/none --local-dir models/none"):
+    with pytest.raises(UserError, match=r"no network\); by hand: hf download me/none --local-dir models/none"):
         resolve("me/none")
     for path in ("runs/nothing", "m/nothing", "nothing", "../a/b", "a/b/c", "/a/b"):  # a mistyped path asks nobody
         with pytest.raises(UserError, match="no model at"):
