@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PEERS = {"products": [], "generate": ["transformers"], "rl_step": ["trl", "transformers", "datasets", "accelerate"]}
+PEERS = {"products": [], "decode": [], "generate": ["transformers"], "rl_step": ["trl", "transformers", "datasets", "accelerate"]}
 
 
 def run(name, out):
@@ -25,7 +25,7 @@ def comparisons(value):
     return [found for inner in value.values() for found in comparisons(inner)]
 
 
-@pytest.mark.parametrize(("name", "at_least"), [("products", 20), ("generate", 3), ("rl_step", 1)])
+@pytest.mark.parametrize(("name", "at_least"), [("products", 20), ("decode", 3), ("generate", 3), ("rl_step", 1)])
 def test_runs_and_writes(name, at_least, tmp_path):
     for peer in PEERS[name]:
         pytest.importorskip(peer)
