@@ -74,6 +74,7 @@ def test_transformers_reads_ours_and_we_read_theirs(tmp_path, tokenizer, name):
     theirs.save_pretrained(tmp_path / "theirs")
     tokenizer.save(tmp_path / "theirs")
     model, _ = load_model(tmp_path / "theirs")
+    assert model.cfg.rope_theta == MODELS[name][1].get("rope_theta", 10000.0)  # what was asked for did reach both
     compare(theirs, model, ids(7), 32)
     compare(theirs, model, ids(90), 32)  # far past any window and the context that llama 3.1 was stretched from
     save_model(tmp_path / "ours", model, tokenizer)

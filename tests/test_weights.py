@@ -124,6 +124,17 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path, tokenizer, model):
     refuse(tmp_path / "m", "stands in two files")
 
 
+def test_a_cut_or_emptied_shard_is_refused(tmp_path, tokenizer, model):
+    save_model(tmp_path / "m", model, tokenizer, shard_bytes=3000)
+    last = sorted((tmp_path / "m").glob("*.safetensors"))[-1]
+    tensors, whole = load_file(last), last.read_bytes()
+    last.write_bytes(whole[:-1])
+    refuse(tmp_path / "m", f"{last.name} is truncated")
+    gone = sorted(tensors)[0]
+    save_file({k: v for k, v in tensors.items() if k != gone}, last)
+    refuse(tmp_path / "m", f"tensor {gone} is missing")
+
+
 def test_links_out_of_the_folder_are_refused(folder, tmp_path):
     (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
