@@ -11,7 +11,6 @@ import functools
 import hashlib
 import re
 from decimal import Decimal
-from fractions import Fraction
 
 MAX_EXPONENT = 64  # 1e64 is an answer, 1e999999999 an integer that fills the memory
 MAX_DIGITS = 200  # Fraction arithmetic is quadratic in the digits
@@ -232,12 +231,3 @@ def same_formula(a, b):
             if gap > AGREE * size:
                 return False
     return True
-
-
-def exact(text):
-    """ "1,234.5e3" -> Fraction; None beyond the bounds or without a digit before the exponent."""
-    mantissa, _, exponent = text.replace(",", "").lower().partition("e")
-    digits = sum(c.isdigit() for c in mantissa)
-    if not 1 <= digits <= MAX_DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > MAX_EXPONENT:
-        return None
-    return Fraction(mantissa.removesuffix(".")) * Fraction(10) ** int(exponent or 0)

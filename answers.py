@@ -14,9 +14,10 @@ Left out: +-, inequalities, decimal commas. symbolic.py asks math-verify about t
 import re
 from fractions import Fraction
 
-from algebra import MAX_NESTING, exact, same_formula
+from algebra import MAX_DIGITS, MAX_EXPONENT, MAX_NESTING, same_formula
 
 MAX_ANSWER = 2000  # characters; beyond it nobody answers, somebody attacks
+TAIL = 100_000  # characters at the end of a text in which the answer is looked for
 RELATIVE_TOLERANCE = Fraction(1, 10**12)  # decimal against fraction: 0.333 is not 1/3
 
 # ----------------------------------------------------------------------------------------------------
@@ -36,10 +37,8 @@ def _boxed(text, start):
 
 
 def _last_box(text):
-    r"""Content of the last \boxed{...}, \fbox{...} or "\boxed 7"; "" if there is none, None if it is cut off."""
+    r"""Content of the last \boxed{...}, \fbox{...} or "\boxed 7"; None if it is cut off."""
     at = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if at < 0:
-        return ""
     rest = text[at + (6 if text[at + 1] == "b" else 5) :][: MAX_ANSWER + 2]
     start = len(rest) - len(rest.lstrip(" "))
     if rest[start : start + 1] == "{":
@@ -49,21 +48,28 @@ def _last_box(text):
 
 
 def extract_answer(text):
-    r"""The last line "#### x", else the last \boxed{x} or \fbox{x}, else the last "answer is x" -> x or None.
-    Strict: the last mark of the first kind found decides, even if nothing readable follows it. What stands within
-    <think> is no answer."""
+    r"""What the last mark in the text holds: a line "#### x", or \boxed{x} or \fbox{x}; without any of them the last
+    "answer is x". None if there is no mark, and also if nothing readable follows the last one: an earlier one does not
+    count. What stands within <think> is no answer."""
     if (thought := text.rfind("</think>")) >= 0:
         text = text[thought + len("</think>") :]
     elif "<think>" in text:
         return None
-    marked = [s for line in text.split("\n") if (s := line.strip()).startswith("####")]
-    if marked:
-        answer = marked[-1].lstrip("#").strip()
-    elif (box := _last_box(text)) != "":
-        answer = box
-    elif (at := max(text.rfind("answer is"), text.rfind("Answer is"))) >= 0:
-        line = text[at + len("answer is") :][: MAX_ANSWER + 1].lstrip(" :*\n").split("\n")[0]
-        answer = re.split(r"\.(?:\s|$)", line)[0].strip()
+    text = text[-TAIL:]
+    at, line = 0, -1  # where the last line that begins with #### stands
+    for each in text.split("\n"):
+        if each.lstrip().startswith("####"):
+            line = at
+        at += len(each) + 1
+    box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    said = max(text.rfind("answer is"), text.rfind("Answer is"))
+    if line > box:
+        answer = text[line:].split("\n", 1)[0].strip().lstrip("#").strip()
+    elif box >= 0:
+        answer = _last_box(text)
+    elif said >= 0:
+        answer = text[said + len("answer is") :][: MAX_ANSWER + 1].lstrip(" :*\n").split("\n")[0]
+        answer = re.split(r"\.(?:\s|$)", answer)[0].strip()
     else:
         return None
     return answer if answer and len(answer) <= MAX_ANSWER else None
@@ -71,7 +77,7 @@ def extract_answer(text):
 
 def last_number(text):
     """The last number in the text, or None: a lenient second opinion for evaluation, never a reward."""
-    found = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-20 * MAX_ANSWER :])
+    found = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-TAIL:])
     return found[-1].rstrip(",") if found else None
 
 
@@ -175,7 +181,7 @@ def canonical(answer):
     text = re.sub(r" (?=\\)", "", text)
     text = re.sub(r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1", text)
     text = re.sub(r"\\cdot(?=[A-Za-z\\(])", "", re.sub(r"\\cdot ", r"\\cdot", text))
-    return re.sub(r"^\\?[A-Za-z](?:=|\\in(?![A-Za-z]) ?)", "", text).strip()
+    return re.sub(r"^(?:[A-Za-z]|\\[a-z]+)(?:=|\\in(?![A-Za-z]) ?)", "", text).strip()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -193,6 +199,15 @@ _UNIT = re.compile(rf"(.+){TEXT}([A-Za-z ]+)(?:\^[23])?|(.*[0-9}}]) ((?:[A-Za-z]
 _NO_UNIT = set("""hundred hundreds thousand thousands million millions billion billions trillion dozen dozens half halves third
     thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths hundredth hundredths squared cubed
     factorial over or and plus minus times divided to by not choose mod point nor versus vs if""".split())  # noqa: SIM905
+
+
+def exact(text):
+    """ "1,234.5e3" -> Fraction; None beyond the bounds or without a digit before the exponent."""
+    mantissa, _, exponent = text.replace(",", "").lower().partition("e")
+    digits = sum(c.isdigit() for c in mantissa)
+    if not 1 <= digits <= MAX_DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > MAX_EXPONENT:
+        return None
+    return Fraction(mantissa.removesuffix(".")) * Fraction(10) ** int(exponent or 0)
 
 
 def parse_number(text):

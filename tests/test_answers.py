@@ -35,7 +35,10 @@ DATA = Path(__file__).parent.parent.parent / "shared" / "data"
         ("The answer is 7.", "7"),
         ("the answer is: 3.5. I hope so.", "3.5"),
         ("The final answer is:\n\n$$7$$", "$$7$$"),
-        ("#### 1\n" + r"\boxed{2}", "1"),
+        ("#### 1\n" + r"\boxed{2}", "2"),  # whichever stands last
+        (r"\boxed{2}" + "\n#### 1", "1"),
+        ("#### Step 1\n#### Step 2\nso " + r"$\boxed{7}$.", "7"),  # headings of Markdown
+        ("#### 7\nThe answer is 8.", "7"),
         (r"<think>\boxed{1}</think> \boxed{2}", "2"),
         (r"<think>\boxed{1}</think> so it is", None),
         (r"<think>it is \boxed{1}", None),
