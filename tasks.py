@@ -181,7 +181,7 @@ class Jsonl(Task):
 
     name, strengths, max_new_tokens = "jsonl", None, 512
     ends_with_eos, random_demonstrations = True, False
-    ask = "\nWork line by line. End with a line that holds #### and the answer alone."
+    ask = '\nWork step by step, one step a line. Your last sentence is "The answer is", then the answer alone.'
     shot = "Question: {}\nAnswer:\n"
 
     def __init__(self, data, question_field="", answer_field="", seed=0, template="auto", shots=0):

@@ -189,7 +189,7 @@ def resolve(name_or_dir):
     steps = sorted(p for p in path.glob("step_*") if (p / "config.json").exists()) if path.is_dir() else []
     if steps and not (path / "config.json").exists():
         path = steps[-1]
-    if HUB_ID.fullmatch(name_or_dir) and not path.parent.exists() and path.parts[0] != "runs":
+    if HUB_ID.fullmatch(str(name_or_dir)) and not path.parent.exists() and path.parts[0] != "runs":
         path = download(name_or_dir)
     if not (path / "config.json").exists():
         raise UserError(f"no model at {name_or_dir!r}: give a folder with config.json, the name smollm2, or a hub id "
