@@ -247,7 +247,8 @@ def make_pairs(solutions, negatives, values, positives, cfg, prompts):
             pair = make_pair(prompts[i], negative, ends, pit, positives[i], turn, bridge)
             if pair is not None:
                 pairs.append(pair)
-                notes.append(dict(problem=solutions.problems[i].key, pit=pit, steps=len(ends), q=[round(v, 4) for v in q]))
+                notes.append(dict(index=i, problem=solutions.problems[i].key, pit=pit, steps=len(ends),
+                                  q=[round(v, 4) for v in q]))
     return pairs, notes
 
 
@@ -273,7 +274,7 @@ def build_pairs(policy, tokenizer, task, cfg, run, device):
                         "--positives sampled")
     counts |= dict(negatives=sum(map(len, negatives)), pairs=len(pairs), prefixes=len(values),
                    prefix_rollouts=len(values) * cfg.n_mc, sampled_tokens=counts["sampled_tokens"] + spent,
-                   problems_without_pair=len(problems) - len({n["problem"] for n in notes}),
+                   problems_without_pair=len(problems) - len({n["index"] for n in notes}),
                    pit_share=mean((n["pit"] + 1) / n["steps"] for n in notes))
     size = cfg.micro_batch_size or cfg.batch_size
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """What wrong solutions are worth: accuracy against the number of training problems, with and without negatives.
 
-    python experiments/negatives.py              # both parts, about 30 minutes of one core
+    python experiments/negatives.py              # about 15 minutes of one core
     python experiments/negatives.py --smoke      # the same road in under a minute
-    -> docs/results/negatives/ and docs/results/stargraph/: results.json, table.md, curves.png
+    -> docs/results/negatives/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's own right solutions
 (RFT) is worth twice the problems of SFT, per-step DPO on its wrong ones eight times; DPO on whole solutions is worth
@@ -11,25 +11,20 @@ nothing. Here, on the task `chain` (didactic.py), whose demonstrations end right
     sft            demonstrations, one a problem; epochs tuned at every size
     rft            demonstrations and up to 4 right samples a problem of an SFT policy, from the same random weights;
                    optimizer steps tuned over the same grid
-    dpo_per_step   from that SFT policy, negatives cut at their first pit; learning rate and beta tuned
+    dpo_per_step   from that SFT policy, its negatives cut at their first pit; learning rate and beta tuned
     dpo_whole      the same with whole negatives, over the same grid
-    dpo_random_cut the same with negatives cut anywhere (control), over the same grid
-    dpo_shared_prefix   the same with the theorem's positives, at the setting of dpo_per_step, not tuned
+    dpo_random_cut the same with negatives cut anywhere: a control, at the setting of dpo_per_step, not tuned
 
-The policy that is sampled, and from which DPO starts, is SFT at the middle of the grid of epochs: the best one by
-accuracy is trained for longer and makes few mistakes on the problems it was trained on. All arms of a seed see the
-same problems and the same 16 samples a problem of the same policy. Settings are chosen on tuning seeds
-and `val`, the reported numbers come from other seeds and `test`; greedy accuracy, mean and standard deviation over seeds.
+The policy that is sampled, and from which DPO starts, has seen every demonstration 20 times: the best policy by
+accuracy is trained longer and makes few mistakes on its own problems (last table). All arms of a seed see the same
+problems and the same 16 samples a problem. Four settings an arm are tried, on a tuning seed and `val`; the reported
+numbers come from other seeds and `test`: greedy accuracy, mean and standard deviation over seeds.
 
 What would have falsified the claim: per-step DPO not above SFT by more than the spread of the paired differences; or
 whole-solution or randomly cut negatives as good as cut ones, as then the pit is not what helps. "Eight times" would be
 seen as accuracy at D problems equal to SFT's at 8 D: the table's last column is that factor, whatever it is.
 Where it should fail, and is measured: clean demonstrations (strength 1: nothing spurious to unlearn); a reference that
 was trained too long (it has no negatives left) or too briefly; sizes at which SFT is done.
-
-Second part, `stargraph`: imitation learns to follow an arm of the star and guesses which; the paper says that
-negatives at the first node mend that, if they come from an early checkpoint. Falsified if the accuracy of the first
-node after per-step DPO stays at SFT's chance level.
 
 Runs, with their samples, stay in runs/negatives: killed, the same command goes on.
 """
@@ -58,10 +53,10 @@ from sample import generate  # noqa: E402
 from tasks import get_task  # noqa: E402
 from train_dpo import load_pairs  # noqa: E402
 
-NAMES = {"sft": "SFT", "rft": "RFT", "dpo_per_step": "per-step DPO", "dpo_shared_prefix": "per-step DPO, shared prefix",
+NAMES = {"sft": "SFT", "rft": "RFT", "dpo_per_step": "per-step DPO",
          "dpo_whole": "whole-solution DPO", "dpo_random_cut": "DPO, cut at random (control)"}
-DPO = {"dpo_per_step": dict(pairs="per_step"), "dpo_shared_prefix": dict(pairs="per_step", positive="shared_prefix"),
-       "dpo_whole": dict(pairs="whole"), "dpo_random_cut": dict(pairs="random")}
+DPO = {"dpo_per_step": dict(pairs="per_step"), "dpo_whole": dict(pairs="whole"), "dpo_random_cut": dict(pairs="random")}
+UNTUNED = ("dpo_random_cut",)  # takes the setting of dpo_per_step
 TINY = dict(threads=1, device="cpu", save_steps=10**6, eval_problems=32)  # the scripts' own last evaluation is not used
 TUNING = 1000  # seeds from here on choose settings, on val; those below are reported, on test
 SAMPLING = dict(num_generations=16, slots=1024)
@@ -69,16 +64,16 @@ SAMPLING = dict(num_generations=16, slots=1024)
 
 @dataclass
 class Config:
-    part: str = opt("all", "which part", choices=["all", "chain", "stargraph"])
-    sizes: list = opt([256, 384, 576, 864, 1296], "numbers of training problems; at the last one SFT alone")
+    sizes: list = opt([192, 256, 384, 576], "numbers of training problems")
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
     tuning_seeds: int = opt(1, "seeds of the search (1000, 1001, ...)", low=1)
-    epochs: list = opt([10, 20, 40], "grid of SFT: passes over the demonstrations; RFT takes as many optimizer steps")
+    epochs: list = opt([10, 20, 40, 80], "grid of SFT: passes over the demonstrations; RFT takes as many optimizer steps")
+    policy_epochs: int = opt(20, "epochs of the SFT policy that the others sample", low=1)
     learning_rates: list = opt([3e-4, 1e-3], "grid of the DPO arms")
     betas: list = opt([0.1, 0.5], "grid of the DPO arms")
-    dpo_steps: int = opt(60, "optimizer steps of 64 pairs of every DPO run (stargraph: 2.5 times as many)", low=1)
+    dpo_steps: int = opt(60, "optimizer steps of 64 pairs of every DPO run", low=1)
     test_problems: int = opt(1000, "problems of an evaluation", low=1)
-    out: str = opt("docs/results", "where tables, figures and numbers go")
+    out: str = opt("docs/results/negatives", "where table, figure and numbers go")
     smoke: bool = opt(False, "a few steps of everything")
 
 
@@ -142,30 +137,35 @@ def dpo_config(task, size, seed, run, policy, **more):
 class Arm:
     """One method at one size and seed: run(setting) trains it (or finds it) and returns its numbers.
 
-    policy: run directory of the SFT policy that is sampled and from which DPO starts; samples: where the first
-    sampled solutions of that policy lie."""
+    All but SFT need a policy to sample, and DPO to start from: SFT of setting["policy"] steps, trained if it is not
+    there. The arms of one home and policy share its samples."""
 
-    def __init__(self, cfg, task, name, size, seed, home, policy=None, strength=-1.0):
+    def __init__(self, cfg, task, name, size, seed, home, strength=-1.0):
         self.cfg, self.task, self.name, self.size, self.seed = cfg, task, name, size, seed
-        self.home, self.policy, self.strength = Path(home), policy, strength
+        self.home, self.strength = Path(home), strength
 
     def run(self, setting):
-        run = self.home / self.name / "_".join(f"{k}{v:g}" for k, v in setting.items())
-        more = setting | dict(strength=self.strength)
+        more = {k: v for k, v in setting.items() if k != "policy"} | dict(strength=self.strength)
+        tail = Path(self.name) / "_".join(f"{k}{v:g}" for k, v in setting.items() if k != "policy")
         if self.name == "sft":
+            run = self.home / tail
             return measured(run, self.cfg, train_sft.train, sft_config(self.task, self.size, self.seed, run, **more)), run
-        for other in sorted(self.home.glob(f"{self.name}/*")):
+        sft = Arm(self.cfg, self.task, "sft", self.size, self.seed, self.home, self.strength)
+        _, policy = sft.run(dict(steps=setting["policy"]))
+        home = self.home / f"policy{setting['policy']}"
+        run = home / tail
+        for other in sorted(home.glob(f"{self.name}/*")):
             if (other / "summary.json").exists():
                 borrow(run, other, pairs=True)
-        for other in sorted(self.home.glob("*/*/rollouts")):
+        for other in sorted(home.glob("*/*/rollouts")):
             if (other.parent / "summary.json").exists():
                 borrow(run, other.parent)
         if self.name == "rft":
-            config = sft_config(self.task, self.size, self.seed, run, rft=True, policy=str(self.policy),
+            config = sft_config(self.task, self.size, self.seed, run, rft=True, policy=str(policy),
                                 num_generations=SAMPLING["num_generations"], shard_problems=200, **more)
             return measured(run, self.cfg, train_sft.train, config), run
-        more |= dict(max_steps=self.cfg.dpo_steps * (5 if self.task == "stargraph" else 2) // 2)
-        config = dpo_config(self.task, self.size, self.seed, run, self.policy, **DPO[self.name], **more)
+        more |= dict(max_steps=self.cfg.dpo_steps)
+        config = dpo_config(self.task, self.size, self.seed, run, policy, **DPO[self.name], **more)
         return measured(run, self.cfg, train_dpo.train, config), run
 
 
@@ -174,38 +174,37 @@ def steps_of(epochs, size):
 
 
 def grids(cfg, size):
-    """Settings to try, by method. SFT and RFT: steps. DPO: learning rate x beta."""
+    """Settings to try, by method, four each. SFT and RFT: steps. DPO: learning rate x beta."""
+    policy = dict(policy=steps_of(cfg.policy_epochs, size))
     steps = [dict(steps=steps_of(e, size)) for e in cfg.epochs]
-    dpo = [dict(learning_rate=lr, beta=b) for lr, b in itertools.product(cfg.learning_rates, cfg.betas)]
-    return {"sft": steps, "rft": steps} | dict.fromkeys(DPO, dpo)
+    dpo = [policy | dict(learning_rate=lr, beta=b) for lr, b in itertools.product(cfg.learning_rates, cfg.betas)]
+    return {"sft": steps, "rft": [policy | s for s in steps]} | dict.fromkeys(DPO, dpo)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Part 1: chain.
+# The comparison.
 
 
-def chain_at(cfg, root, size, strength, arms):
-    """Tune every arm on the tuning seeds, then run it on the others. -> {arm: {setting, rows (one a seed), tuning}}."""
-    grid, best, tuning = grids(cfg, size), {}, {}
-    middle = grid["sft"][len(grid["sft"]) // 2]
+def chain_at(cfg, root, size, strength, arms, given=None):
+    """Tune every arm on the tuning seeds, then run it on the others. -> {arm: {setting, rows (one a seed), tuning}}.
+    given: settings instead of the search."""
+    grid, best, tuning = grids(cfg, size), dict(given or {}), {}
     home = lambda seed: root / f"strength{strength:g}" / f"size{size}" / f"seed{seed}"  # noqa: E731
-    policies = {}
-    for name in arms:  # SFT comes first: the others sample its policy
+    for name in arms if not given else ():
         scores = []
-        for setting in [best["dpo_per_step"]] if name == "dpo_shared_prefix" else grid[name]:
-            found = [Arm(cfg, "chain", name, size, seed, home(seed), policies.get(seed), strength).run(setting)
+        for setting in [best["dpo_per_step"]] if name in UNTUNED else grid[name]:
+            found = [Arm(cfg, "chain", name, size, seed, home(seed), strength).run(setting)[0]
                      for seed in range(TUNING, TUNING + cfg.tuning_seeds)]
-            scores.append((mean(r["val"] for r, _ in found), setting, found))
-        _, best[name], _ = max(scores, key=lambda s: s[0])
-        tuning[name] = [dict(setting, val=round(s, 4)) for s, setting, _ in scores]
-        if name == "sft":
-            policies = {TUNING + i: run for i, (_, run) in enumerate(next(f for _, s, f in scores if s == middle))}
-    out = {name: dict(setting=best[name], tuning=tuning[name], rows=[]) for name in arms}
+            scores.append((mean(r["val"] for r in found), setting))
+        best[name] = max(scores, key=lambda s: s[0])[1]
+        tuning[name] = [dict(setting, val=round(s, 4)) for s, setting in scores]
+    out = {name: dict(setting=best[name], tuning=tuning.get(name), rows=[]) for name in arms}
     for seed in range(cfg.seeds):
-        start, policy = Arm(cfg, "chain", "sft", size, seed, home(seed), None, strength).run(middle)
-        out["sft"].setdefault("policies", []).append(start)
         for name in arms:
-            row, run = Arm(cfg, "chain", name, size, seed, home(seed), policy, strength).run(best[name])
+            row, run = Arm(cfg, "chain", name, size, seed, home(seed), strength).run(best[name])
+            if name != "sft":
+                start, _ = Arm(cfg, "chain", "sft", size, seed, home(seed), strength).run(dict(steps=best[name]["policy"]))
+                row = row | dict(policy_test=start["test"])
             if name == "dpo_per_step":
                 row = row | pit_quality(run)
             out[name]["rows"].append(row)
@@ -231,15 +230,15 @@ def pit_quality(run):
 def reference_regimes(cfg, root, size, setting):
     """Per-step and whole DPO from SFT policies that were trained for too few, enough, and too many steps."""
     rows = []
-    for epochs in (cfg.epochs[0] // 2, cfg.epochs[1], cfg.epochs[-1] * 2):
+    for epochs in (max(1, cfg.epochs[0] // 2), cfg.policy_epochs, cfg.epochs[-1]):
         steps = steps_of(epochs, size)
-        for seed in range(cfg.seeds):
-            home = root / "reference" / f"size{size}_steps{steps}" / f"seed{seed}"
-            sft, policy = Arm(cfg, "chain", "sft", size, seed, home).run(dict(steps=steps))
+        for seed in range(min(3, cfg.seeds)):
+            home = root / "strength0.7" / f"size{size}" / f"seed{seed}"
+            sft, _ = Arm(cfg, "chain", "sft", size, seed, home, 0.7).run(dict(steps=steps))
             row = dict(steps=steps, seed=seed, sft=sft["test"])
             for name in ("dpo_per_step", "dpo_whole"):
                 try:
-                    dpo, _ = Arm(cfg, "chain", name, size, seed, home, policy).run(setting[name])
+                    dpo, _ = Arm(cfg, "chain", name, size, seed, home, 0.7).run(setting[name] | dict(policy=steps))
                     row |= {name: dpo["test"], "pairs": dpo["pairs"], "wrong_share": 1 - dpo["correct"] / dpo["sampled"]}
                 except UserError:  # no negative left
                     row |= {name: sft["test"], "pairs": 0, "wrong_share": 0.0}
@@ -274,8 +273,8 @@ def chain_summary(results, sizes):
         for name, arm in results[str(size)].items():
             test = [r["test"] for r in arm["rows"]]
             gain = [a - b for a, b in zip(test, base)]
-            rows.append(dict(size=size, method=name, setting=arm["setting"], policy=mean(
-                r["test"] for r in results[str(size)]["sft"]["policies"]), test=mean(test), sd=spread(test), per_seed=test,
+            rows.append(dict(size=size, method=name, setting=arm["setting"], policy_test=mean(
+                r.get("policy_test", r["test"]) for r in arm["rows"]), test=mean(test), sd=spread(test), per_seed=test,
                              sampled=mean(r["test_sampled"] for r in arm["rows"]), gain=mean(gain), gain_sd=spread(gain),
                              worth=worth(sizes, sft, size, mean(test)),
                              tokens=mean(r.get("sampled_tokens", 0) for r in arm["rows"])))
@@ -283,13 +282,15 @@ def chain_summary(results, sizes):
 
 
 def chain_table(rows):
-    lines = ["| problems | method | setting | greedy accuracy, test (sd) | minus SFT, paired (sd) | sampled at T=1 | "
-             "tokens sampled | worth of its problems in SFT's |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| problems | method | setting | greedy accuracy, test (sd) | minus SFT, paired (sd) | minus the policy it sampled | "
+             "at T=1 | tokens sampled | worth, in SFT's problems |", "|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
-        setting = ", ".join(f"{k.replace('learning_rate', 'lr')} {v:g}" for k, v in r["setting"].items())
-        gain = "" if r["method"] == "sft" else f"{r['gain']:+.3f} ({r['gain_sd']:.3f})"
-        factor = "1" if r["method"] == "sft" else "off SFT's curve" if r["worth"] is None else f"{r['worth']:.2f}"
-        lines.append(f"| {r['size']} | {NAMES[r['method']]} | {setting} | {r['test']:.3f} ({r['sd']:.3f}) | {gain} | "
+        setting = ", ".join(f"{k.replace('learning_rate', 'lr')} {v:g}" for k, v in r["setting"].items() if k != "policy")
+        gain, own, factor = "", "", "1"
+        if r["method"] != "sft":
+            gain, own = f"{r['gain']:+.3f} ({r['gain_sd']:.3f})", f"{r['test'] - r['policy_test']:+.3f}"
+            factor = "off SFT's curve" if r["worth"] is None else f"{r['worth']:.2f}"
+        lines.append(f"| {r['size']} | {NAMES[r['method']]} | {setting} | {r['test']:.3f} ({r['sd']:.3f}) | {gain} | {own} | "
                      f"{r['sampled']:.3f} | {r['tokens'] / 1e3:.0f}k | {factor} |")
     return "\n".join(lines)
 
@@ -349,22 +350,21 @@ def chain_figure(rows, clean, reference, sizes, path):
     right.set_xticks(steps, steps)
     right.minorticks_off()
     right.set(xlabel="SFT steps of the reference", ylabel="accuracy minus that SFT policy",
-              title=f"Which reference ({sizes[1] if len(sizes) > 1 else sizes[0]} problems)")
+              title=f"Which reference ({sizes[len(sizes) // 2]} problems)")
     finish(plt, fig, (left, middle, right), path)
 
 
 def chain(cfg, root, out):
-    clock = time.process_time()
-    arms = list(NAMES)
-    results = {str(s): chain_at(cfg, root, s, 0.7, arms if s != cfg.sizes[-1] else ["sft"]) for s in cfg.sizes}
-    size = cfg.sizes[1]
-    clean_sizes = [size]
-    clean = {str(s): chain_at(cfg, root, s, 1.0, ["sft", "rft", "dpo_per_step", "dpo_whole"]) for s in clean_sizes}
-    reference = reference_regimes(cfg, root, size, {n: results[str(size)][n]["setting"] for n in DPO})
-    rows, clean_rows = chain_summary(results, cfg.sizes), chain_summary(clean, clean_sizes)
+    results = {str(s): chain_at(cfg, root, s, 0.7, list(NAMES)) for s in cfg.sizes}
+    size = cfg.sizes[len(cfg.sizes) // 2]
+    chosen = {name: arm["setting"] for name, arm in results[str(size)].items()}
+    clean = {str(size): chain_at(cfg, root, size, 1.0, ["sft", "rft", "dpo_per_step", "dpo_whole"], chosen)}
+    reference = reference_regimes(cfg, root, size, chosen)
+    rows, clean_rows = chain_summary(results, cfg.sizes), chain_summary(clean, [size])
     out.mkdir(parents=True, exist_ok=True)
     tables = [f"Sloppy demonstrations (strength 0.7), {cfg.seeds} seeds:", chain_table(rows),
-              "Clean demonstrations (strength 1):", chain_table(clean_rows), reference_table(reference)]
+              "Clean demonstrations (strength 1), at the settings chosen above:", chain_table(clean_rows),
+              reference_table(reference)]
     (out / "table.md").write_text("\n\n".join(tables) + "\n")
     write_json(out / "results.json", dict(
         command="python experiments/negatives.py" + (" --smoke" if cfg.smoke else ""), machine=machine(),
@@ -374,7 +374,7 @@ def chain(cfg, root, out):
         tuning={s: {n: a["tuning"] for n, a in arm.items()} for s, arm in results.items()},
         details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in results.items()},
         clean_details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in clean.items()},
-        cpu_seconds_of_this_call=round(time.process_time() - clock)))
+        cpu_seconds=round(sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("**/accuracy.json")))))
     chain_figure(rows, clean_rows, reference, cfg.sizes, out / "curves.png")
     print("\n" + "\n\n".join(tables) + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
 
@@ -391,101 +391,15 @@ def reference_table(rows):
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Part 2: stargraph.
-
-STAR_SIZE, STAR_STEPS = 2000, [100, 300, 900]
-
-
-def star_arm(cfg, name, seed, home, policy, setting):
-    return Arm(cfg, "stargraph", name, STAR_SIZE if not cfg.smoke else 64, seed, home, policy).run(setting)
-
-
-def stargraph(cfg, root, out):
-    """SFT for few, more and many steps; from each of these policies per-step DPO; RFT and whole-solution DPO from the
-    middle one. The DPO setting is searched per arm on one tuning seed, from the middle policy."""
-    clock, steps_grid = time.process_time(), STAR_STEPS if not cfg.smoke else [5, 10, 20]
-    middle, grid = steps_grid[1], grids(cfg, STAR_SIZE)
-    _, policy = star_arm(cfg, "sft", TUNING, root / f"seed{TUNING}", None, dict(steps=middle))
-    best, tuning = {}, {}
-    for name in ("dpo_per_step", "dpo_whole"):
-        scores = [(star_arm(cfg, name, TUNING, root / f"seed{TUNING}", policy, s)[0]["val"], s) for s in grid[name]]
-        best[name], tuning[name] = max(scores, key=lambda x: x[0])[1], [dict(s, val=v) for v, s in scores]
-    rows = []
-    for seed in range(cfg.seeds):
-        for steps in steps_grid:
-            home = root / f"reference{steps}" / f"seed{seed}"
-            sft, policy = star_arm(cfg, "sft", seed, home, None, dict(steps=steps))
-            arms = dict(sft=sft)
-            for name in ("dpo_per_step", *(("dpo_whole", "rft") if steps == middle else ())):
-                setting = best[name] if name in DPO else dict(steps=middle)
-                try:
-                    arms[name], _ = star_arm(cfg, name, seed, home, policy, setting)
-                except UserError:  # no negative left: nothing to train on
-                    arms[name] = sft | dict(pairs=0)
-            rows += [dict(steps=steps, seed=seed, method=n, test=r["test"], first=r["first"], pairs=r.get("pairs"),
-                          wrong_share=1 - r["correct"] / r["sampled"] if r.get("sampled") else None) for n, r in arms.items()]
-    lines = [f"{'SFT' if not cfg.smoke else 'smoke: SFT'} on {STAR_SIZE if not cfg.smoke else 64} graphs, {cfg.seeds} seeds; "
-             "chance at the first node is 0.5", "",
-             "| SFT steps | method | first node right (sd) | path right (sd) | minus its SFT policy, paired (sd) | pairs | "
-             "wrong among the samples |", "|---|---|---|---|---|---|---|"]
-    for steps, name in itertools.product(steps_grid, NAMES):
-        mine = [r for r in rows if r["steps"] == steps and r["method"] == name]
-        if not mine:
-            continue
-        base = {r["seed"]: r["first"] for r in rows if r["steps"] == steps and r["method"] == "sft"}
-        gain, first, test = ([f(r) for r in mine] for f in (lambda r, b=base: r["first"] - b[r["seed"]],
-                                                           lambda r: r["first"], lambda r: r["test"]))
-        wrong = [r["wrong_share"] for r in mine if r["wrong_share"] is not None]
-        cells = " | ".join(f"{mean(x):.3f} ({spread(x):.3f})" for x in (first, test))
-        lines.append(f"| {steps} | {NAMES[name]} | {cells} | "
-                     + (f"{mean(gain):+.3f} ({spread(gain):.3f})" if name != "sft" else "") + " | "
-                     + (f"{mean(r['pairs'] for r in mine):.0f}" if mine[0]["pairs"] is not None else "") + " | "
-                     + (f"{mean(wrong):.2f}" if wrong else "") + " |")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    write_json(out / "results.json", dict(
-        command="python experiments/negatives.py --part stargraph" + (" --smoke" if cfg.smoke else ""), machine=machine(),
-        torch=torch.__version__, settings=vars(cfg) | dict(size=STAR_SIZE, steps=steps_grid), best=best,
-        tuning=tuning, rows=rows, cpu_seconds_of_this_call=round(time.process_time() - clock)))
-    star_figure(rows, steps_grid, out / "curves.png")
-    print("\n" + "\n".join(lines) + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
-
-
-def star_figure(rows, steps_grid, path):
-    """First-node accuracy against how long the SFT policy was trained; every seed a dot."""
-    plt = pyplot()
-    if plt is None:
-        return
-    fig, axis = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
-    for name, shift in (("sft", 0.92), ("dpo_per_step", 1.0), ("dpo_whole", 1.08), ("rft", 1.16)):
-        mine = [r for r in rows if r["method"] == name]
-        axis.plot([r["steps"] * shift for r in mine], [r["first"] for r in mine], "o", color=METHOD_COLOURS[name], alpha=0.4,
-                  markersize=4)
-        steps = [s for s in steps_grid if any(r["steps"] == s for r in mine)]
-        axis.plot([s * shift for s in steps], [mean(r["first"] for r in mine if r["steps"] == s) for s in steps], "-D",
-                  color=METHOD_COLOURS[name], label=NAMES[name], markersize=7)
-    axis.axhline(0.5, color="#aaaaaa", linestyle=":", linewidth=1)
-    axis.set_xscale("log")
-    axis.set_xticks(steps_grid, steps_grid)
-    axis.minorticks_off()
-    axis.set(xlabel="SFT steps of the policy that is sampled", ylabel="first node right, new graphs",
-             title="stargraph: the critical token (dots: seeds; dotted: chance)")
-    axis.legend(frameon=False, fontsize=8)
-    finish(plt, fig, (axis,), path)
-
-
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     root = Path("runs/negatives_smoke" if cfg.smoke else "runs/negatives")
     out = Path("runs/negatives_smoke/results" if cfg.smoke else cfg.out)
     if cfg.smoke:
         cfg.sizes, cfg.seeds, cfg.tuning_seeds, cfg.epochs, cfg.test_problems = [32, 48, 64], 2, 1, [2, 4], 32
+        cfg.policy_epochs = 2
         cfg.learning_rates, cfg.betas, cfg.dpo_steps, SAMPLING["num_generations"] = [1e-3], [0.3], 2, 4
-    if cfg.part in ("all", "chain"):
-        chain(cfg, root / "chain", out / "negatives")
-    if cfg.part in ("all", "stargraph"):
-        stargraph(cfg, root / "stargraph", out / "stargraph")
+    chain(cfg, root / "chain", out)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ def test_worth_is_read_off_the_curve_of_sft():
 
 def test_gains_are_paired_by_seed():
     rows = lambda *test: [dict(test=t, test_sampled=t) for t in test]  # noqa: E731
-    results = {"100": dict(sft=dict(setting={}, rows=rows(0.1, 0.3), policies=rows(0.1, 0.1)),
+    results = {"100": dict(sft=dict(setting={}, rows=rows(0.1, 0.3)),
                            rft=dict(setting={}, rows=rows(0.2, 0.4))), "200": dict(
-                               sft=dict(setting={}, rows=rows(0.5, 0.5), policies=rows(0.1, 0.1)))}
+                               sft=dict(setting={}, rows=rows(0.5, 0.5)))}
     found = negatives.chain_summary(results, [100, 200])
     assert [(r["size"], r["method"]) for r in found] == [(100, "sft"), (100, "rft"), (200, "sft")]
     rft = found[1]
