@@ -282,7 +282,7 @@ def chain_summary(results, sizes):
 
 
 def chain_table(rows):
-    lines = ["| problems | method | setting | greedy accuracy, test (sd) | minus SFT, paired (sd) | minus the policy it sampled | "
+    lines = ["| problems | method | setting | greedy accuracy, test (sd) | minus SFT, paired (sd) | minus its policy | "
              "at T=1 | tokens sampled | worth, in SFT's problems |", "|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         setting = ", ".join(f"{k.replace('learning_rate', 'lr')} {v:g}" for k, v in r["setting"].items() if k != "policy")
