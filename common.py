@@ -298,6 +298,19 @@ def read_metrics(run_dir):
     return rows
 
 
+class Laps:
+    """Where a step's seconds go: lap(name) books those since the last lap under name. They add up to the whole."""
+
+    def __init__(self, *names):
+        self.seconds, self.last = dict.fromkeys(names, 0.0), time.perf_counter()
+
+    def lap(self, name):
+        if torch.cuda.is_initialized():  # a GPU's work is booked where it was asked for
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name], self.last = self.seconds.get(name, 0.0) + now - self.last, now
+
+
 # ----------------------------------------------------------------------------------------------------
 # Progress and jobs.
 

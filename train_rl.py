@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from common import (
+    Laps,
     Metrics,
     RunConfig,
     UserError,
@@ -178,15 +179,18 @@ def guarded_values(cfg, task, problems, rollouts, tokenizer, values, ends, outco
     return values, pay
 
 
-def advantages(cfg, task, problems, rollouts, tokenizer, verifier, kl=None):
+def advantages(cfg, task, problems, rollouts, tokenizer, verifier, kl=None, laps=None):
     """One batch of rollouts -> advantage per token [B,T] and what to log. Rows b*G..b*G+G-1 share a prompt."""
+    laps = laps or Laps()
     outcome = torch.tensor([task.grade(p, tokenizer.decode(rollouts.completion(b))) for b, p in enumerate(problems)])
+    laps.lap("grade")
     mask, G = rollouts.mask(), cfg.num_generations
     logs = {"rewards/outcome/mean": float(outcome.mean())}
     reward, per_step = outcome.clone(), None
     if verifier is not None:
         ends = boundaries(task, rollouts, tokenizer)
         values = step_values(verifier, rollouts.tokens, ends)
+        laps.lap("verify")
         logs["verifier/final_value"] = float(values[:, -1].mean())  # before any guard: what it believes
         if cfg.constant_value:
             values = torch.full_like(values, 0.5)
@@ -215,8 +219,9 @@ def advantages(cfg, task, problems, rollouts, tokenizer, verifier, kl=None):
 # One update.
 
 
-def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device):
+def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device, laps=None):
     """num_iterations optimizer steps on one batch of rollouts. Returns what to log."""
+    laps = laps or Laps()
     mask = rollouts.mask()
     weight = token_weights(mask, cfg.loss_type, limit)
     rows = rollouts.length.argsort(stable=True)  # similar lengths share a micro-batch
@@ -244,7 +249,9 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
                 total["kl"] += ((logprob.detach() - ref_logprob) * w).sum().item()
                 if cfg.kl_estimator == "k2":
                     loss = loss + cfg.beta * k2_loss(logprob, ref_logprob, w)
+            laps.lap("logprob")
             loss.backward()
+            laps.lap("backward")
             gap = (logprob.detach().cpu() - rollouts.logprob[b, :T][m]).abs()
             total["diff_mean"] += float(gap.sum() / mask.sum())
             total["diff_max"] = max(total["diff_max"], float(gap.max()))
@@ -256,6 +263,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
             raise UserError(f"the gradient is not a number; lower --learning-rate (now {cfg.learning_rate})")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        laps.lap("update")
         if iteration == 0:  # the sampler's and the trainer's view of the same policy
             logs = {"sampling/sampling_logp_difference/mean": total["diff_mean"],
                     "sampling/sampling_logp_difference/max": total["diff_max"],
@@ -319,31 +327,35 @@ def train(cfg):
         metrics.write(0, num_tokens=0, episodes=0, **evaluate(model, tokenizer, task, verifier, cfg, limit))
 
     for step in progress(range(start + 1, cfg.steps + 1), f"rl {cfg.reward}"):
-        tick = time.time()
+        laps = Laps("generate", "grade", "verify", "logprob", "backward", "update", "evaluate")
         # 1. P prompts x G samples; the ids make the draws new at every step.
         problems = [p for p in pick_problems(train_problems, step, cfg) for _ in range(G)]
         rollouts = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=limit,
                             temperature=cfg.temperature, seed=derive(cfg.seed, "rl"), stop_ids=tokenizer.eos_ids,
                             sequence_ids=range((step - 1) * B, step * B), slots=cfg.slots)
+        laps.lap("generate")
         # 2. Rewards, and from them one advantage per token.
         sequence_kl = completion_kl(model, reference, rollouts, cfg, device) if reference and cfg.kl_estimator == "k1" else None
-        adv, logs = advantages(cfg, task, problems, rollouts, tokenizer, scorer, sequence_kl)
-        scored = time.time()
+        laps.lap("logprob")
+        adv, logs = advantages(cfg, task, problems, rollouts, tokenizer, scorer, sequence_kl, laps)
+        laps.lap("other")
         # 3. The gradient.
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * min(1.0, step / max(1, cfg.warmup_steps))
-        logs |= update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device)
+        logs |= update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device, laps)
         # 4. Books.
         lengths = (rollouts.length - rollouts.prompt_len).float()
         tokens_seen += int(lengths.sum())
         if step % cfg.eval_steps == 0 or step == cfg.steps:
+            laps.lap("other")
             logs |= evaluate(model, tokenizer, task, verifier, cfg, limit)
+            laps.lap("evaluate")
+        laps.lap("other")
         metrics.write(step, num_tokens=tokens_seen, episodes=step * B, **logs, **{
             "completions/mean_length": float(lengths.mean()),
             "completions/clipped_ratio": mean(r == "length" for r in rollouts.finish_reason),
-            "tokens_per_second": lengths.sum().item() / rollouts.seconds, "step_time": time.time() - tick,
-            "timing/generate": rollouts.seconds, "timing/score": scored - tick - rollouts.seconds,
-        })
+            "tokens_per_second": lengths.sum().item() / rollouts.seconds, "step_time": sum(laps.seconds.values()),
+        }, **{f"timing/{name}": seconds for name, seconds in laps.seconds.items()})
         if step % cfg.save_steps == 0 or step == cfg.steps:
             save_checkpoint(run, step, lambda f: write_model(f, model, tokenizer), optimizer, params,
                             dict(tokens=tokens_seen, seconds=time.time() - clock))

@@ -114,6 +114,24 @@ def test_alpha_zero_is_the_outcome_run_bit_for_bit(start, tmp_path):
     assert json.loads((tmp_path / "zero" / "summary.json").read_text())["episodes"] == 48
 
 
+def test_scoring_a_batch_is_one_forward_pass_of_the_verifier(start, monkeypatch):
+    """Every step of every rollout: 3 training batches of 16, and the evaluations before and after."""
+    batches, forward = [], Verifier.forward
+    monkeypatch.setattr(Verifier, "forward", lambda self, tokens: batches.append(len(tokens)) or forward(self, tokens))
+    start("counted", reward="pav", verifier=start.verifier)
+    assert batches == [4, 16, 16, 16, 4]
+
+
+def test_the_waterfall_adds_up_to_the_step(start):
+    _, rows = start("timed", reward="pav", verifier=start.verifier)
+    names = {"generate", "grade", "verify", "logprob", "backward", "update", "evaluate", "other"}
+    for row in rows[1:]:
+        seconds = {k.removeprefix("timing/"): v for k, v in row.items() if k.startswith("timing/")}
+        assert seconds.keys() == names and all(v > 0 for k, v in seconds.items() if k != "evaluate")
+        assert sum(seconds.values()) == pytest.approx(row["step_time"], abs=1e-5)  # metrics are rounded to 1e-6
+        assert (seconds["evaluate"] > 0) == ("eval/accuracy" in row)
+
+
 def test_groups_stay_with_their_own_gold(start, monkeypatch):
     """A stand-in for generate() answers prompts that begin with an even digit, all samples alike: with the right
     gold every group agrees, and the mean reward is the share of such prompts. Tiled prompts would mix groups."""
