@@ -260,7 +260,7 @@ def answer(cfg, model, tokenizer, options):
     clock, width = time.time(), check(cfg, options["temperature"])
     task = get_task(cfg)
     values, said = load_values(cfg, tokenizer, model.head.device) if cfg.search != "majority" else (None, "no verifier")
-    problems = task.problems(cfg.split, cfg.num_problems, cfg.seed)
+    problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
     shared = {k: v for k, v in options.items() if k != "stop_ids"}
     shared |= dict(n=cfg.n, limit=cfg.max_new_tokens or task.max_new_tokens)
     with torch.no_grad(), packed_weights(model.parameters(), min(options["slots"], cfg.n * len(problems))):
