@@ -49,7 +49,7 @@ from common import (
     write_json,
 )
 from labels import boundaries
-from model import load_model, load_weights, token_logprobs, write_model
+from model import load_model, load_weights, token_logprobs, token_loss, write_model
 from pav import load_verifier, step_values
 from sample import generate
 from tasks import get_task
@@ -227,37 +227,43 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     rows = rollouts.length.argsort(stable=True)  # similar lengths share a micro-batch
     size = cfg.micro_batch_size or len(rows)
     old = {}  # the policy's own log-probs before the first step, per micro-batch
-    logs = {}
+    logs, parts = {}, []  # parts: the policy's loss and what the clip silenced, of every chunk of tokens
+
+    def loss_fn(logprob, entropy, advantage, w, old_logprob, ref_logprob):  # [n] each; a sum over the n tokens of a chunk
+        old_logprob = logprob.detach() if old_logprob is None else old_logprob  # first iteration: the ratio is 1
+        loss, clip = policy_loss(logprob, old_logprob, advantage, w, cfg.epsilon, cfg.epsilon_high)
+        parts.append(torch.stack([loss.detach(), clip]))
+        if cfg.entropy_coef:
+            loss = loss - cfg.entropy_coef * (entropy * w).sum()
+        if ref_logprob is not None and cfg.kl_estimator == "k2":
+            loss = loss + cfg.beta * k2_loss(logprob, ref_logprob, w)
+        return loss
+
     for iteration in range(cfg.num_iterations):
-        total = dict(policy_loss=0.0, entropy=0.0, kl=0.0, clip=0.0, diff_mean=0.0, diff_max=0.0, ratio_max=0.0)
+        parts.clear()
+        total = dict(entropy=0.0, kl=0.0, diff_mean=0.0, diff_max=0.0, ratio_max=0.0)
         for i in range(0, len(rows), size):
             b = rows[i : i + size]
             T = int(rollouts.length[b].max())
             m = mask[b, :T]
             tokens, targets = rollouts.tokens[b, :T].to(device), m.to(device)
-            w, a = weight[b, :T][m].to(device), adv[b, :T][m].to(device)
-            logprob, entropy = token_logprobs(model, tokens, targets, cfg.temperature)
-            if i not in old:
-                old[i] = logprob.detach()
-            loss, clip = policy_loss(logprob, old[i], a, w, cfg.epsilon, cfg.epsilon_high)
-            total["policy_loss"] += loss.item()
-            if cfg.entropy_coef:
-                loss = loss - cfg.entropy_coef * (entropy * w).sum()
+            w, a, ref_logprob = weight[b, :T][m].to(device), adv[b, :T][m].to(device), None
             if reference is not None:
                 with torch.no_grad():
                     ref_logprob, _ = token_logprobs(reference, tokens, targets, cfg.temperature)
-                total["kl"] += ((logprob.detach() - ref_logprob) * w).sum().item()
-                if cfg.kl_estimator == "k2":
-                    loss = loss + cfg.beta * k2_loss(logprob, ref_logprob, w)
-            laps.lap("logprob")
+            loss, logprob, entropy = token_loss(model, tokens, targets, cfg.temperature, loss_fn, a, w, old.get(i), ref_logprob)
+            laps.lap("logprob")  # and the head's share of the gradient
             loss.backward()
             laps.lap("backward")
-            gap = (logprob.detach().cpu() - rollouts.logprob[b, :T][m]).abs()
+            old.setdefault(i, logprob)
+            gap = (logprob.cpu() - rollouts.logprob[b, :T][m]).abs()
             total["diff_mean"] += float(gap.sum() / mask.sum())
             total["diff_max"] = max(total["diff_max"], float(gap.max()))
-            total["ratio_max"] = max(total["ratio_max"], float((logprob.detach() - old[i]).exp().max()))
-            total["entropy"] += (entropy.detach() * w).sum().item() / weight.sum().item()
-            total["clip"] += clip.item()
+            total["ratio_max"] = max(total["ratio_max"], float((logprob - old[i]).exp().max()))
+            total["entropy"] += (entropy * w).sum().item() / weight.sum().item()
+            if reference is not None:
+                total["kl"] += ((logprob - ref_logprob) * w).sum().item()
+        total["policy_loss"], total["clip"] = torch.stack(parts).sum(0).tolist()
         grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
         if grad_norm != grad_norm:
             raise UserError(f"the gradient is not a number; lower --learning-rate (now {cfg.learning_rate})")

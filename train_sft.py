@@ -44,7 +44,7 @@ from common import (
 )
 from memorization import curate, load_run, snapshot
 from model import Config as ModelConfig
-from model import Transformer, init_weights, load_model, load_weights, pad_right, token_logprobs, write_model
+from model import Transformer, init_weights, load_model, load_weights, pad_right, token_loss, write_model
 from sample import generate
 from solutions import count, first_problems, keep_correct, sample_solutions
 from tasks import get_task
@@ -153,8 +153,7 @@ def sft_step(model, batch, cfg, device):
     size = cfg.micro_batch_size or len(batch)
     for i in range(0, len(batch), size):
         tokens, targets = sft_batch(batch[i : i + size], device)
-        logprob, entropy = token_logprobs(model, tokens, targets, temperature=1.0)
-        loss = -logprob.sum() / total
+        loss, _, entropy = token_loss(model, tokens, targets, 1.0, lambda logprob, entropy: -logprob.sum() / total)
         loss.backward()
         nll += loss.item()
         entropy_sum += entropy.sum().item() / total

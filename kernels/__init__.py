@@ -1,11 +1,12 @@
 """The kernels of the hot loop, each one file: what it computes, its cost, a PyTorch reference.
 
     linear           the layers' matrix product                                      (everywhere)
-    linear_logprob   hidden states -> log-prob, logsumexp, entropy of given tokens   (training, scoring)
+    linear_logprob   hidden states -> log-prob, logsumexp, entropy of given tokens   (scoring, DPO)
+    linear_logprob_loss  the same with the loss inside: a quarter less to multiply   (SFT, RL)
     linear_sample    hidden states -> a token and its log-prob                       (generation)
     decode_attention one query a row over its cached past, and what stands around it (generation)
 
-The two in the middle start from the hidden state, not from logits: at V = 49152 the logits of one 64 x 96 batch
+The three in the middle start from the hidden state, not from logits: at V = 49152 the logits of one 64 x 96 batch
 are 1.2 GB, and nobody needs them once the three numbers per token are known.
 
 Where the tensors are on a GPU, the Triton function of the same name and signature takes over (NAME_triton.py, imported
@@ -21,7 +22,7 @@ from importlib.util import find_spec
 import torch
 
 from kernels import attention, layer, sampling
-from kernels.logprob import linear_logprob
+from kernels.logprob import linear_logprob, linear_logprob_loss
 from kernels.product import Linear, linear, packed_weights
 
 HAVE_TRITON = find_spec("triton") is not None  # it has no Windows or macOS wheels; the references run everywhere
@@ -55,4 +56,4 @@ def linear_sample(hidden, weight, temperature, seed, sequence_id, position, soft
 
 
 __all__ = ["Linear", "add_rmsnorm", "decode_attention", "linear", "linear_draw", "linear_draw_filtered", "linear_greedy",
-           "linear_logprob", "linear_sample", "packed_weights", "philox_uniform", "rope_write", "swiglu"]
+           "linear_logprob", "linear_logprob_loss", "linear_sample", "packed_weights", "philox_uniform", "rope_write", "swiglu"]

@@ -7,13 +7,19 @@ What it computes, for every row n of hidden [N,D] and the head's weight [V,D]:
     logprob     = z[n,target[n]] - logsumexp
     entropy     = logsumexp - sum_v p[n,v] z[n,v]          p = exp(z - logsumexp)
 
-Its cost: 2NDV multiply-adds forward, 2NDV to make z again in backward, 4NDV for the two gradients, 8NDV
-in all. What it saves is memory: z is never whole. A chunk of rows is made, reduced to three numbers a
-row and overwritten, so the peak is CHUNK_BYTES rather than 4NV bytes, and the chunk stays near the
-cache, where the exponentials find it.
+Two functions, by who knows the gradient when:
+
+    linear_logprob       any function of the three may come after: backward has to make z again. 2NDV multiply-adds
+                         forward, 2NDV for z once more, 4NDV for the two gradients: 8NDV
+    linear_logprob_loss  the loss is a sum over tokens, given as a function: its derivatives are known as soon as a chunk
+                         of rows has its log-probs, while their z is still there. 2NDV + 4NDV = 6NDV
+
+What both save is memory: z is never whole. A chunk of rows is made, reduced to three numbers a row and
+overwritten, so the peak is CHUNK_BYTES (twice that with the probabilities) rather than 4NV bytes, and the chunk stays
+near the cache, where the exponentials find it.
 
 Everything behind the dot product is float32: a bfloat16 logit of size 20 has steps of 0.125, which
-would move a probability ratio by 13%.
+would move a probability ratio by 13%. So is the sum over chunks in the weight's gradient.
 """
 
 import torch
@@ -21,6 +27,7 @@ import torch
 from kernels.product import matmul_nt
 
 CHUNK_BYTES = 25_000_000  # one chunk of float32 logits; larger falls out of the cache, smaller starves the product
+SUM_ROWS = 4096  # rows of the weight's gradient that are multiplied, then added, while they are in the cache
 
 
 def _chunk_rows(vocab):
@@ -38,6 +45,24 @@ def scaled_logits(hidden, weight, temperature, softcap=None):
     return z.div_(temperature) if temperature != 1 else z
 
 
+def _reduce(z, target):
+    """z [n,V], target [n] -> logprob, logsumexp, entropy, total [n] and p [n,V] = exp(z - max), which sums to total.
+    z itself becomes z - max."""
+    top = z.amax(-1)
+    z -= top[:, None]
+    p = z.exp()
+    total = p.sum(-1)
+    log_total = total.log()
+    logprob = z.gather(1, target[:, None])[:, 0] - log_total
+    return logprob, log_total + top, log_total - torch.linalg.vecdot(p, z) / total, total, p
+
+
+def _add_product(d_weight, dz, hidden):
+    """d_weight [V,D] += dz [n,V].T @ hidden [n,D]."""
+    for v in range(0, len(d_weight), SUM_ROWS):
+        d_weight[v : v + SUM_ROWS] += matmul_nt(dz[:, v : v + SUM_ROWS].t(), hidden.t())
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature, softcap):
@@ -47,15 +72,7 @@ class _LinearLogprob(torch.autograd.Function):
         for i in range(0, N, _chunk_rows(V)):
             rows = slice(i, i + _chunk_rows(V))
             z = scaled_logits(hidden[rows], weight32, temperature, softcap)  # (n, V)
-            top = z.amax(-1)
-            chosen = z.gather(1, target[rows, None])[:, 0] - top
-            z -= top[:, None]
-            p = z.exp()
-            total = p.sum(-1)
-            log_total = total.log()
-            logsumexp[rows] = log_total + top
-            logprob[rows] = chosen - log_total
-            entropy[rows] = log_total - torch.linalg.vecdot(p, z) / total
+            logprob[rows], logsumexp[rows], entropy[rows], _, _ = _reduce(z, target[rows])
         ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
         ctx.temperature, ctx.softcap = temperature, softcap
         return logprob, logsumexp, entropy
@@ -83,8 +100,14 @@ class _LinearLogprob(torch.autograd.Function):
                 dz *= 1 - (z * (ctx.temperature / ctx.softcap)).square_()
             dz /= ctx.temperature
             d_hidden[rows] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
-            d_weight += matmul_nt(dz.t(), h.t())
+            _add_product(d_weight, dz, h)
         return d_hidden, d_weight.to(weight.dtype), None, None, None
+
+
+def check_temperature(temperature):
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature} (greedy decoding has no log-probs to train on)")
+    return float(temperature)
 
 
 def linear_logprob(hidden, weight, target, temperature, softcap=None):
@@ -94,6 +117,97 @@ def linear_logprob(hidden, weight, target, temperature, softcap=None):
     a silent one is how samplers and trainers come to disagree), softcap None or > 0.
     Returns logprob, logsumexp, entropy: [N] float32, nats, differentiable in hidden and weight.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature} (greedy decoding has no log-probs to train on)")
-    return _LinearLogprob.apply(hidden, weight, target, float(temperature), softcap)
+    return _LinearLogprob.apply(hidden, weight, target, check_temperature(temperature), softcap)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The loss inside.
+
+
+def token_derivatives(loss_fn, logprob, entropy, per_token, rows):
+    """loss_fn on one chunk, `rows` of the N -> its value (a scalar tensor), dloss/dlogprob [n], dloss/dentropy [n]."""
+    with torch.enable_grad():
+        logprob, entropy = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
+        loss = loss_fn(logprob, entropy, *(None if x is None else x[rows] for x in per_token))
+        if loss.dim() != 0:
+            raise ValueError(f"loss_fn must return a scalar, the sum over its tokens, got shape {tuple(loss.shape)}")
+        found = torch.autograd.grad(loss, (logprob, entropy), allow_unused=True) if loss.requires_grad else (None, None)
+    return loss.detach(), *(torch.zeros_like(logprob) if g is None else g for g in found)
+
+
+def _d_logits(z, p, total, d_logprob, d_entropy, target, entropy):
+    """What _reduce left of a chunk, and the loss's derivatives [n] -> dloss/dz [n,V], written over p (or over z, where
+    the entropy pulls)."""
+    if d_entropy.any():  # dentropy/dz = -p (log p + entropy), and log p = z - log total
+        z.mul_((-d_entropy / total)[:, None])
+        z.add_(((d_entropy * (total.log() - entropy) - d_logprob) / total)[:, None])
+        dz = z.mul_(p)
+    else:  # dlogprob/dz = 1[target] - p
+        dz = p.mul_((-d_logprob / total)[:, None])
+    return dz.scatter_add_(1, target[:, None], d_logprob[:, None])
+
+
+def _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_token, gradients):
+    """-> loss, logprob [N], entropy [N], and with `gradients` d_hidden [N,D] in its dtype, d_weight [V,D] float32."""
+    N, V = hidden.shape[0], weight.shape[0]
+    weight32, loss = weight.float(), torch.zeros((), device=hidden.device)
+    logprob, entropy = torch.empty(N, device=hidden.device), torch.empty(N, device=hidden.device)
+    d_hidden = torch.zeros_like(hidden) if gradients else None
+    d_weight = torch.zeros_like(weight32) if gradients else None
+    for i in range(0, N, _chunk_rows(V)):
+        rows = slice(i, i + _chunk_rows(V))
+        h, chosen = hidden[rows].float(), target[rows]
+        z = scaled_logits(h, weight32, temperature, softcap)  # (n, V)
+        slope = None
+        if gradients and softcap is not None:  # d softcap(x) / dx = 1 - tanh(x / cap)^2, while z is still whole
+            slope = 1 - (z * (temperature / softcap)).square_()
+        logprob[rows], _, entropy[rows], total, p = _reduce(z, chosen)
+        part, d_logprob, d_entropy = token_derivatives(loss_fn, logprob[rows], entropy[rows], per_token, rows)
+        loss += part
+        # Rows without a gradient (clipped tokens, groups in which all samples agree) cost no further product.
+        busy = ((d_logprob != 0) | (d_entropy != 0)).nonzero()[:, 0]
+        if not gradients or not len(busy):
+            continue
+        chunk = [z, p, total, d_logprob / temperature, d_entropy / temperature, chosen, entropy[rows]]
+        if len(busy) < len(h):
+            h, chunk, slope = h[busy], [x[busy] for x in chunk], None if slope is None else slope[busy]
+        dz = _d_logits(*chunk)
+        if slope is not None:
+            dz *= slope
+        d_hidden[busy + i] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
+        _add_product(d_weight, dz, h)
+    return loss, logprob, entropy, d_hidden, d_weight
+
+
+class StoredGradients(torch.autograd.Function):
+    """loss, d_hidden, d_weight -> loss whose gradients in hidden and weight are the stored ones, times what comes in."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, loss, d_hidden, d_weight):
+        ctx.stored, ctx.dtype = [d_hidden, d_weight], weight.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        if ctx.stored is None:
+            raise RuntimeError("linear_logprob_loss gives its gradients away in the first backward; call it again")
+        (d_hidden, d_weight), ctx.stored = ctx.stored, None  # they become .grad as they are: no second copy of V x D
+        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss).to(ctx.dtype), None, None, None
+
+
+def linear_logprob_loss(hidden, weight, target, temperature, loss_fn, *per_token, softcap=None):
+    """A loss that is a sum over tokens, with its gradients, in 6NDV: what training calls where it can.
+
+    hidden, weight, target, temperature, softcap as in linear_logprob; per_token: tensors [N,...] of what the loss needs
+    to know of each token (advantage, weight, old log-prob), or None, which stays None. loss_fn(logprob [n], entropy [n],
+    *rows of per_token [n,...]) -> scalar, the SUM over these n tokens: it is called once a chunk and must not look beyond
+    it (a mean is a sum with weights 1/N; a ratio of whole sequences cannot be written this way: linear_logprob can).
+    Returns loss (scalar float32, differentiable once in hidden and weight) and, detached, logprob [N], entropy [N].
+    Where nothing needs a gradient only the forward half is done. Tokens whose derivatives are exactly 0 skip the rest too.
+    """
+    temperature = check_temperature(temperature)
+    gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    with torch.no_grad():
+        loss, logprob, entropy, *stored = _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_token,
+                                                       gradients)
+    return StoredGradients.apply(hidden, weight, loss, *stored) if gradients else loss, logprob, entropy

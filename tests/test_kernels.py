@@ -12,6 +12,7 @@ from kernels import (
     linear_draw_filtered,
     linear_greedy,
     linear_logprob,
+    linear_logprob_loss,
     linear_sample,
     packed_weights,
     philox_uniform,
@@ -110,6 +111,84 @@ def test_bfloat16_inputs_are_computed_in_float32():
 def test_a_temperature_without_meaning_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature"):
         linear_logprob(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64), temperature)
+
+
+def odd_loss(logprob, entropy, a, c, nothing):
+    """Every term that training has, and one without a gradient. A sum over tokens."""
+    assert nothing is None
+    return (a * (logprob + 1).square()).sum() + (c * entropy * logprob).sum() + (3.0 * c).sum()
+
+
+def check_loss_against_reference(N, V, D, function=linear_logprob_loss, scale=1.0, tolerance=2e-5, entropy=True, seed=0,
+                                 dtype=torch.float32, device="cpu", **options):
+    """Loss, log-prob, entropy and both gradients of odd_loss against float64 and ordinary autograd."""
+    g = torch.Generator().manual_seed(seed + N + V)
+    hidden, weight = torch.randn(N, D, generator=g) * scale, torch.randn(V, D, generator=g)
+    target, (a, c) = torch.randint(V, (N,), generator=g), torch.randn(2, N, generator=g)
+    target[: N // 3], target[N // 3 : N // 2] = 0, V - 1  # both ends
+    c *= entropy
+    a[1::3] = c[1::3] = 0  # rows without any gradient
+    a[::4] = 0  # and rows that only the entropy's term pulls
+    hidden, weight, a, c, target = (x.to(device) for x in (hidden.to(dtype), weight.to(dtype), a, c, target))
+    ours, exact = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
+    loss, logprob, entropies = function(*ours, target, options["temperature"], odd_loss, a, c, None,
+                                        softcap=options.get("softcap"))
+    assert loss.shape == () and not logprob.requires_grad and not entropies.requires_grad
+    (loss * -2).backward()
+    exact_logprob, _, exact_entropy = reference(*exact, target, **options)
+    exact_loss = odd_loss(exact_logprob, exact_entropy, a, c, None)
+    (exact_loss * -2).backward()
+    torch.testing.assert_close(loss.double(), exact_loss, atol=tolerance * max(1, N), rtol=tolerance)
+    torch.testing.assert_close(logprob.double(), exact_logprob, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(entropies.double(), exact_entropy, atol=tolerance, rtol=tolerance)
+    if dtype == torch.bfloat16:
+        tolerance = 0.01  # of the largest: what the gradient itself is rounded to
+    for x, y in zip(ours, exact):
+        largest = max(1.0, y.grad.abs().amax().item() if y.grad.numel() else 0.0)
+        torch.testing.assert_close(x.grad.double(), y.grad.double(), atol=tolerance * largest, rtol=0)
+    assert (ours[0].grad[1::3] == 0).all()
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("temperature, softcap", [(0.1, None), (1.0, None), (5.0, None), (0.7, 3.0)])
+@pytest.mark.parametrize("N, V, D", [(1, 1, 3), (1, 33, 7), (5, 2, 1), (37, 33, 16), (0, 33, 4), (64, 512, 32)])
+def test_the_loss_and_its_gradients(N, V, D, temperature, softcap, entropy, monkeypatch):
+    check_loss_against_reference(N, V, D, temperature=temperature, softcap=softcap, entropy=entropy, tolerance=5e-5)
+    monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 1)  # 16 rows a chunk
+    monkeypatch.setattr(logprob_file, "SUM_ROWS", 7)
+    check_loss_against_reference(N, V, D, temperature=temperature, softcap=softcap, entropy=entropy, tolerance=5e-5)
+
+
+def test_the_loss_of_bfloat16_weights_sums_in_float32():
+    check_loss_against_reference(9, 33, 64, temperature=0.7, dtype=torch.bfloat16)
+
+
+def test_the_loss_is_called_once_a_chunk_and_never_sees_others(monkeypatch):
+    monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 1)
+    hidden, weight, seen = torch.randn(37, 4), torch.randn(9, 4), []
+
+    def loss_fn(logprob, entropy, index):
+        seen.append(index.tolist())
+        return logprob.sum()
+
+    loss, logprob, entropy = linear_logprob_loss(hidden, weight, torch.zeros(37).long(), 1.0, loss_fn, torch.arange(37))
+    assert seen == [list(range(16)), list(range(16, 32)), list(range(32, 37))] and not loss.requires_grad
+    expected = linear_logprob(hidden, weight, torch.zeros(37).long(), 1.0)
+    assert torch.equal(logprob, expected[0]) and torch.equal(entropy, expected[2])
+
+
+def test_what_the_loss_refuses():
+    hidden, weight, target = torch.randn(3, 4).requires_grad_(), torch.randn(9, 4), torch.zeros(3).long()
+    with pytest.raises(ValueError, match="scalar"):
+        linear_logprob_loss(hidden, weight, target, 1.0, lambda logprob, entropy: logprob)
+    with pytest.raises(ValueError, match="temperature"):
+        linear_logprob_loss(hidden, weight, target, 0.0, lambda logprob, entropy: logprob.sum())
+    loss, _, _ = linear_logprob_loss(hidden, weight, target, 1.0, lambda logprob, entropy: logprob.sum())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="first backward"):
+        loss.backward()
+    with torch.no_grad():
+        assert not linear_logprob_loss(hidden, weight, target, 1.0, lambda logprob, entropy: logprob.sum())[0].requires_grad
 
 
 # ----------------------------------------------------------------------------------------------------
