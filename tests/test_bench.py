@@ -1,11 +1,13 @@
 """Each benchmark runs with tiny shapes and writes its JSON. No test looks at the times themselves."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PEERS = {"products": [], "decode": [], "generate": ["transformers"], "rl_step": ["trl", "transformers", "datasets", "accelerate"]}
@@ -67,3 +69,50 @@ def test_products_logprob_sides_compute_the_same():
     losses = {side: products.logprob_step(side, *inputs) for side in ("ours", "plain", "entropy")}
     assert losses["ours"] == pytest.approx(losses["entropy"], abs=1e-5)
     assert abs(losses["ours"] - losses["plain"]) > 1e-4  # the entropy is in the loss
+
+
+def test_kernels_table_holds_right_values_only(tmp_path):
+    """Every side that could be measured here agrees with the exact value, and ours is among them in every table."""
+    done = run("kernels", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    here = result.get("threads_1", result)
+    tables = [table for part in ("logprob", "gradients", "grpo", "sampling", "decode") for table in here[part].values()]
+    assert len(tables) >= 6
+    for sides in (table["sides"] for table in tables if "sides" in table):
+        assert sides["ours"]["agrees"] and sides["ours"]["ratio"]["median"] == 1
+        for name, side in sides.items():
+            if "absent" not in side:
+                assert side["seconds"]["min"] > 0 and side["peak_mib"] >= 0 and side.get("agrees", name == "product"), name
+
+
+def test_kernels_says_which_sides_are_wrong_or_absent(capsys):
+    from bench import kernels
+
+    def missing(x):
+        raise ImportError("No module named 'elsewhere'")
+
+    def breaks(x):
+        raise ZeroDivisionError("inside")
+
+    x = torch.ones(3)
+    sides = {"ours": (lambda x: x * 1, 1e-3), "off": (lambda x: x * 1.1, 1e-3), "nan": (lambda x: x * math.nan, 1e-3),
+             "missing": (missing, 1e-3), "breaks": (breaks, 1e-3), "product": (lambda x: x + 0, None)}  # fmt: skip
+    found = kernels.compare(kernels.Config(tiny=True, repeats=1), "toy", sides, [(x,)], kernels.logprob_error, x)["sides"]
+    assert found["ours"]["agrees"] and not found["off"]["agrees"] and not found["nan"]["agrees"]
+    assert found["missing"] == dict(absent="absent: No module named 'elsewhere'")
+    assert found["breaks"] == dict(absent="fails: ZeroDivisionError: inside")
+    assert capsys.readouterr().out.count("DIFFERS") == 2
+    with pytest.raises(ZeroDivisionError):  # ours may not fail
+        kernels.compare(kernels.Config(tiny=True), "toy", {"ours": (breaks, 1e-3)}, [(x,)], kernels.logprob_error, x)
+
+
+def test_kernels_counts_the_memory_of_a_call_without_what_it_returns():
+    from bench.kernels import peak_bytes
+
+    def call():
+        a = torch.empty(1_000_000)
+        del a
+        return (torch.empty(250_000) + torch.empty(250_000),)  # 4 MB, then three times 1 MB of which one is returned
+
+    assert peak_bytes(call, gpu=False) == 3_000_000
