@@ -61,14 +61,14 @@ NAMES = dict(base="base model, chat format, greedy", sft="SFT", rft="RFT", rl_ou
 # What each stage is run with; `search` is of this script. No entry was searched for.
 SIZES = dict(
     cpu=dict(
-        rl_seeds=[0, 1], test=150, n=4, base=64, dtype="float32",
+        rl_seeds=[0, 1], test=100, n=2, base=48, dtype="float32",
         sft=dict(steps=40, batch_size=16, learning_rate=2e-4, warmup_steps=4, eval_problems=64, logging_steps=5),
-        rft=dict(steps=16, batch_size=16, learning_rate=1e-4, warmup_steps=2, num_problems=240, num_generations=4, slots=128,
+        rft=dict(steps=16, batch_size=16, learning_rate=1e-4, warmup_steps=2, num_problems=200, num_generations=4, slots=128,
                  eval_problems=64, logging_steps=4),
-        verifier=dict(epochs=2, batch_size=16, learning_rate=5e-5, slots=128, eval_problems=64, eval_mc=8),
-        orm=dict(num_problems=400, n_cov=1), q=dict(num_problems=200, n_cov=1, cuts=1, n_mc=2),
-        rl=dict(num_prompts=4, num_generations=8, steps=12, learning_rate=2e-5, warmup_steps=2, alpha=1.0, slots=128,
-                eval_steps=6, eval_problems=96),
+        verifier=dict(epochs=2, batch_size=16, learning_rate=5e-5, slots=128, eval_problems=64, eval_mc=4),
+        orm=dict(num_problems=300, n_cov=1), q=dict(num_problems=150, n_cov=1, cuts=1, n_mc=2),
+        rl=dict(num_prompts=4, num_generations=8, steps=10, learning_rate=2e-5, warmup_steps=2, alpha=1.0, slots=128,
+                eval_steps=5, eval_problems=96),
         search=dict(n=8, beam=6)),
     gpu=dict(
         rl_seeds=[0, 1, 2], test=0, n=8, base=0, dtype="bfloat16",  # of sampling alone: bfloat16 weights swallow small updates
@@ -176,8 +176,8 @@ def run_stage(name, kind, argv, done, logs):
     with open(logs / f"{name}.log", "w") as log, redirect_stdout(log):
         SCRIPTS[kind].main([*argv, "--eval"] if kind == "sample" and "--search=beam" not in argv else argv)
     seconds = time.process_time() - clock
-    if kind == "sample":
-        done.write_text(f"{seconds:.0f}\n")
+    write_json(logs / f"{name}.seconds", seconds)
+    done.touch()
     last = (logs / f"{name}.log").read_text().strip().splitlines()[-1]
     print(f"  {name:<18} {seconds:5.0f} s of processor   {last[:150]}", flush=True)
 
@@ -363,8 +363,9 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
     settings = {k: v for k, v in vars(cfg).items() if k in ("size", "problems", "model", "limit")}
+    seconds = {p.stem: round(json.loads(p.read_text())) for p in sorted((root / "logs").glob("*.seconds"))}
     write_json(out / "results.json", dict(settings=settings, stages=size, machine=machine(), torch=torch.__version__,
-                                          problems={k: len(v) for k, v in parts.items()}, **result))
+                                          problems={k: len(v) for k, v in parts.items()}, processor_seconds=seconds, **result))
     for name, kind, _, _ in stages:
         if kind != "sample":
             shutil.copy(root / name / "metrics.jsonl", out / f"metrics_{name}.jsonl")
