@@ -1,0 +1,464 @@
+"""Is a beam steered by progress cheaper than best-of-N? Accuracy against generated tokens, with learned verifiers.
+
+    python experiments/pav_search.py             # about 20 minutes of one core
+    python experiments/pav_search.py --smoke     # the same road in under 20 seconds
+    -> docs/results/pav_search/: results.json, table.md, curves.png
+
+The claims (Setlur et al. 2024, arXiv 2410.08146, sections 3 and 4): a beam ranked by Q^pi + alpha * A^mu is 1.5 to 5 times
+as compute-efficient as best-of-N with an outcome model (ORM) and over 8% more accurate; it beats a beam ranked by Q^pi alone;
+the best prover is a Best-of-K policy with a K that is neither 1 nor large; Q^pi re-ranking whole samples is 4% above the ORM.
+
+    orm            best of N whole samples by an outcome model
+    q_as_orm       the same samples ranked by Q^pi
+    majority       the same samples: the commonest final answer (where the task has one)
+    pass           the same samples: is any right? The ceiling of re-ranking, not a method
+    beam_q         beam, N candidates a step, 3 children an element, ranked by Q^pi (alpha 0): the paper's rival, untuned
+    beam_q_tuned   the same with its own search over children and temperature
+    beam_pav       beam, 3 children, ranked by Q^pi + alpha * A^mu, mu = Best-of-K of the policy (from the same Q^pi)
+
+The x axis is tokens generated, every candidate of every step included. Per seed: a policy (SFT), Q^pi and ORM, the last two
+trained on equally many sampled tokens. `planted`: 4 prompts, a hidden sequence of 4 letters each (other sequences for every
+seed), searched many times with other draws. `chain`: digit arithmetic, verifiers and search on different problems.
+
+Tuning: orm, beam_q_tuned and beam_pav get 20 settings each (temperature x epochs of the ORM; children x temperature; alpha x
+K), on a seed that is not reported, mean accuracy of two sizes; the others get none. A curve of best-of-N comes from one set of
+samples by the exact expectation over its subsets, which has less noise than a beam's.
+
+What would have falsified the claims: the tuned orm as accurate at equal tokens (paired over seeds); alpha 0 as good as the
+tuned alpha; K=1 as good as the others; the ORM above Q^pi on whole samples. Where it should fail, and is measured: N=3 (one
+parent: any alpha gives the same ranking), and verifiers from --weak times fewer rollouts.
+
+Everything stays in runs/pav_search: killed, the same command goes on.
+"""
+
+import itertools
+import json
+import math
+import shutil
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import pav  # noqa: E402
+import train_sft  # noqa: E402
+from common import mean, opt, parse, script, write_json  # noqa: E402
+from kernels import packed_weights  # noqa: E402
+from model import load_model  # noqa: E402
+from pav import load_verifier  # noqa: E402
+from report import COLOURS as REPORT_COLOURS  # noqa: E402
+from report import machine  # noqa: E402
+from sample import pass_at_k  # noqa: E402
+from search import beam, best_of_n, learned_values, majority  # noqa: E402
+from tasks import get_task  # noqa: E402
+
+NAMES = {"orm": "best-of-N, ORM", "q_as_orm": "best-of-N, Q as ORM", "majority": "majority vote", "pass": "pass@N (ceiling)",
+         "beam_q": "beam, Q", "beam_q_tuned": "beam, Q, tuned", "beam_pav": "beam, Q + alpha A"}
+COLOURS = {"orm": REPORT_COLOURS["orm"], "q_as_orm": "#56B4E9", "majority": "#CC79A7", "pass": "#7f7f7f",
+           "beam_q": REPORT_COLOURS["q"], "beam_q_tuned": "#E69F00", "beam_pav": REPORT_COLOURS["pav"]}
+BEAMS = ("beam_q", "beam_q_tuned", "beam_pav")
+PAPER = dict(alpha=0.0, k=1, children=3, temperature=1.0)  # a beam's settings before any are chosen
+TUNING = 1000  # the seed that chooses settings, on val; seeds 0, 1, ... are reported, on test
+TINY = dict(threads=1, device="cpu", save_steps=10**6)
+POLICY = {"planted": dict(strength=7.0, steps=300), "chain": dict(strength=0.7, steps=300)}
+
+
+@dataclass
+class Config:
+    tasks: list = opt(["planted", "chain"], "which tasks", choices=["planted", "chain"])
+    seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
+    sizes: list = opt([3, 6, 12, 24, 48, 96], "N: samples a problem", low=3)
+    beam_sizes: list = opt([3, 6, 12, 24, 48], "N: candidates a step of a beam; multiples of 3, all among --sizes", low=3)
+    problems: int = opt(64, "searches behind a point of a curve, for each seed", low=1)
+    alphas: list = opt([0.2, 0.5, 1.0, 2.0], "grid of beam_pav", low=0)
+    prover_ks: list = opt([1, 2, 4, 8, 16], "grid of beam_pav", low=1)
+    children: list = opt([2, 3, 6, 12], "grid of beam_q_tuned", low=1)
+    orm_epochs: list = opt([1, 2, 4, 8], "grid of orm", low=1)
+    temperatures: list = opt([0.6, 0.8, 1.0, 1.2, 1.5], "grid of orm and of beam_q_tuned", above=0)
+    tuning_sizes: list = opt([6, 12], "N of the tuning, its mean counts", low=3)
+    rollouts: int = opt(8000, "problems that Q^pi's rollouts start from; the ORM gets as many tokens", low=8)
+    epochs: int = opt(4, "passes of Q^pi over its rollouts", low=1)
+    weak: int = opt(8, "verifiers from so many times fewer rollouts (twice the epochs), at --weak-sizes", low=1)
+    weak_sizes: list = opt([12], "N of that regime, all among --beam-sizes", low=3)
+    out: str = opt("docs/results/pav_search", "where table, figure and numbers go")
+    smoke: bool = opt(False, "a few steps of everything")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pure functions.
+
+
+def expected_best(scores, right, n):
+    """Expected correctness of the highest-scored of n samples out of len(scores), over all subsets: the sample of rank r
+    (0 is best; ties: the earlier) is the best of a subset with chance C(m-1-r, n-1) / C(m, n)."""
+    m, order = len(scores), sorted(range(len(scores)), key=lambda i: -scores[i])
+    return sum(right[i] * math.comb(m - 1 - r, n - 1) for r, i in enumerate(order)) / math.comb(m, n)
+
+
+def vote_accuracy(answers, right, n):
+    """Accuracy of the majority vote of n samples: mean over the disjoint blocks of n."""
+    blocks = [range(i, i + n) for i in range(0, len(answers) - n + 1, n)]
+    return mean(right[b[majority([answers[i] for i in b])]] for b in blocks)
+
+
+def tokens_to_reach(tokens, accuracy, target):
+    """(tokens at which a curve first reaches target, is that only an upper bound?); linear in log(tokens) between points.
+    The bound: the first point is there already. (None, False): never."""
+    if accuracy[0] >= target:
+        return tokens[0], True
+    for (a, b), (x, y) in zip(itertools.pairwise(accuracy), itertools.pairwise(map(math.log, tokens))):
+        if b >= target:
+            return math.exp(x + (y - x) * (target - a) / (b - a)), False
+    return None, False
+
+
+def spread(values):
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def verdict(gains, least=0.0):
+    """Paired differences of one task, a seed each -> is their mean above `least` by two standard errors?"""
+    return mean(gains) - 2 * spread(gains) / math.sqrt(len(gains)) > least
+
+
+def together(verdicts):
+    """Of several tasks -> True, False or "partly"."""
+    return all(verdicts) or ("partly" if any(verdicts) else False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Stages: run directories of train_sft.py and pav.py, and numbers kept beside them.
+
+
+def kept(path, make):
+    """make() -> dict, computed once: kept in path with its CPU seconds."""
+    if path.exists():
+        return json.loads(path.read_text())
+    clock = time.process_time()
+    with redirect_stdout(StringIO()):
+        row = make()
+    row["cpu_seconds"] = round(time.process_time() - clock, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, row)
+    return row
+
+
+def policy_of(cfg, home, task, seed):
+    shape = dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else dict(num_examples=6000)
+    place = dict(task=task, planted_length=4, seed=seed, run_dir=str(home / "sft"))
+    config = train_sft.Config(**(place | TINY | POLICY[task] | shape))
+    return kept(home / "sft.json", lambda: train_sft.train(config))
+
+
+def verifier_of(cfg, home, name, task, seed, label, epochs, rollouts, donor=None):
+    """Train (or find) home/name. donor: a run with the same rollouts, which are copied rather than drawn again."""
+    if donor and (home / donor / "rollouts").exists() and not (home / name).exists():
+        shutil.copytree(home / donor / "rollouts", home / name / "rollouts")
+    shape = dict(eval_problems=16, eval_mc=2) if cfg.smoke else dict(eval_problems=256, eval_mc=4)
+    strength = POLICY[task]["strength"] if task == "planted" and label == "q" else -1.0
+    config = pav.Config(**(dict(task=task, planted_length=4, seed=seed, policy=str(home / "sft"), run_dir=str(home / name),
+                                label=label, epochs=epochs, num_problems=rollouts, prover_strength=strength) | TINY | shape))
+    return kept(home / f"{name}.json", lambda: pav.train(config))
+
+
+def verifiers_of(cfg, home, task, seed, orm_epochs, share=1):
+    """Q^pi and ORM from equally many sampled tokens, 1/share of --rollouts. -> {"q": folder, "orm": folder}, summaries."""
+    tail, more = (f"_weak{share}", 2) if share > 1 else ("", 1)
+    q = verifier_of(cfg, home, f"q{tail}", task, seed, "q", cfg.epochs * more, max(8, cfg.rollouts // share))
+    # A completion of the policy has its full length in both tasks, but for a rare early EOS.
+    rollouts, name = q["sampled_tokens"] // get_task(task).max_new_tokens, f"orm{tail}_epochs{orm_epochs}"
+    donor = next((p.name for p in sorted(home.glob(f"orm{tail}_epochs*/")) if (p / "summary.json").exists()), None)
+    orm = verifier_of(cfg, home, name, task, seed, "outcome", orm_epochs * more, rollouts, donor)
+    return dict(q=home / f"q{tail}", orm=home / name), dict(q=q, orm=orm)
+
+
+class Searcher:
+    """A seed's policy and verifiers, and the problems to search: N searches of the task's problems in turn."""
+
+    def __init__(self, cfg, home, task, seed, folders):
+        self.task = get_task(task, seed, **(dict(planted=4) if task == "planted" else {}))
+        self.model, self.tokenizer = load_model(home / "sft")
+        self.verifiers = {name: load_verifier(folder, self.tokenizer) for name, folder in folders.items()}
+        problems = self.task.problems("val" if seed == TUNING else "test", cfg.problems, 0)
+        self.problems = (problems * (1 + cfg.problems // len(problems)))[: cfg.problems]
+        self.options = dict(limit=self.task.max_new_tokens, seed=seed, slots=256)
+
+    def text(self, element):
+        return self.tokenizer.decode(element.completion())
+
+    def samples(self, sizes, temperature):
+        """Curves of all arms that rank whole samples: {arm: [{n, accuracy, tokens, scored}]}."""
+        most = max(sizes)
+        with torch.no_grad():
+            found = best_of_n(self.model, self.tokenizer, self.task, self.problems, learned_values(self.verifiers["orm"]),
+                              n=most, temperature=temperature, **self.options)
+            q = [learned_values(self.verifiers["q"])(p, [e.tokens for e in f.candidates])[0]
+                 for p, f in zip(self.problems, found)]
+        text = [[self.text(e) for e in f.candidates] for f in found]
+        right = [[self.task.grade(p, t) for t in ts] for p, ts in zip(self.problems, text)]
+        rank = dict(orm=[[e.q for e in f.candidates] for f in found], q_as_orm=q)
+        row = lambda n, accuracy: dict(n=n, accuracy=accuracy, tokens=mean(f.generated for f in found) * n / most,  # noqa: E731
+                                       scored=mean(f.scored for f in found) * n / most)
+        out = {name: [row(n, mean(expected_best(s, r, n) for s, r in zip(scores, right))) for n in sizes]
+               for name, scores in rank.items()}
+        if not isinstance(self.problems[0].answer, str) or len(self.problems[0].answer) == 1:  # a digit; not a hidden sequence
+            said = [[t.rsplit("=", 1)[-1] for t in ts] for ts in text]
+            out["majority"] = [row(n, mean(vote_accuracy(a, r, n) for a, r in zip(said, right))) for n in sizes]
+        out["pass"] = [row(n, mean(pass_at_k(most, int(sum(r)), n) for r in right)) for n in sizes]
+        out["one_sample"] = mean(mean(r) for r in right)
+        return out
+
+    def beam(self, sizes, alpha, k, children, temperature):
+        """[{n, accuracy, tokens, scored}] of a beam."""
+        rows = []
+        for n in sizes:
+            with torch.no_grad(), packed_weights(self.model.parameters(), n * len(self.problems)):
+                found = beam(self.model, self.tokenizer, self.task, self.problems,
+                             learned_values(self.verifiers["q"], None, k), n=n, width=max(1, n // children), alpha=alpha,
+                             temperature=temperature, **self.options)
+            rows.append(dict(n=n, accuracy=mean(self.task.grade(p, self.text(f.best)) for p, f in zip(self.problems, found)),
+                             tokens=mean(f.generated for f in found), scored=mean(f.scored for f in found)))
+        return rows
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tuning, then the reported seeds.
+
+
+def tune(cfg, root, task):
+    """Every setting of every arm on the tuning seed -> {arm: [(accuracy, setting), ...]}, in the order they were tried."""
+    home, out = root / task / f"seed{TUNING}", {}
+    policy_of(cfg, home, task, TUNING)
+
+    def score(name, make):
+        return kept(home / "tuning" / f"{name}.json", lambda: dict(accuracy=mean(r["accuracy"] for r in make())))["accuracy"]
+
+    out["orm"] = []
+    for epochs in cfg.orm_epochs:
+        folders, _ = verifiers_of(cfg, home, task, TUNING, epochs)
+        it = Searcher(cfg, home, task, TUNING, folders)
+        for t in cfg.temperatures:
+            out["orm"].append((score(f"orm_{epochs}_{t:g}", lambda: it.samples(cfg.tuning_sizes, t)["orm"]),  # noqa: B023
+                               dict(epochs=epochs, temperature=t)))
+    grids = dict(beam_q=[{}], beam_q_tuned=[dict(children=c, temperature=t)
+                                            for c, t in itertools.product(cfg.children, cfg.temperatures)],
+                 beam_pav=[dict(alpha=a, k=k) for a, k in itertools.product(cfg.alphas, cfg.prover_ks)])
+    for arm, grid in grids.items():
+        out[arm] = []
+        for setting in grid:
+            name = "_".join([arm, *(f"{k}{v:g}" for k, v in setting.items())])
+            out[arm].append((score(name, lambda: it.beam(cfg.tuning_sizes, **(PAPER | setting))), setting))  # noqa: B023
+    for arm, tried in out.items():
+        best = max(tried, key=lambda x: x[0])
+        print(f"{task}: {arm}: {len(tried)} settings, best {best[0]:.3f} at {best[1]}", flush=True)
+    return out
+
+
+def measure(cfg, root, task, seed, chosen, sizes, share=1):
+    """All arms of one seed at their chosen settings -> {arm: curve}, one_sample, quality of the verifiers."""
+    home = root / task / f"seed{seed}"
+    policy_of(cfg, home, task, seed)
+    folders, quality = verifiers_of(cfg, home, task, seed, chosen["orm"]["epochs"], share)
+
+    def search():
+        it = Searcher(cfg, home, task, seed, folders)
+        curves = it.samples(sizes, chosen["orm"]["temperature"])
+        return curves | {arm: it.beam([n for n in sizes if n in cfg.beam_sizes], **(PAPER | chosen[arm])) for arm in BEAMS}
+
+    name = f"curves{share}_" + "_".join(f"{v:g}" for arm in ("orm", *BEAMS) for v in chosen[arm].values())
+    row = kept(home / f"{name}.json", search)
+    row["verifier"] = {f"{v}_{k}": q.get(k) for v, q in quality.items()
+                       for k in ("auc", "auc_outcome", "corr_advantage", "corr_advantage_exact", "sampled_tokens")}
+    return row
+
+
+def summarise(rows):
+    """Curves of the seeds -> {arm: {n, tokens, accuracy, sd, per_seed, gain, gain_sd, efficiency}}; gain: accuracy minus orm
+    at each N, paired; efficiency: tokens of best-of-max(N) with the ORM over those that reach its accuracy, of the mean
+    curves. rows: a dict {arm: [{n, accuracy, tokens, scored}]} a seed; every N of an arm is one of orm's."""
+    out = {}
+    for arm in [a for a in NAMES if a in rows[0]]:
+        sizes = [p["n"] for p in rows[0][arm]]
+        grid = np.array([[p["accuracy"] for p in r[arm]] for r in rows])  # (seeds, sizes)
+        gain = grid - np.array([[p["accuracy"] for p in r["orm"] if p["n"] in sizes] for r in rows])
+        out[arm] = dict(n=sizes, tokens=[mean(r[arm][i]["tokens"] for r in rows) for i in range(len(sizes))],
+                        scored=[mean(r[arm][i]["scored"] for r in rows) for i in range(len(sizes))],
+                        accuracy=grid.mean(0).tolist(), sd=grid.std(0, ddof=1).tolist(), per_seed=grid.tolist(),
+                        gain=gain.mean(0).tolist(), gain_sd=gain.std(0, ddof=1).tolist())
+    target, cost = out["orm"]["accuracy"][-1], out["orm"]["tokens"][-1]
+    for arm in out.values():
+        tokens, bound = tokens_to_reach(arm["tokens"], arm["accuracy"], target)
+        arm["efficiency"], arm["efficiency_is_bound"] = tokens and cost / tokens, bound
+    return out
+
+
+def times(arm):
+    return "never" if arm["efficiency"] is None else f"{'at least ' * arm['efficiency_is_bound']}{arm['efficiency']:.1f}x"
+
+
+def table(result, cfg):
+    """Markdown: accuracy by arm and N, the tuning of alpha and K, the weak verifiers."""
+    n = cfg.beam_sizes[-1]
+    lines = ["| arm | " + " | ".join(f"N={n}" for n in cfg.sizes) + f" | efficiency | generated, read by verifiers at N={n} |",
+             "|---" * (len(cfg.sizes) + 3) + "|"]
+    for name, a in result["arms"].items():
+        cells = [f"{m:.3f} ({s:.3f})" for m, s in zip(a["accuracy"], a["sd"])] + [""] * (len(cfg.sizes) - len(a["n"]))
+        i = a["n"].index(n)
+        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} | {times(a)} | {a['tokens'][i]:.0f}, {a['scored'][i]:.0f} |")
+    lines += ["", "Tuning seed, mean accuracy of N = " + " and ".join(map(str, cfg.tuning_sizes)) + "; alpha 0: "
+              f"{result['tuning']['beam_q'][0][0]:.3f}", "", "| alpha | " + " | ".join(f"K={k}" for k in cfg.prover_ks) + " |",
+              "|---" * (len(cfg.prover_ks) + 1) + "|"]
+    tried = {(s["alpha"], s["k"]): a for a, s in result["tuning"]["beam_pav"]}
+    lines += [f"| {a:g} | " + " | ".join(f"{tried[a, k]:.3f}" for k in cfg.prover_ks) + " |" for a in cfg.alphas]
+    lines += ["", f"Verifiers from {cfg.weak} times fewer rollouts:", "",
+              "| arm | " + " | ".join(f"N={n}" for n in cfg.weak_sizes) + " | minus the ORM, paired |",
+              "|---" * (len(cfg.weak_sizes) + 2) + "|"]
+    for name, a in result["weak"].items():
+        cells = " | ".join(f"{m:.3f} ({s:.3f})" for m, s in zip(a["accuracy"], a["sd"]))
+        gains = ", ".join(f"{g:+.3f} ({s:.3f})" for g, s in zip(a["gain"], a["gain_sd"]))
+        lines.append(f"| {NAMES[name]} | {cells} | {gains} |")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------
+# What the paper says, and what is seen here. Every "holds" follows from the numbers by a rule that stands here.
+
+
+def difference(result, a, b, i):
+    """Paired differences of accuracy between two arms at sizes[i], a seed each."""
+    return [x[i] - y[i] for x, y in zip(result["arms"][a]["per_seed"], result["arms"][b]["per_seed"])]
+
+
+def plus(gains):
+    return f"{mean(gains):+.3f} (sd {spread(gains):.3f})"
+
+
+def claims(results, cfg, command):
+    """Rules: a gain counts if it is two standard errors above 0, at the N named; over tasks: all, some ("partly"), none."""
+    i, last, said = len(cfg.beam_sizes) // 2, len(cfg.sizes) - 1, {}
+    n = cfg.beam_sizes[i]
+    for task, r in results.items():
+        ks = {k: mean(a for a, s in r["tuning"]["beam_pav"] if s["k"] == k) for k in cfg.prover_ks}
+        best = max(ks, key=ks.get)
+        weak = r["weak"]["beam_pav"]
+        said[task] = dict(
+            orm=f"{task}: {times(r['arms']['beam_pav'])}, {plus(difference(r, 'beam_pav', 'orm', i))} at N={n}",
+            q=f"{task}: {plus(difference(r, 'beam_pav', 'beam_q', i))} at N={n}, against the tuned Q beam "
+              f"{plus(difference(r, 'beam_pav', 'beam_q_tuned', i))}",
+            k=f"{task}: best K={best}, mean over alpha {ks[best]:.3f}, K=1 {ks[cfg.prover_ks[0]]:.3f}, "
+              f"K={cfg.prover_ks[-1]} {ks[cfg.prover_ks[-1]]:.3f}, alpha 0 {r['tuning']['beam_q'][0][0]:.3f}",
+            rank=f"{task}: {plus(difference(r, 'q_as_orm', 'orm', last))} at N={cfg.sizes[last]}",
+            weak=f"{task} {weak['gain'][-1]:+.3f} (sd {weak['gain_sd'][-1]:.3f})", best=best)
+    every = lambda key: "; ".join(s[key] for s in said.values())  # noqa: E731
+    vote = "majority" in (results.get("chain") or {}).get("arms", {})
+    beats = [f"a vote reaches {results['chain']['arms']['majority']['accuracy'][i]:.3f} on chain at N={n}, the PAV beam "
+             f"{results['chain']['arms']['beam_pav']['accuracy'][i]:.3f}"] if vote else []
+    verdicts = dict(
+        orm=[verdict(difference(r, "beam_pav", "orm", i)) and (r["arms"]["beam_pav"]["efficiency"] or 0) >= 1.5
+             for r in results.values()],
+        q=[verdict(difference(r, "beam_pav", "beam_q", i)) for r in results.values()],
+        k=[s["best"] not in (cfg.prover_ks[0], cfg.prover_ks[-1]) for s in said.values()],
+        rank=[verdict(difference(r, "q_as_orm", "orm", last)) for r in results.values()])
+    text = dict(
+        orm=("A beam ranked by Q + alpha A is 1.5 to 5 times as compute-efficient as best-of-N with an ORM, and over 8% better.",
+             "; ".join([f"verifiers from {cfg.weak} times fewer rollouts (gain over their ORM at N={cfg.weak_sizes[-1]}: "
+                        f"{every('weak')})", *beats])),
+        q=("It beats a beam ranked by Q alone, by up to 8 times the compute.",
+           "N=3: one parent a step, where any alpha gives the same ranking."),
+        k=("The best prover is Best-of-K with K=4 of 1 to 32: neither the policy itself nor a strong one.",
+           "One tuning seed: differences below 0.05 between settings are noise."),
+        rank=("Q re-ranking whole samples is 4% better than the ORM at N=128.",
+              "Both read the end of a solution, and the ORM was trained for nothing else."))
+    return [dict(paper="2410.08146", claim=c, measured=every(key), holds=together(verdicts[key]), command=command, fails_when=f)
+            for key, (c, f) in text.items()]
+
+
+def figure(results, cfg, path):
+    """A row a task. Left: accuracy against tokens, band: sd over seeds. Middle: the tuning of alpha and K. Right: gain over
+    the ORM with verifiers from all rollouts (full) and from few (hollow)."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, grid = plt.subplots(len(results), 3, figsize=(14.5, 4.2 * len(results)), constrained_layout=True, squeeze=False)
+    for (task, r), (left, middle, right) in zip(results.items(), grid):
+        for name, a in r["arms"].items():
+            style = dict(color=COLOURS[name], label=NAMES[name], linewidth=2, linestyle=":" if name == "pass" else "-")
+            left.plot(a["tokens"], a["accuracy"], marker="o", markersize=4, **style)
+            mid, sd = np.array(a["accuracy"]), np.array(a["sd"])
+            left.fill_between(a["tokens"], mid - sd, mid + sd, color=COLOURS[name], alpha=0.12, linewidth=0)
+        left.set_xscale("log", base=2)
+        left.set(xlabel="tokens generated a problem", ylabel="accuracy", ylim=(0, 1.03),
+                 title=f"{task} (band: sd of {cfg.seeds} seeds)")
+        left.legend(frameon=False, fontsize=8)
+        tried = {(s["alpha"], s["k"]): x for x, s in r["tuning"]["beam_pav"]}
+        for j, k in enumerate(cfg.prover_ks):
+            shade = plt.cm.viridis(0.9 * j / max(1, len(cfg.prover_ks) - 1))
+            middle.plot([0, *cfg.alphas], [r["tuning"]["beam_q"][0][0], *(tried[a, k] for a in cfg.alphas)], color=shade,
+                        marker="o", markersize=4, label=f"K={k}")
+        middle.set(xlabel="alpha", ylabel=f"accuracy, mean of N={' and '.join(map(str, cfg.tuning_sizes))}",
+                   title="Tuning seed: weight of progress and prover")
+        middle.legend(frameon=False, fontsize=8)
+        for name in ("q_as_orm", *BEAMS):
+            a, w = r["arms"][name], r["weak"][name]
+            right.errorbar(a["n"], a["gain"], a["gain_sd"], color=COLOURS[name], marker="o", markersize=4, capsize=3)
+            right.errorbar(w["n"], w["gain"], w["gain_sd"], color=COLOURS[name], marker="D", markersize=6, capsize=3,
+                           markerfacecolor="white", linestyle="")
+        right.axhline(0, color="#aaaaaa", linewidth=1)
+        right.set_xscale("log", base=2)
+        right.set_xticks(cfg.sizes, cfg.sizes)
+        right.minorticks_off()
+        right.set(xlabel="N", ylabel="accuracy minus best-of-N with the ORM",
+                  title=f"Gain, same seed (hollow: 1/{cfg.weak} of the rollouts)")
+        for axis in (left, middle, right):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.2)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    root, out = Path("runs/pav_search"), Path(cfg.out)
+    if cfg.smoke:
+        root, out, cfg.tasks = Path("runs/pav_search_smoke"), Path("runs/pav_search_smoke/results"), ["planted"]
+        cfg.seeds, cfg.sizes, cfg.beam_sizes, cfg.tuning_sizes, cfg.weak_sizes, cfg.problems = 2, [3, 6, 12], [3, 6], [6], [3], 8
+        cfg.alphas, cfg.prover_ks, cfg.children, cfg.temperatures, cfg.orm_epochs = [0.5], [1, 4], [3], [0.8, 1.0], [1]
+        cfg.rollouts, cfg.epochs = 64, 1
+    command, results = "python experiments/pav_search.py" + " --smoke" * cfg.smoke, {}
+    for task in cfg.tasks:
+        tuning = tune(cfg, root, task)
+        chosen = {arm: max(tried, key=lambda x: x[0])[1] for arm, tried in tuning.items()}
+        rows, weak = [], []
+        for seed in range(cfg.seeds):
+            rows.append(measure(cfg, root, task, seed, chosen, cfg.sizes))
+            weak.append(measure(cfg, root, task, seed, chosen, cfg.weak_sizes, cfg.weak))
+            print(f"{task} seed {seed}: one sample {rows[-1]['one_sample']:.3f}; N={cfg.sizes[-1]}: "
+                  + ", ".join(f"{NAMES[a]} {rows[-1][a][-1]['accuracy']:.3f}" for a in NAMES if a in rows[-1]), flush=True)
+        results[task] = dict(chosen=chosen, tuning=tuning, arms=summarise(rows), weak=summarise(weak),
+                             one_sample=[r["one_sample"] for r in rows], verifiers=[r["verifier"] for r in rows],
+                             weak_verifiers=[r["verifier"] for r in weak])
+    out.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join(f"`{task}`, {cfg.seeds} seeds x {cfg.problems} searches; one sample: {mean(r['one_sample']):.3f}; "
+                       f"accuracy (sd over seeds):\n\n{table(r, cfg)}" for task, r in results.items())
+    (out / "table.md").write_text(text + "\n")
+    files = [p for task in cfg.tasks for pattern in ("seed*/*.json", "seed*/tuning/*.json") for p in (root / task).glob(pattern)]
+    seconds = sum(json.loads(p.read_text())["cpu_seconds"] for p in files)
+    write_json(out / "results.json", dict(command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
+                                          claims=claims(results, cfg, command), cpu_seconds=round(seconds), tasks=results))
+    figure(results, cfg, out / "curves.png")
+    print(f"\n{text}\n\nfigure: {out}/curves.png   numbers: {out}/results.json   {seconds / 60:.0f} CPU minutes")
+
+
+if __name__ == "__main__":
+    script(main)

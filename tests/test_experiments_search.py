@@ -1,0 +1,88 @@
+"""The arithmetic behind experiments/pav_search.py and pav_data.py, on toys that can be counted by hand."""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+import pav_data  # noqa: E402
+import pav_search  # noqa: E402
+
+from common import mean  # noqa: E402
+from pav import bce_weights, value_loss  # noqa: E402
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_expected_best_is_the_mean_over_all_subsets(n):
+    scores, right = [0.1, 0.9, 0.9, 0.3, 0.2], [1.0, 0.0, 1.0, 1.0, 0.0]
+    best = lambda subset: max(subset, key=lambda i: scores[i])  # noqa: E731 (ties: the earlier)
+    by_hand = mean(right[best(s)] for s in itertools.combinations(range(5), n))
+    assert pav_search.expected_best(scores, right, n) == pytest.approx(by_hand)
+
+
+def test_a_vote_is_taken_block_by_block():
+    answers, right = ["3", "5", "5", "7", "7", "5", "1"], [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+    assert pav_search.vote_accuracy(answers, right, 3) == 0.5  # 5 wins the first block, 7 the second; the rest is no block
+    assert pav_search.vote_accuracy(answers, right, 1) == pytest.approx(3 / 7)
+
+
+def test_tokens_to_reach_interpolates_in_log_tokens_and_marks_bounds():
+    tokens, accuracy = [10, 40, 160], [0.2, 0.6, 0.8]
+    assert pav_search.tokens_to_reach(tokens, accuracy, 0.4) == (pytest.approx(20), False)
+    assert pav_search.tokens_to_reach(tokens, accuracy, 0.1) == (10, True)
+    assert pav_search.tokens_to_reach(tokens, accuracy, 0.9) == (None, False)
+    assert pav_search.tokens_to_reach(tokens, [0.2, 0.1, 0.8], 0.3)[0] < 160  # a dip is no crossing
+
+
+def test_verdicts_need_two_standard_errors():
+    assert pav_search.verdict([0.1, 0.12, 0.11]) and not pav_search.verdict([0.1, -0.1, 0.1])
+    assert pav_search.together([True, True]) is True and pav_search.together([False]) is False
+    assert pav_search.together([True, False]) == "partly"
+    assert [pav_data.sign(g) for g in ([0.1, 0.12, 0.11], [-0.1, -0.12, -0.11], [0.1, -0.1, 0.1])] == [1, -1, 0]
+
+
+def point(n, accuracy):
+    return dict(n=n, accuracy=accuracy, tokens=10.0 * n, scored=20.0 * n)
+
+
+def test_gains_are_paired_and_a_beam_may_have_fewer_sizes():
+    rows = [dict(orm=[point(3, a), point(6, a + 0.1), point(12, a + 0.2)], beam_q=[point(3, a + 0.1), point(6, a + 0.4)])
+            for a in (0.2, 0.4)]
+    found = pav_search.summarise(rows)
+    assert found["orm"]["gain"] == [0, 0, 0] and found["orm"]["efficiency"] == pytest.approx(1)
+    beam = found["beam_q"]
+    assert beam["gain"] == pytest.approx([0.1, 0.3]) and beam["gain_sd"] == pytest.approx([0, 0], abs=1e-9)
+    assert beam["efficiency"] == pytest.approx(12 / math.exp(math.log(3) + math.log(2) / 3))  # 0.5 lies a third of the way
+    assert pav_search.times(beam) == "3.2x" and pav_search.times(dict(efficiency=None)) == "never"
+
+
+def rollouts():
+    """Two cuts of one seed with two continuations each, and one at the bare prompt: prompt 1 token, steps of 1 token."""
+    return dict(tokens=torch.tensor([[9, 1, 2, 3], [9, 1, 4, 4], [9, 1, 2, 5], [9, 1, 2, 6], [8, 1, 1, 1]]),
+                ends=torch.tensor([[1, 2, 3, 4]] * 5),
+                target=torch.tensor([[0.0, 0.5, 1.0, 1.0], [0.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 1.0], [0.0, 0.0, 0.5, 0.0],
+                                     [0.25, 0.0, 0.0, 0.0]]),
+                weight=torch.tensor([[0.0, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]))
+
+
+def test_labels_at_cuts_keep_one_row_a_cut_and_nothing_beyond_it():
+    found = pav_data.labels_at_cuts(rollouts())
+    assert found["tokens"].tolist() == [[9, 1, 0, 0], [9, 1, 2, 0], [8, 0, 0, 0]]
+    assert found["ends"].tolist() == [[2], [3], [1]] and found["target"].tolist() == [[0.5], [0.5], [0.25]]
+    w1, w0, _ = bce_weights(found["target"], found["weight"])
+    assert torch.isfinite(value_loss(torch.zeros(3, 1), found["target"], found["weight"], w1, w0))
+
+
+def test_a_budget_takes_the_nearest_number_of_shards():
+    assert [pav_data.shards_within([4, 4, 4], b) for b in (1, 5, 7, 100)] == [1, 1, 2, 3]
+
+
+def test_differences_pair_the_seeds():
+    rows = [dict(arm=a, budget=10, seed=s, corr_advantage_exact=v) for a, s, v in
+            [("mc1", 0, 0.5), ("mc1", 1, 0.7), ("mc16", 1, 0.1), ("mc16", 0, 0.2)]]
+    assert pav_data.gain(rows, "mc1", "mc16", 10) == pytest.approx([0.3, 0.6])
