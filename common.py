@@ -8,7 +8,6 @@ Nothing here knows about reasoning or rewards. Two rules carry the whole of "res
 import argparse
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -163,6 +162,22 @@ def setup(device, threads):
 # Run directories: config.json written once, step_000100/ checkpoints, metrics.jsonl.
 
 
+def lock_file(file):
+    """Lock an open file for this process; False if another one holds it. The system drops the lock even on kill -9."""
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
+    return True
+
+
 def open_run(run_dir, cfg, ignore=()):
     """Create or re-enter a run directory. Another process in it, or other settings, are refused.
 
@@ -171,10 +186,8 @@ def open_run(run_dir, cfg, ignore=()):
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{run_dir} is in use by another process; wait for it or give another --run-dir") from None
+    if not lock_file(lock):
+        raise UserError(f"{run_dir} is in use by another process; wait for it or give another --run-dir")
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ignore}
     path = run_dir / "run_config.json"
     if path.exists():
@@ -205,7 +218,7 @@ def write_json(path, value):
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
-        temporary.rename(path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -279,7 +292,7 @@ class Metrics:
         rows = [r for r in rows if r["step"] <= resume_step]
         temporary = self.path.with_name(f".tmp-metrics-{os.getpid()}")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        temporary.rename(self.path)
+        temporary.replace(self.path)
 
     def write(self, step, **values):
         row = finite(dict(step=step) | {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})

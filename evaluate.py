@@ -10,7 +10,6 @@ The default name of OUT is made of the settings, under runs/eval/.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 from answers import answers_equal
-from common import UserError, mean, write_json
+from common import UserError, lock_file, mean, write_json
 from sample import generate, pass_at_k
 from symbolic import available
 
@@ -118,10 +117,8 @@ def open_rows(path, settings):
     if path.exists() and path.stat().st_size and not beside.exists():
         raise UserError(f"{path} exists and is not an evaluation of mine ({beside.name} is missing); give another --out")
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{path} is being written by another process; wait for it or give another --out") from None
+    if not lock_file(file):
+        raise UserError(f"{path} is being written by another process; wait for it or give another --out")
     if beside.exists():
         old = json.loads(beside.read_text())["settings"]
         if changed := [k for k in settings if old.get(k) != settings[k]]:

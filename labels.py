@@ -139,7 +139,7 @@ def collect_all(base, prover, tokenizer, task, cfg, run):
             data, cost = collect(base, prover, tokenizer, task, part, cfg, shard)
             data["spent"] = torch.tensor(cost)
             save_file(data, folder / ".tmp-shard")
-            (folder / ".tmp-shard").rename(path)
+            (folder / ".tmp-shard").replace(path)
         data = load_file(path)
         spent += int(data.pop("spent"))
         shards.append(data)

@@ -102,7 +102,7 @@ def snapshot(path, model, tokenizer, task, examples, problems, held_out, cfg, st
         step=np.array([step]))
     path.parent.mkdir(exist_ok=True)
     save_file(arrays, path.with_name(f".tmp-{path.name}"))
-    path.with_name(f".tmp-{path.name}").rename(path)
+    path.with_name(f".tmp-{path.name}").replace(path)
     return arrays
 
 

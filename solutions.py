@@ -37,7 +37,7 @@ def write_shard(path, tensors):
     """One safetensors file by one rename."""
     temporary = path.with_name(f".tmp-{path.name}")
     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def shards(folder, name, problems, size, make, label):

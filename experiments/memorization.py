@@ -51,11 +51,11 @@ class Config:
     sizes: list = opt([400, 800, 1600], "training examples", "runs")
     learning_rates: list = opt([1e-3, 3e-3], "peak learning rates", "runs")
     steps: list = opt([200, 500], "optimizer steps (batch 128)", "runs")
-    seeds: int = opt(2, "seeds of each combination", "runs", low=1)
+    seeds: int = opt(1, "seeds of each combination", "runs", low=1)
     snapshots: int = opt(6, "a run", "runs", low=2)
     curation_seeds: int = opt(5, "seeds", "curation", low=1)
     curation_start: int = opt(500, "examples before", "curation", low=2)
-    curation_sizes: list = opt([750, 1000], "examples after", "curation")
+    curation_sizes: list = opt([1000], "examples after", "curation")
     curation_steps: int = opt(400, "optimizer steps of each run", "curation", low=1)
     run_dir: str = opt("runs/memorization", "where the runs are kept (they resume)", "run")
     out: str = opt("docs/results/memorization", "where results go", "run")
@@ -154,6 +154,41 @@ def curation(cfg, threshold):
     return out
 
 
+def claim(command, says, measured, holds, fails_when=""):
+    """For README (experiments/claims.py)."""
+    return dict(paper="2411.07681", claim=says, measured=measured, holds=holds, command=command, fails_when=fails_when)
+
+
+def predicts(r):
+    """The rule for "pre-memorization accuracy predicts test accuracy": with a threshold from other runs, R^2 of at least 0.8
+    and above that of training accuracy; partly, if only above."""
+    better = r["held_out"]["median"] > r["r2_train_accuracy"]
+    return True if better and r["held_out"]["median"] >= 0.8 else "partly" if better else False
+
+
+def published_claim(command, name, r):
+    good = [np.log(float(t)) for t, r2 in r["sensitivity"].items() if r2 >= 0.8]
+    return claim(command, f"pre-memorization accuracy predicts test accuracy (R^2 above 0.9; {name}, Llama-3-8B)",
+                 f"their arrays: R^2 {r['r2']:.3f} ({r['checkpoints']} checkpoints); threshold from half of the runs, scored "
+                 f"on the other: median {r['held_out']['median']:.3f} (10th percentile {r['held_out']['p10']:.3f}); training "
+                 f"accuracy {r['r2_train_accuracy']:.1f}", predicts(r),
+                 f"the threshold's logarithm is not within {min(good):.1f} to {max(good):.1f} (R^2 below 0.8)")
+
+
+def curation_claim(command, more):
+    """Curated against iid data at equal size, differences paired by seed."""
+    sizes = [n for n in more if "iid" in more[n]]
+    gains = {by: [np.subtract(more[n][by], more[n]["iid"]) for n in sizes] for by in ("premem", "nll", "accuracy")}
+    show = lambda d: ", ".join(f"{x.mean():+.3f} ({x.std(ddof=1) if len(x) > 1 else 0:.3f})" for x in d)  # noqa: E731
+    sure = [x.mean() > 2 * x.std(ddof=1) / len(x) ** 0.5 for x in gains["premem"] if len(x) > 1]
+    best = all(gains["premem"][i].mean() >= gains[by][i].mean() for by in gains for i in range(len(sizes)))
+    return claim(command, "problems like those of low pre-memorization accuracy are worth 1.5 to 2 times iid ones",
+                 f"test accuracy minus iid at {', '.join(sizes)} examples: {show(gains['premem'])}; chosen by nll "
+                 f"{show(gains['nll'])}, by training accuracy {show(gains['accuracy'])} ({len(gains['premem'][0])} seeds, sd)",
+                 True if all(sure) and best else "partly" if any(sure) else False,
+                 "" if best else "another measure of difficulty does as well or better")
+
+
 def scatter(path, panels, title):
     import matplotlib
 
@@ -190,7 +225,8 @@ def main():
     command = "python experiments/memorization.py " + " ".join(sys.argv[1:]).replace(cfg.published or "\0", "FILE.npz")
     if cfg.published:
         panels = {name: judge(runs, fixed=float(np.exp(TAU[name]))) for name, runs in published(cfg.published).items()}
-        write_json(out / "published.json", plain(dict(command=command) | panels))
+        found = [published_claim(command, name, r) for name, r in panels.items()]
+        write_json(out / "published.json", plain(dict(command=command, claims=found) | panels))
         scatter(out / "published.png", panels, "Llama-3-8B, the authors' measurements")
         (out / "published.md").write_text(HEAD + "\n".join(row(k, v) for k, v in panels.items()) + "\n")
         print((out / "published.md").read_text())
@@ -203,10 +239,15 @@ def main():
     configs = own_runs(cfg)
     result = judge([load_run(c.run_dir) for c in configs])
     result["robustness"] = robustness(configs, result["threshold"])
-    write_json(out / "runs.json", plain(dict(command=command, cpu_minutes=(time.process_time() - start) / 60) | result))
+    says = claim(command, "pre-memorization accuracy predicts test accuracy, training accuracy does not",
+                 f"{result['runs']} runs of our own: R^2 {result['r2']:.3f}, held out {result['held_out']['median']:.3f} (10th "
+                 f"percentile {result['held_out']['p10']:.3f}); training accuracy {result['r2_train_accuracy']:.2f}",
+                 predicts(result))
+    minutes = lambda: (time.process_time() - start) / 60  # noqa: E731
+    write_json(out / "runs.json", plain(dict(command=command, claims=[says], cpu_minutes=minutes()) | result))
     scatter(out / "runs.png", {"chain arithmetic, 0.1M parameters": result}, "each point one snapshot of one run")
     more = curation(cfg, float(result["threshold"]))
-    write_json(out / "curation.json", plain(dict(command=command, cpu_minutes=(time.process_time() - start) / 60,
+    write_json(out / "curation.json", plain(dict(command=command, claims=[curation_claim(command, more)], cpu_minutes=minutes(),
                                                  threshold=result["threshold"], test_accuracy=more)))
     lines = [HEAD + row("worded", result), "", f"From a first line in other words, right: {result['robustness']}", "",
              "| examples | chosen by | test accuracy, mean (sd over seeds) | better than iid, seeds |", "|---|---|---|---|"]

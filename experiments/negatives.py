@@ -67,11 +67,11 @@ class Config:
     sizes: list = opt([192, 256, 384, 576], "numbers of training problems")
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
     tuning_seeds: int = opt(1, "seeds of the search (1000, 1001, ...)", low=1)
-    epochs: list = opt([10, 20, 40, 80], "grid of SFT: passes over the demonstrations; RFT takes as many optimizer steps")
+    epochs: list = opt([20, 40, 80, 160], "grid of SFT: passes over the demonstrations; RFT takes as many optimizer steps")
     policy_epochs: int = opt(20, "epochs of the SFT policy that the others sample", low=1)
-    learning_rates: list = opt([3e-4, 1e-3], "grid of the DPO arms")
-    betas: list = opt([0.1, 0.5], "grid of the DPO arms")
-    dpo_steps: int = opt(60, "optimizer steps of 64 pairs of every DPO run", low=1)
+    learning_rates: list = opt([1e-3, 3e-3], "grid of the DPO arms")
+    betas: list = opt([0.5, 2.0], "grid of the DPO arms")
+    dpo_steps: int = opt(150, "optimizer steps of 64 pairs of every DPO run", low=1)
     test_problems: int = opt(1000, "problems of an evaluation", low=1)
     out: str = opt("docs/results/negatives", "where table, figure and numbers go")
     smoke: bool = opt(False, "a few steps of everything")
@@ -274,11 +274,47 @@ def chain_summary(results, sizes):
             test = [r["test"] for r in arm["rows"]]
             gain = [a - b for a, b in zip(test, base)]
             rows.append(dict(size=size, method=name, setting=arm["setting"], policy_test=mean(
-                r.get("policy_test", r["test"]) for r in arm["rows"]), test=mean(test), sd=spread(test), per_seed=test,
+                r.get("policy_test", r["test"]) for r in arm["rows"]), policy_per_seed=[
+                    r.get("policy_test", r["test"]) for r in arm["rows"]], test=mean(test), sd=spread(test), per_seed=test,
                              sampled=mean(r["test_sampled"] for r in arm["rows"]), gain=mean(gain), gain_sd=spread(gain),
                              worth=worth(sizes, sft, size, mean(test)),
                              tokens=mean(r.get("sampled_tokens", 0) for r in arm["rows"])))
     return rows
+
+
+def verdict(differences):
+    """differences: one list of paired differences (over seeds) a size -> True if each mean is above two standard errors,
+    False if none is, else "partly"."""
+    above = [mean(d) > 2 * spread(d) / len(d) ** 0.5 for d in differences]
+    return True if all(above) else "partly" if any(above) else False
+
+
+def chain_claims(rows, sizes, seeds):
+    """What the paper says against the rows of chain_summary, for README (experiments/claims.py)."""
+    at = {(r["size"], r["method"]): r for r in rows}
+    minus = lambda a, b: [[x - y for x, y in zip(at[s, a]["per_seed"], at[s, b]["per_seed"])] for s in sizes]  # noqa: E731
+    show = lambda d: ", ".join(f"{mean(x):+.3f} ({spread(x):.3f})" for x in d)  # noqa: E731
+    over = f"at {', '.join(map(str, sizes))} problems"
+    shared = dict(paper="2406.14532", command="python experiments/negatives.py")
+    found = []
+    for name, says in (("rft", "RFT on a policy's own right solutions is worth 2 times the problems of SFT"),
+                       ("dpo_per_step", "per-step DPO on its wrong ones is worth 8 times the problems of SFT")):
+        factors = [at[s, name]["worth"] for s in sizes]
+        words = ", ".join("off SFT's curve" if f is None else f"{f:.2f}" for f in factors)
+        found.append(shared | dict(
+            claim=says, holds=verdict(minus(name, "sft")),
+            measured=f"{over}, minus SFT with as many epochs as help it: {show(minus(name, 'sft'))}; worth {words} times the "
+                     f"problems (chain, greedy accuracy, {seeds} seeds, sd of the paired differences in brackets)",
+            fails_when="SFT may train as long as it helps: the weights of this small model still generalise better after the "
+                       "last wrong sample of a training problem is gone"))
+    policy = [[x - y for x, y in zip(at[s, "dpo_per_step"]["per_seed"], at[s, "dpo_per_step"]["policy_per_seed"])] for s in sizes]
+    found.append(shared | dict(
+        claim="negatives cut at the first pit improve the policy they were sampled from; whole negatives do not",
+        holds=verdict(policy + minus("dpo_per_step", "dpo_whole")),
+        measured=f"{over}: per-step DPO minus its own policy {show(policy)}; minus whole-solution DPO "
+                 f"{show(minus('dpo_per_step', 'dpo_whole'))}; minus random cuts {show(minus('dpo_per_step', 'dpo_random_cut'))}",
+        fails_when="the policy was trained until it makes few mistakes on its own problems (last table of the files)"))
+    return found
 
 
 def chain_table(rows):
@@ -368,7 +404,8 @@ def chain(cfg, root, out):
     (out / "table.md").write_text("\n\n".join(tables) + "\n")
     write_json(out / "results.json", dict(
         command="python experiments/negatives.py" + (" --smoke" if cfg.smoke else ""), machine=machine(),
-        torch=torch.__version__, settings=vars(cfg), rows=rows, clean=clean_rows, reference=reference,
+        torch=torch.__version__, settings=vars(cfg), claims=chain_claims(rows, cfg.sizes, cfg.seeds), rows=rows,
+        clean=clean_rows, reference=reference,
         pits={s: {k: mean(r[k] for r in arm["dpo_per_step"]["rows"]) for k in ("pit_exact", "pit_later", "pit_early")}
               for s, arm in results.items() if "dpo_per_step" in arm},
         tuning={s: {n: a["tuning"] for n, a in arm.items()} for s, arm in results.items()},

@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from negatives import DPO, NAMES, SAMPLING, TUNING, Arm, finish, pyplot, spread  # noqa: E402
+from negatives import DPO, NAMES, SAMPLING, TUNING, Arm, finish, pyplot, spread, verdict  # noqa: E402
 
 from common import UserError, mean, opt, parse, script, write_json  # noqa: E402
 from report import METHOD_COLOURS, machine  # noqa: E402
@@ -90,6 +90,23 @@ def table(rows, cfg):
     return "\n".join(lines)
 
 
+def claims(rows, cfg):
+    """For README (experiments/claims.py): the gain at the critical token from an early and from a longer-trained policy."""
+    few, middle, _ = cfg.steps
+    gain = lambda name, steps: [r["gain"] for r in rows if r["method"] == name and r["steps"] == steps]  # noqa: E731
+    show = lambda d: f"{mean(d):+.3f} ({spread(d):.3f})"  # noqa: E731
+    early, late, whole = gain("dpo_per_step", few), gain("dpo_per_step", middle), gain("dpo_whole", middle)
+    sft = mean(r["first"] for r in rows if r["method"] == "sft" and r["steps"] == few)
+    return [dict(
+        paper="2406.14532", command="python experiments/stargraph.py", holds=verdict([early]),
+        claim="imitation guesses the critical token of a star graph; per-step negatives of an early SFT policy mend that, "
+              "those of one trained too long do not",
+        measured=f"first node right {sft:.3f} after {few} steps of SFT (a guess: 0.5); per-step DPO from there {show(early)}, "
+                 f"from {middle} steps {show(late)}, whole-solution DPO from there {show(whole)} ({cfg.seeds} seeds, sd)",
+        fails_when=f"the policy was trained for {middle} steps: its samples on its own graphs are nearly all right, so that "
+                   "there are few negatives" if mean(late) < mean(early) else "")]
+
+
 def figure(rows, cfg, path):
     """First-node accuracy against how long the SFT policy was trained; every seed a dot."""
     plt = pyplot()
@@ -127,7 +144,8 @@ def main(argv=None):
     (out / "table.md").write_text(text + "\n")
     write_json(out / "results.json", dict(
         command="python experiments/stargraph.py" + (" --smoke" if cfg.smoke else ""), machine=machine(),
-        torch=torch.__version__, settings=vars(cfg), best=best, tuning=tuning, rows=rows,
+        torch=torch.__version__, settings=vars(cfg), best=best, tuning=tuning,
+        claims=claims(rows, cfg), rows=rows,
         cpu_seconds=round(sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("**/accuracy.json")))))
     figure(rows, cfg, out / "curves.png")
     print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
