@@ -243,7 +243,7 @@ class Config:
 def answer_prompt(cfg, model, tokenizer, options):
     """Print --n completions of --prompt."""
     chat = tokenizer.chat_format and not cfg.raw
-    ids = tokenizer.chat([dict(role="user", content=cfg.prompt)]) if chat else tokenizer.encode(cfg.prompt)
+    ids = tokenizer.chat([dict(role="user", content=cfg.prompt)]) if chat else tokenizer.prompt(cfg.prompt)
     out = generate(model, [ids] * cfg.n, max_new_tokens=cfg.max_new_tokens or 256, **options)
     for i in range(cfg.n):
         print(tokenizer.decode(out.completion(i)).strip())

@@ -252,7 +252,7 @@ class Jsonl(Task):
             return tokenizer.chat([dict(role="user", content=problem.prompt + self.ask)])
         shown = [(p.prompt, self.demonstration(p) + "\n\n") for p in self.shots if p.key != problem.key]
         shown.append((problem.prompt, ""))
-        return tokenizer.encode("".join(self.shot.format(q) + a for q, a in shown))
+        return tokenizer.prompt("".join(self.shot.format(q) + a for q, a in shown))
 
 
 class Gsm8k(Jsonl):

@@ -9,9 +9,9 @@ Why tiktoken: one wheel, no network, fast. It wants a rank per token; a tokenize
 The two agree when every rank is that of the merge which really makes the token (`merge_ranks` says why), so
 the ids here are those of the `tokenizers` library; the tests compare them.
 
-Left out: SentencePiece and WordPiece, normalizers other than NFC, pre-tokenizers other than Split, Digits and
-ByteLevel, BPE dropout, and Jinja: a chat template is a program, and a downloaded one is not run here.
-Special tokens written out in a text stay plain text, so data cannot forge the end of a turn.
+Left out: WordPiece and SentencePiece's unigrams, normalizers other than NFC, pre-tokenizers other than Split, Digits and
+ByteLevel, BPE dropout. SentencePiece's BPE (Llama 2, Gemma) goes through the `tokenizers` library (library_tokenizer.py),
+chat formats are in chat.py. Special tokens written out in a text stay plain text, so data cannot forge the end of a turn.
 
 Where ids still differ from the `tokenizers` library, all of it far from ordinary text:
 1. A byte without a token (SmolLM2 lacks six control characters and the unassigned planes 4 to 11) is dropped,
@@ -31,6 +31,7 @@ from pathlib import Path
 
 import tiktoken
 
+import chat
 from common import UserError
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -38,11 +39,6 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 # digit ends a segment, so white space before it is taken whole, where `\s+(?!\S)` would leave one space over.
 GPT2_SPLIT_BETWEEN_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-# The known chat formats: name -> system prompt put in when the conversation brings none. All are ChatML.
-CHAT_SYSTEM = {
-    "chatml": None,
-    "chatml-smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-}
 MAX_VOCABULARY = 1 << 22  # a damaged id must not become a table of a billion rows
 
 
@@ -142,23 +138,14 @@ def join_stages(stages):
     return covering[:-1], covering[-1] if covering else r"[\s\S]+"
 
 
-def chat_template(system):
-    """The Jinja text of ChatML with a default system prompt: written for transformers, never run here."""
-    first = ""
-    if system:
-        first = ("{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-                 f"{system}<|im_end|>\n' }}}}{{% endif %}}")
-    return ("{% for message in messages %}" + first + "{{'<|im_start|>' + message['role'] + '\n' + "
-            "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-
-
 class Tokenizer:
     """One tiktoken.Encoding and the ids that its ranks stand for. Build it with a function below.
 
     n_vocab: ids run from 0 to n_vocab - 1.  bos_id: int or None.  eos_ids: every id that ends a completion,
-    first the one to train on.  special: {text: id}.  chat_format: a name from CHAT_SYSTEM, or None.
+    first the one to train on.  special: {text: id}.  chat_format: a name from chat.FORMATS, or None.
     """
+
+    reserved = chat.RESERVED
 
     def __init__(self, spec, config):
         """spec: the content of tokenizer.json. config: that of tokenizer_config.json."""
@@ -179,7 +166,8 @@ class Tokenizer:
         if kind not in ("BPE", "WordLevel"):
             raise UserError(f"model type {kind!r} is not supported (BPE and WordLevel are)")
         ranks, pattern = self._bpe(model, vocab, added) if kind == "BPE" else self._word_level(vocab)
-        self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        if pattern is not None:
+            self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self._read_config()
 
     def _bpe(self, model, vocab, added):
@@ -201,10 +189,10 @@ class Tokenizer:
             self._bytes[i] = _token_to_bytes(token)
         for token, i in self._plain_added.items():
             self._bytes[i] = token.encode()
-        if self._plain_added:  # cut out of a text before anything else, the longest first
-            if any(t[k] for t in added if not t["special"] for k in ("lstrip", "rstrip", "single_word")):
+        if cut := self._plain_added.keys() - self.reserved:  # cut out of a text before anything else, the longest first
+            if any(t[k] for t in added if t["content"] in cut for k in ("lstrip", "rstrip", "single_word")):
                 raise UserError("added tokens with lstrip, rstrip or single_word are not supported")
-            longest = sorted(self._plain_added, key=len, reverse=True)
+            longest = sorted(cut, key=len, reverse=True)
             self._added = re.compile(f"({'|'.join(map(re.escape, longest))})")
         self._stages = split_stages(self._spec.get("pre_tokenizer") or dict(type="none"))
         outer, last = join_stages(self._stages)
@@ -245,10 +233,13 @@ class Tokenizer:
         self.eos_ids = tuple(dict.fromkeys(stops))
         self.chat_format = config.get("chat_format")
         if self.chat_format is None and isinstance(template := config.get("chat_template"), str):
-            names = {chat_template(system): name for name, system in CHAT_SYSTEM.items()}
-            self.chat_format = names.get(template.replace("\\n", "\n"))
-        if self.chat_format is not None and self.chat_format not in CHAT_SYSTEM:
-            raise UserError(f"chat_format {self.chat_format!r} is unknown; use {' or '.join(CHAT_SYSTEM)}")
+            self.chat_format = chat.detect(template)
+        if self.chat_format is not None and self.chat_format not in chat.FORMATS:
+            raise UserError(f"chat_format {self.chat_format!r} is unknown; use {', '.join(chat.FORMATS)}")
+        # Does the model expect a BOS before every text? Files say so in either of two places.
+        post = self._spec.get("post_processor") or {}
+        firsts = [p["single"][0].get("SpecialToken", {}).get("id") for p in post.get("processors", [post]) if p.get("single")]
+        self.add_bos = self.bos_id is not None and bool(config.get("add_bos_token", self.bos_id in map(known.get, firsts)))
 
     def encode(self, text):
         """str -> ids, without BOS. Special tokens written out in `text` stay plain text.
@@ -292,23 +283,25 @@ class Tokenizer:
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
+    def prompt(self, text):
+        """str -> ids as the model saw texts in training: with BOS where it wants one (Llama, Gemma)."""
+        return [self.bos_id] * self.add_bos + self.encode(text)
+
     def chat(self, messages, add_generation_prompt=True):
-        """[{role, content}] -> ids: markers as ids, all that somebody wrote as plain text."""
-        if self.chat_format is None or not {"<|im_start|>", "<|im_end|>"} <= self.special.keys():
-            raise UserError(f"this model has no known chat format; if it speaks {' or '.join(CHAT_SYSTEM)}, "
+        """[{role, content}] -> ids: markers as ids, all that somebody wrote as plain text. See chat.py."""
+        if self.chat_format is None:
+            raise UserError(f"this model has no known chat format; if it speaks one of {', '.join(chat.FORMATS)}, "
                             'write "chat_format": NAME into its tokenizer_config.json')
-        start, end = self.special["<|im_start|>"], self.special["<|im_end|>"]
-        system = CHAT_SYSTEM[self.chat_format]
-        if system and messages and messages[0].get("role") != "system":
-            messages = [dict(role="system", content=system), *messages]
-        ids = []
-        for message in messages:
-            role, content = message.get("role"), message.get("content")
-            if not isinstance(role, str) or not isinstance(content, str):
-                raise UserError(f"a chat message needs role and content as text, got {str(message)[:80]}")
-            # One call: the newline of the header may merge with white space at the start of the content.
-            ids += [start, *self.encode(f"{role}\n{content}"), end, *self.encode("\n")]
-        return ids + [start, *self.encode("assistant\n")] if add_generation_prompt else ids
+        ids = self.special | self._plain_added
+        name_of = {i: name for name, i in ids.items()}
+        bos, eos = name_of.get(self.bos_id, ""), name_of[self.eos_ids[0]] if self.eos_ids else ""
+        out = []
+        for part in chat.join(chat.pieces(self.chat_format, messages, add_generation_prompt, bos, eos)):
+            if isinstance(part, chat.Marker) and part not in ids:
+                raise UserError(f"chat format {self.chat_format} needs the token {part!r}, which this tokenizer has not; mend "
+                                '"chat_format" in tokenizer_config.json')
+            out += [ids[part]] if isinstance(part, chat.Marker) else self.encode(part)
+        return out
 
     @cached_property
     def fingerprint(self):
@@ -324,8 +317,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
         config |= self._config | dict(eos_token_ids=list(self.eos_ids), chat_format=self.chat_format)
-        if self.chat_format is not None:
-            config.setdefault("chat_template", chat_template(CHAT_SYSTEM[self.chat_format]))
+        if (self.chat_format or "").startswith("chatml"):
+            config.setdefault("chat_template", chat.chatml_template(self.chat_format))
         for name, content in [("tokenizer.json", self._spec), ("tokenizer_config.json", config)]:
             text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
@@ -363,7 +356,10 @@ def load_tokenizer(folder):
         stops = generation.get("eos_token_id") or []
         stops = stops if isinstance(stops, list) else [stops]
         config["eos_token_ids"] = [*config.get("eos_token_ids", []), *stops]
-        return Tokenizer(spec, config)
+        kind = Tokenizer
+        if spec["model"].get("byte_fallback") and "ByteLevel" not in json.dumps(spec.get("pre_tokenizer")):  # SentencePiece's
+            from library_tokenizer import LibraryTokenizer as kind
+        return kind(spec, config)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     except Exception as e:  # a damaged file fails in a hundred ways
