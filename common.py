@@ -254,6 +254,17 @@ def save_checkpoint(run_dir, step, write, optimizer=None, params=(), state=None,
     return final
 
 
+def require_finite(run_dir, step, grad_norm, batch, learning_rate):
+    """Stop the run where the gradient's norm is infinite or not a number. The batch that did it is kept in
+    run_dir/bad_batch_000123.safetensors, the last checkpoint stays as it is. batch: {name: tensor}."""
+    if math.isfinite(grad_norm):
+        return
+    path = Path(run_dir) / f"bad_batch_{step:06d}.safetensors"
+    save_file({k: v.detach().cpu().contiguous() for k, v in batch.items()}, path)
+    raise UserError(f"the gradient is not a number at step {step} (norm {grad_norm}); its batch is in {path}, the last "
+                    f"checkpoint is intact: lower --learning-rate (now {learning_rate:g}), or look at the batch")
+
+
 def latest_checkpoint(run_dir):
     """Newest checkpoint folder whose files are whole, or None."""
     for folder in sorted(Path(run_dir).glob("step_*"), reverse=True):

@@ -45,6 +45,7 @@ from common import (
     opt,
     parse,
     progress,
+    require_finite,
     save_checkpoint,
     script,
     setup,
@@ -212,10 +213,11 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
         loss = value_loss(logits, data["target"][rows].to(device), data["weight"][rows].to(device), w1, w0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
+        require_finite(run, step, grad_norm, dict(tokens=tokens, ends=ends, target=data["target"][rows]), cfg.learning_rate)
         optimizer.step()
         if step % 20 == 0 or step == steps:
-            metrics.write(step, loss=loss.item(), learning_rate=group["lr"], epoch=step / per_epoch)
+            metrics.write(step, loss=loss.item(), grad_norm=grad_norm, learning_rate=group["lr"], epoch=step / per_epoch)
         if step % cfg.save_steps == 0 or step == steps:
             save_checkpoint(run, step, save, optimizer, params, dict(seconds=time.time() - clock))
     return time.time() - clock

@@ -45,6 +45,7 @@ from common import (
     opt,
     parse,
     progress,
+    require_finite,
     save_checkpoint,
     script,
     setup,
@@ -372,8 +373,10 @@ def train(cfg):
             group["lr"] = rate
         logs = dpo_step(model, [pairs[i] for i in rows], (ref_chosen[rows], ref_rejected[rows]), cfg, device)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
-        if grad_norm != grad_norm:
-            raise UserError(f"the gradient is not a number at step {step}; lower --learning-rate (now {cfg.learning_rate})")
+        if not math.isfinite(grad_norm):
+            bad = [list(p) + list(c) for i in rows for p, c in ((pairs[i][0], pairs[i][1]), (pairs[i][0], pairs[i][2]))]
+            tokens, length = pad_right(bad)  # chosen, rejected, chosen, ...
+            require_finite(run, step, grad_norm, dict(tokens=tokens, length=length), cfg.learning_rate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step == 1 or step % cfg.logging_steps == 0 or step == steps:

@@ -41,6 +41,7 @@ from common import (
     parse,
     progress,
     read_metrics,
+    require_finite,
     save_checkpoint,
     script,
     setup,
@@ -265,8 +266,6 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
                 total["kl"] += ((logprob - ref_logprob) * w).sum().item()
         total["policy_loss"], total["clip"] = torch.stack(parts).sum(0).tolist()
         grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
-        if grad_norm != grad_norm:
-            raise UserError(f"the gradient is not a number; lower --learning-rate (now {cfg.learning_rate})")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         laps.lap("update")
@@ -349,6 +348,8 @@ def train(cfg):
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * min(1.0, step / max(1, cfg.warmup_steps))
         logs |= update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device, laps)
+        require_finite(run, step, logs["grad_norm"], dict(tokens=rollouts.tokens, prompt_len=rollouts.prompt_len,
+                                                          length=rollouts.length, advantage=adv), cfg.learning_rate)
         # 4. Books.
         lengths = (rollouts.length - rollouts.prompt_len).float()
         tokens_seen += int(lengths.sum())

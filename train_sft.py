@@ -17,6 +17,7 @@ of the same problems (Yuan et al. 2023, arXiv 2308.01825). Training starts from 
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from common import (
     opt,
     parse,
     progress,
+    require_finite,
     save_checkpoint,
     script,
     setup,
@@ -249,8 +251,9 @@ def train(cfg):
             group["lr"] = learning_rate(step, cfg)
         nll, entropy = sft_step(model, batch, cfg, device)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
-        if grad_norm != grad_norm:
-            raise UserError(f"the gradient is not a number at step {step}; lower --learning-rate (now {cfg.learning_rate})")
+        if not math.isfinite(grad_norm):
+            tokens, targets = sft_batch(batch, "cpu")
+            require_finite(run, step, grad_norm, dict(tokens=tokens, targets=targets), cfg.learning_rate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step in snapshots:

@@ -147,6 +147,28 @@ def test_weights_that_are_not_numbers_end_the_run(refuse, tmp_path, policy):
            "--run-dir", "a", "--device", "cpu")
 
 
+EXPLODES = {"train_sft": ["--num-examples", 16, "--batch-size", 8, "--hidden-size", 16],
+            "train_rl": ["--reward", "outcome", "--num-prompts", 2, "--num-generations", 2, "--eval-problems", 4],
+            "pav": ["--num-problems", 8, "--epochs", 8, "--batch-size", 4],
+            "train_dpo": ["--num-problems", 8, "--epochs", 8, "--planted-length", 1]}
+
+
+@pytest.mark.parametrize("script", EXPLODES)
+def test_a_gradient_that_is_no_number_leaves_the_batch_and_the_checkpoint(refuse, monkeypatch, policy, script):
+    calls, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def third_is_nan(*args):
+        calls.append(clip(*args))
+        return calls[-1] if len(calls) < 3 else torch.tensor(float("nan"))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", third_is_nan)
+    argv = [*EXPLODES[script], "--save-steps", 1, "--run-dir", "a", "--device", "cpu", "--threads", 1]
+    refuse(r"not a number at step 3 .*a/bad_batch_000003\.safetensors.*lower --learning-rate", script,
+           *argv, *(["--policy", policy] if script != "train_sft" else []))
+    assert load_file("a/bad_batch_000003.safetensors")["tokens"].numel()
+    assert common.latest_checkpoint("a").name == "step_000002"
+
+
 @pytest.mark.parametrize("script, argv, code", [("train_rl", ["--alpha", "-1"], 2), ("pav", ["--help"], 0)])
 def test_as_its_own_process(tmp_path, script, argv, code):
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", *argv], capture_output=True, text=True, cwd=tmp_path,
