@@ -129,6 +129,22 @@ def step_values(verifier, tokens, ends, batch_size=256):
     return prover_transform(torch.cat(out).sigmoid(), verifier.k)
 
 
+def guarded_values(cfg, task, problems, rollouts, tokenizer, values, ends, outcome):
+    """Anchor and gate. values [B,S+1] -> [B,S+1], and pay [B,S] in {0,1}: where a bonus is due."""
+    steps = (ends[:, 1:] > ends[:, :-1]).sum(1)  # (B,) real steps
+    pay = torch.ones(values.shape[0], values.shape[1] - 1)
+    if cfg.gate == "outcome":
+        pay *= outcome[:, None]
+    for b in range(len(steps)):
+        if cfg.anchor:
+            values[b, steps[b] :] = outcome[b]
+        if cfg.gate == "legal":
+            bad = task.first_illegal_step(problems[b], tokenizer.decode(rollouts.completion(b)))
+            if bad is not None:
+                values[b, bad + 1 :] = 0.0
+    return values, pay
+
+
 def save_verifier(folder, verifier, tokenizer, info):
     write_model(folder, verifier.backbone, tokenizer)
     save_file({k: v.detach().cpu().contiguous() for k, v in verifier.head.state_dict().items()},

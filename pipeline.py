@@ -29,6 +29,12 @@ STAGES = {
         rl=dict(learning_rate=3e-4, steps=300, eval_steps=20, gate="legal"),
         prover="scripted",
     ),
+    "probe": dict(  # for --reward mrt, which needs no verifier
+        sft=dict(steps=300, batch_size=64, num_examples=20000, learning_rate=4e-3),
+        verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
+        rl=dict(num_prompts=16, num_generations=4, steps=100, eval_steps=20),
+        prover="scripted",
+    ),
     # Open weights have no scripted teacher: the prover is Best-of-4 of the base policy (the paper's best K).
     "jsonl": dict(
         sft=dict(steps=24, batch_size=16, learning_rate=1e-4, warmup_steps=3, num_examples=384, eval_problems=64,
@@ -127,7 +133,7 @@ def plan(cfg, given):
 
 
 def verifier_of(arm):
-    """The verifier that an arm is paid by; None for the outcome arm."""
+    """The verifier that an arm is paid by; None for the outcome arm and for mrt, which asks the policy itself."""
     return {"pav": "verifier", "q": "verifier", "constant": "verifier", "orm": "verifier_outcome",
             "base-prover": "verifier_base", "strong-prover": "verifier_strong"}.get(arm)
 

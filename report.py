@@ -18,10 +18,11 @@ from common import UserError, mean, read_metrics, script, write_json
 
 # One colour per method in every figure (Okabe-Ito, safe for colour-blind readers).
 COLOURS = {"outcome": "#000000", "outcome-long": "#7f7f7f", "pav": "#009E73", "constant": "#E69F00", "base-prover": "#56B4E9",
-           "strong-prover": "#CC79A7", "orm": "#0072B2", "q": "#D55E00"}
+           "strong-prover": "#CC79A7", "orm": "#0072B2", "q": "#D55E00", "mrt": "#882255"}
 NAMES = {"outcome": "outcome only", "outcome-long": "outcome only, more steps", "pav": "PAV (prover: mid)",
          "constant": "control: constant value", "base-prover": "control: prover = base",
-         "strong-prover": "control: prover too strong", "orm": "learned outcome model", "q": "Q as reward"}
+         "strong-prover": "control: prover too strong", "orm": "learned outcome model", "q": "Q as reward",
+         "mrt": "MRT (prover: the policy, told to answer)"}
 # The same for the comparisons of training methods (experiments/negatives.py and others): method -> colour.
 METHOD_COLOURS = {"sft": "#000000", "rft": "#E69F00", "dpo_per_step": "#009E73", "dpo_shared_prefix": "#56B4E9",
                   "dpo_whole": "#D55E00", "dpo_random_cut": "#CC79A7", "base": "#7f7f7f", "pav": "#0072B2"}
@@ -37,6 +38,8 @@ def load_arms(root):
         config = json.loads((run / "run_config.json").read_text())
         verifier = Path(config["verifier"]) / "summary.json" if config["verifier"] else None
         info = json.loads(verifier.read_text()) if verifier and verifier.exists() else None
+        if run.name == "rl_mrt":  # its prover's tokens are sampled during RL
+            info = dict(sampled_tokens=json.loads((run / "summary.json").read_text())["mrt_tokens"])
         arms.setdefault(run.name[3:], []).append((run.parent.name, evaluations, info, config))
     if not arms:
         raise UserError(f"{root} holds no finished RL run; start one with train_rl.py --run-dir {root}")

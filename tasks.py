@@ -4,7 +4,8 @@
     python sample.py --task math --data MATH/ --model DIR --eval
     python train_sft.py --task jsonl --data questions.jsonl --model DIR        # any questions with answers
 
-planted and countdown are in puzzles.py, chain and stargraph in didactic.py, worded in worded.py, what all share in problems.py.
+planted and countdown are in puzzles.py, chain and stargraph in didactic.py, worded in worded.py, probe
+in probe.py, what all share in problems.py.
 A step is a line: it ends with the token that holds its newline, and blank lines open the next step. So a boundary is known
 when that token is drawn and no later text moves it; a search may cut there. Left out: sentences as steps (the full stop of
 "3." is known for one only after the next token), and stop strings.
@@ -315,4 +316,8 @@ def get_task(name, seed=0, data=(), question_field="", answer_field="", **option
         from worded import Worded
 
         return Worded(**options)
+    if name == "probe":
+        from probe import Probe
+
+        return Probe(**options)
     raise UserError(f"task {name!r} is unknown; use {', '.join(TASKS[:-1])} or {TASKS[-1]}")

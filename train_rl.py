@@ -2,6 +2,7 @@
 
     python train_rl.py --reward pav                       # everything from nothing: 2 minutes on 2 cores
     python train_rl.py --reward pav --model smollm2 --task jsonl --data mawps.jsonl      # open weights
+    python train_rl.py --reward mrt --task probe          # progress of the answer one could give now: mrt.py
 
 The gradient (PAV, Setlur et al. 2024, eq. 5), for step h of a sampled solution:
 
@@ -23,6 +24,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,19 +53,22 @@ from common import (
 )
 from labels import boundaries
 from model import load_model, load_weights, token_logprobs, token_loss, write_model
-from pav import load_verifier, step_values
+from mrt import MRTFlags, meta_values
+from pav import guarded_values, load_verifier, step_values
 from sample import generate
 from tasks import get_task
 
 
 @dataclass
-class Config(RunConfig):
+class Config(MRTFlags, RunConfig):
     reward: str = opt("pav", "outcome: the grader; orm: the verifier's score of the whole; q: grader + alpha*Q; pav: "
-                      "grader + alpha*A", "reward", choices=["outcome", "orm", "q", "pav"])
+                      "grader + alpha*A; mrt: A of the policy told to answer now", "reward",
+                      choices=["outcome", "orm", "q", "pav", "mrt"])
     policy: str = opt("", "folder of the initial policy (default: built by train_sft.py)", "reward")
     verifier: str = opt("", "folder of the verifier (default: built by pav.py)", "reward")
     model: str = opt("", "open weights to start the whole pipeline from: a folder or smollm2 (default: tiny)", "reward")
     alpha: float = opt(1.0, "weight of the process reward; 0 is the outcome run, bit for bit", "reward", low=0)
+    length_penalty: float = opt(0.0, "a right solution of n tokens earns 1 - this * n / limit", "reward", low=0, high=1)
     anchor: bool = opt(True, "the value of the finished solution is its true outcome: the last step cannot be faked", "guards")
     gate: str = opt("none", "pay no bonus from the first illegal step on (legal), or only to right solutions (outcome)",
                     "guards", choices=["none", "legal", "outcome"])
@@ -113,9 +118,9 @@ def outcome_advantage(reward, scale="none"):
 
 
 def step_bonus(values, reward):
-    """Values V [B,S+1] at the prompt and after each step -> bonus [B,S]: "pav": progress V_h - V_{h-1};
+    """Values V [B,S+1] at the prompt and after each step -> bonus [B,S]: pav, mrt: progress V_h - V_{h-1};
     "q": V_h itself, which pays for standing in a good place, again at every step (kept to show it break)."""
-    return values[:, 1:] - values[:, :-1] if reward == "pav" else values[:, 1:]
+    return values[:, 1:] - values[:, :-1] if reward in ("pav", "mrt") else values[:, 1:]
 
 
 def center_by_step(bonus, real):
@@ -164,22 +169,6 @@ def k2_loss(logprob, ref_logprob, weight):
     return ((logprob - ref_logprob).square() / 2 * weight).sum()
 
 
-def guarded_values(cfg, task, problems, rollouts, tokenizer, values, ends, outcome):
-    """Anchor and gate. values [B,S+1] -> [B,S+1], and pay [B,S] in {0,1}: where a bonus is due."""
-    steps = (ends[:, 1:] > ends[:, :-1]).sum(1)  # (B,) real steps
-    pay = torch.ones(values.shape[0], values.shape[1] - 1)
-    if cfg.gate == "outcome":
-        pay *= outcome[:, None]
-    for b in range(len(steps)):
-        if cfg.anchor:
-            values[b, steps[b] :] = outcome[b]
-        if cfg.gate == "legal":
-            bad = task.first_illegal_step(problems[b], tokenizer.decode(rollouts.completion(b)))
-            if bad is not None:
-                values[b, bad + 1 :] = 0.0
-    return values, pay
-
-
 def advantages(cfg, task, problems, rollouts, tokenizer, verifier, kl=None, laps=None):
     """One batch of rollouts -> advantage per token [B,T] and what to log. Rows b*G..b*G+G-1 share a prompt."""
     laps = laps or Laps()
@@ -187,10 +176,14 @@ def advantages(cfg, task, problems, rollouts, tokenizer, verifier, kl=None, laps
     laps.lap("grade")
     mask, G = rollouts.mask(), cfg.num_generations
     logs = {"rewards/outcome/mean": float(outcome.mean())}
-    reward, per_step = outcome.clone(), None
+    limit = cfg.max_completion_length or task.max_new_tokens
+    reward, per_step = outcome * (1 - cfg.length_penalty * mask.sum(1) / limit), None
     if verifier is not None:
-        ends = boundaries(task, rollouts, tokenizer)
-        values = step_values(verifier, rollouts.tokens, ends)
+        if cfg.reward == "mrt":
+            ends, values, logs["mrt/sampled_tokens"] = verifier(problems, rollouts)
+        else:
+            ends = boundaries(task, rollouts, tokenizer)
+            values = step_values(verifier, rollouts.tokens, ends)
         laps.lap("verify")
         logs["verifier/final_value"] = float(values[:, -1].mean())  # before any guard: what it believes
         if cfg.constant_value:
@@ -312,7 +305,7 @@ def train(cfg):
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     spare_threads(model, cfg.threads)
     verifier = load_verifier(cfg.verifier, tokenizer, device) if cfg.verifier else None
-    if verifier is None and cfg.reward != "outcome":
+    if verifier is None and cfg.reward not in ("outcome", "mrt"):
         raise UserError(f"--reward {cfg.reward} needs --verifier (pav.py trains one)")
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     params = list(model.parameters())
@@ -327,7 +320,7 @@ def train(cfg):
     limit = cfg.max_completion_length or task.max_new_tokens
     train_problems = task.problems("train", None, 0)
     B, G = cfg.num_prompts * cfg.num_generations, cfg.num_generations
-    scorer = verifier if cfg.reward != "outcome" else None  # the outcome arm sees the verifier in evaluations only
+    scorer = verifier if cfg.reward not in ("outcome", "mrt") else None  # the outcome arm sees the verifier in evaluations only
     if start == 0:
         metrics.write(0, num_tokens=0, episodes=0, **evaluate(model, tokenizer, task, verifier, cfg, limit))
 
@@ -342,6 +335,8 @@ def train(cfg):
         # 2. Rewards, and from them one advantage per token.
         sequence_kl = completion_kl(model, reference, rollouts, cfg, device) if reference and cfg.kl_estimator == "k1" else None
         laps.lap("logprob")
+        if cfg.reward == "mrt" and cfg.alpha > 0:
+            scorer = partial(meta_values, model, tokenizer, task, cfg, step)
         adv, logs = advantages(cfg, task, problems, rollouts, tokenizer, scorer, sequence_kl, laps)
         laps.lap("other")
         # 3. The gradient.
@@ -368,6 +363,7 @@ def train(cfg):
                             dict(tokens=tokens_seen, seconds=time.time() - clock))
     evals = [r for r in read_metrics(run) if "eval/accuracy" in r]
     summary = dict(accuracy=evals[-1]["eval/accuracy"], num_tokens=tokens_seen, episodes=cfg.steps * B,
+                   mrt_tokens=sum(r.get("mrt/sampled_tokens", 0) for r in read_metrics(run)),
                    curve_mean=mean(r["eval/accuracy"] for r in evals), seconds=round(time.time() - clock, 1))
     write_json(run / "summary.json", summary)
     print(f"{cfg.reward}: {evals[0]['eval/accuracy']:.3f} -> {summary['accuracy']:.3f} after {cfg.steps} steps, "
@@ -393,7 +389,7 @@ def main(argv=None):
         task = get_task(cfg)  # what is wrong with the files is said before any stage is built
         for split in ("train", "val", cfg.eval_split):
             task.problems(split, 1, 0)
-    if cfg.policy and cfg.run_dir and (cfg.verifier or cfg.reward == "outcome"):
+    if cfg.policy and cfg.run_dir and (cfg.verifier or cfg.reward in ("outcome", "mrt")):
         return train(cfg)  # every stage is given: one arm
     import pipeline
 

@@ -1,0 +1,145 @@
+"""The task probe: thinking that goes on for a while, in episodes, of which some help and some do not.
+
+    python train_rl.py --reward mrt --task probe            # from nothing: base policy, then two arms
+
+Each of six candidates A..F has a digit, shuffled in the prompt; exactly one of them is sent to the goal by a fixed function of
+digits (FUNCTION: 0 -> 3, 1 -> 8, ...), which the model learns by heart:
+
+    C4A1F3E5B0D8?8     ->     C=7n~~,D=5nC=7n~~,A=8y~~,!A
+
+An *episode* is three tokens: a test (candidate, function value, "y" or "n") or filler "~~,". "!" ends the thinking and the
+next letter is the answer; it may come at any time. That is what meta reinforcement fine-tuning asks of a model (MRT,
+Setlur et al. 2025, arXiv 2503.07572; mrt.py): what would the answer be if the time were up now?
+
+Who has tested t different candidates in vain can guess among 6-t, so a new test adds 1/6 to the chance of success on
+average, until the right one is found or only one is left; a repeated test and filler add nothing. The demonstrator
+tests something new with chance `strength` an episode, else it writes filler or repeats itself. It rarely gives up, so that
+it is nearly always right when nobody hurries it: the outcome alone hardly tells a useful episode from an idle one.
+"""
+
+import functools
+import random
+import re
+
+from tasks import Problem, Task, split_of
+
+CANDIDATES = "ABCDEF"
+FUNCTION = (3, 8, 0, 6, 7, 1, 9, 4, 5, 2)
+POOL = 24000  # problems made; eight tenths are for training
+TEST = re.compile(rf"([{CANDIDATES}])=([0-9])([yn])")
+GIVE_UP, SATISFIED = 0.01, 0.15  # chance an episode that the demonstrator ends its thinking: before and after a "y"
+
+
+class Probe(Task):
+    """See above. Reward 1 iff the completion is episodes, one "!" and the right letter."""
+
+    strengths = dict(base=0.4, prover=0.8, strong=1.0)
+    ends_with_eos, random_demonstrations = True, True
+    termination, answer_tokens = "!", 2  # MRT: what closes the thinking, and how long an answer is (letter, EOS)
+
+    def __init__(self, episodes=20):
+        self.episodes = episodes
+        self.max_new_tokens = 3 * episodes + 3
+
+    def tokenizer(self):
+        from tokenizer import alphabet_tokenizer
+
+        table = [f"{c}{d}" for c in CANDIDATES for d in range(10)]
+        return alphabet_tokenizer([*table, *(f"?{d}" for d in range(10)), *CANDIDATES, *(f"={d}" for d in range(10)), *"yn~,!"])
+
+    @property
+    def by_split(self):
+        return self._pool()
+
+    @staticmethod
+    @functools.cache
+    def _pool():
+        out, rng = dict(train=[], val=[], test=[]), random.Random("probe")
+        for _ in range(POOL):
+            goal, answer = rng.randrange(10), rng.choice(CANDIDATES)
+            digits = {c: rng.choice([d for d in range(10) if FUNCTION[d] != goal]) for c in CANDIDATES}
+            digits[answer] = FUNCTION.index(goal)
+            prompt = "".join(rng.sample([f"{c}{d}" for c, d in digits.items()], len(CANDIDATES))) + f"?{goal}"
+            out[split_of(prompt)].append(Problem(prompt, prompt, answer, (goal, tuple(digits.items()))))
+        return out
+
+    def test(self, problem, candidate):
+        """The episode that tests it, without a mistake."""
+        value = FUNCTION[dict(problem.data[1])[candidate]]
+        return f"{candidate}={value}{'y' if value == problem.data[0] else 'n'}"
+
+    def demonstration(self, problem, strength, seed):
+        rng, text, tested = random.Random(f"{problem.key}/{seed}"), "", []
+        for _ in range(self.episodes):
+            found = problem.answer in tested
+            if rng.random() < (SATISFIED if found else GIVE_UP):
+                break
+            untested = [c for c in CANDIDATES if c not in tested]
+            if not found and untested and rng.random() < strength:
+                tested.append(rng.choice(untested))
+                text += self.test(problem, tested[-1])
+            elif tested and rng.random() < 0.5:
+                text += self.test(problem, rng.choice(tested))
+            else:
+                text += "~~,"
+        untested = [c for c in CANDIDATES if c not in tested]
+        return f"{text}!{problem.answer if problem.answer in tested else rng.choice(untested)}"
+
+    def grade(self, problem, completion):
+        _, mark, answer = completion.partition("!")
+        return float(mark == "!" and answer == problem.answer)
+
+    def step_ends(self, tokens, prompt_len, length, tokenizer):
+        """A step is an episode; what follows the last one ("!", answer, EOS) is the last step."""
+        closing = {tokenizer.encode(c)[0] for c in "yn,"}
+        ends = [t + 1 for t in range(prompt_len, length) if tokens[t] in closing]
+        return ends if ends and ends[-1] == length else ends + [length] * (length > prompt_len)
+
+    def first_illegal_step(self, problem, completion):
+        """The first episode that is no filler and no test done right; what comes after "!" is none."""
+        for i, episode in enumerate(self._cut(completion.partition("!")[0])):
+            if episode != "~~," and not (TEST.fullmatch(episode) and episode == self.test(problem, episode[0])):
+                return i
+        return None
+
+    @staticmethod
+    def _cut(thinking):
+        """Text -> episodes, the last may be unfinished."""
+        return re.findall(r"[^yn,]*[yn,]|[^yn,]+$", thinking)
+
+    def value_now(self, problem, prefix):
+        """Exact J(prefix): the chance that an answer given now is right, for one who believes the tests that are written
+        there and guesses among the untested candidates. A completed text has the value of its outcome."""
+        if "!" in prefix:
+            return self.grade(problem, prefix)
+        verdict = {}
+        for episode in self._cut(prefix):
+            if match := TEST.fullmatch(episode):
+                verdict[match[1]] = match[3]
+        said_yes = [c for c, v in verdict.items() if v == "y"]
+        left = said_yes or [c for c in CANDIDATES if c not in verdict] or list(CANDIDATES)
+        return (problem.answer in left) / len(left)
+
+    def exact_value(self, problem, prefix, strength):
+        """Chance that the demonstrator of that strength is right in the end, from this text; an unfinished episode counts
+        as one that is finished. Reads the tests as value_now does."""
+        if "!" in prefix:
+            return self.grade(problem, prefix)
+        episodes = self._cut(prefix)
+        tested = {m[1] for m in map(TEST.fullmatch, episodes) if m}
+        if problem.answer in tested:
+            return 1.0
+        untested = len(CANDIDATES) - len(tested)
+        return _value(max(0, self.episodes - len(episodes)), untested, strength)
+
+
+@functools.cache
+def _value(episodes, untested, strength):
+    """With the right candidate among `untested`, and so many episodes left."""
+    now = 1 / untested
+    if episodes == 0:
+        return now
+    found = 1 / untested
+    after = found + (1 - found) * (_value(episodes - 1, untested - 1, strength) if untested > 1 else 0)
+    go_on = strength * after + (1 - strength) * _value(episodes - 1, untested, strength)
+    return GIVE_UP * now + (1 - GIVE_UP) * go_on
