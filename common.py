@@ -403,7 +403,7 @@ def mean(values):
     return float(np.mean(values)) if values else 0.0
 
 
-TASKS = ["planted", "countdown", "chain", "stargraph", "worded", "probe", "gsm8k", "math", "jsonl"]
+TASKS = ["planted", "countdown", "chain", "stargraph", "worded", "probe", "contextual", "gsm8k", "math", "jsonl"]
 
 
 @dataclasses.dataclass

@@ -25,7 +25,8 @@ NAMES = {"outcome": "outcome only", "outcome-long": "outcome only, more steps", 
          "mrt": "MRT (prover: the policy, told to answer)"}
 # The same for the comparisons of training methods (experiments/negatives.py and others): method -> colour.
 METHOD_COLOURS = {"sft": "#000000", "rft": "#E69F00", "dpo_per_step": "#009E73", "dpo_shared_prefix": "#56B4E9",
-                  "dpo_whole": "#D55E00", "dpo_random_cut": "#CC79A7", "base": "#7f7f7f", "pav": "#0072B2"}
+                  "dpo_whole": "#D55E00", "dpo_random_cut": "#CC79A7", "base": "#7f7f7f", "pav": "#0072B2",
+                  "vf": "#000000", "vb_bon": "#009E73", "vb_rl": "#0072B2"}
 
 
 def load_arms(root):

@@ -4,8 +4,8 @@
     python sample.py --task math --data MATH/ --model DIR --eval
     python train_sft.py --task jsonl --data questions.jsonl --model DIR        # any questions with answers
 
-planted and countdown are in puzzles.py, chain and stargraph in didactic.py, worded in worded.py, probe
-in probe.py, what all share in problems.py.
+planted and countdown are in puzzles.py, chain and stargraph in didactic.py, worded, probe and contextual in
+files of that name, what all share in problems.py.
 A step is a line: it ends with the token that holds its newline, and blank lines open the next step. So a boundary is known
 when that token is drawn and no later text moves it; a search may cut there. Left out: sentences as steps (the full stop of
 "3." is known for one only after the next token), and stop strings.
@@ -312,6 +312,10 @@ def get_task(name, seed=0, data=(), question_field="", answer_field="", **option
         import didactic
 
         return didactic.Chain(seed, **options) if name == "chain" else didactic.StarGraph(seed, **options)
+    if name == "contextual":
+        from contextual import Contextual
+
+        return Contextual(seed, **options)
     if name == "worded":
         from worded import Worded
 

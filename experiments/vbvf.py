@@ -1,0 +1,399 @@
+"""Clone right traces, or learn to tell right from wrong? Verifier-free against verifier-based use of the same n problems.
+
+    python experiments/vbvf.py                   # about 25 minutes of one core
+    python experiments/vbvf.py --smoke           # the same road in seconds
+    -> docs/results/vbvf/: results.json, table.md, curves.png
+
+The claim (Setlur et al. 2025, arXiv 2502.12118): as the test budget of H tokens grows, fine-tuning on right traces
+(verifier-free, VF) falls behind learning a verifier and searching or doing RL with it (verifier-based, VB), by sqrt(H)
+where n grows with H, if the base policy is *heterogeneous* (the reward of its traces varies: sigma^2 = sum_h Var_a Q) and
+*anti-concentrated* (it sometimes does much better than its mean). Here, on their didactic task (contextual.py) with the
+bi-level reward (tokens after the first right point), a tiny Transformer as base, fine-tuned on traces of a mixture of
+scripted policies whose width is the dial:
+
+    VF      SFT of the base on n right traces of its own, one a problem, by rejection sampling. How many base traces that
+            took is reported and not charged.
+    VB      three verifiers on *one* base trace a problem, each prefix labelled 0 or 1; pessimistic score of a trace: mean
+            minus lambda times the standard deviation over the three of the mean predicted reward. Used twice:
+            best-of-N of the base (N H tokens at test time), and REINFORCE with this score as its only reward and a KL
+            penalty (H tokens). The true reward is not seen again, but by the table.
+
+Both start from the base's weights, hold out a fifth of their n traces, keep the weights with the lowest held-out loss, and
+are tuned over the same grid of learning rate x steps, at every n, on a tuning seed's `val`. RL takes over the verifier and
+has a grid of the same size for its own learning rate and KL coefficient. Reported: other seeds, `test`, prompts never seen.
+
+sigma^2 needs no continuations: Q along a trace is a martingale and tokens are all the chance there is, so that the summed
+variances of its steps are the variance of the trace's reward (tests/test_vbvf.py checks this by enumeration).
+
+What would have falsified the claim: the paired gap VB - VF (RL, tokens after the first right point, largest n) not above 0
+by two standard errors at the longest H, or not larger there than at the shortest; or a gap as large from the concentrated
+base as from the mixed one. Where VF should win, and is measured: few labels, small N, a base whose failures are filtered
+away by rejection (the widest mixture at short H). And greedy decoding, which the paper's setting leaves out.
+
+Left out: the paper's version space and chi-square ball (an ensemble and a KL penalty stand in for them), budget forcing,
+the paper's GPT-2 and MATH experiments. Results of each cell stay in runs/vbvf: killed, the same command goes on.
+"""
+
+import copy
+import itertools
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from vbvf_report import BUDGETS, MIXTURES, claims, figure, tables  # noqa: E402
+
+import train_rl  # noqa: E402
+import train_sft  # noqa: E402
+from common import derive, opt, parse, script, shuffled, write_json  # noqa: E402
+from contextual import Contextual  # noqa: E402
+from model import load_model, token_logprobs, write_model  # noqa: E402
+from pav import Verifier, value_loss  # noqa: E402
+from report import machine  # noqa: E402
+from sample import generate  # noqa: E402
+
+TUNING = 1000  # this seed chooses settings, on val; seeds below are reported, on test
+
+
+@dataclass
+class Config:
+    seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
+    horizons: list = opt([8, 16, 32], "H: tokens of a trace")
+    sizes: list = opt([64, 256, 1000], "n: problems, a trace each")
+    planted: int = opt(4, "letters that a trace must hold", low=1)
+    base_steps: int = opt(400, "optimizer steps of the mixed base policy; other mixtures go on from it for half as many", low=1)
+    batch_size: int = opt(64, "traces a step, in every fit", low=1)
+    learning_rates: list = opt([1e-3, 3e-3], "grid of VF and of the verifiers")
+    steps: list = opt([60, 200], "grid of VF and of the verifiers: steps at most")
+    rl_learning_rates: list = opt([3e-4, 1e-3], "grid of RL")
+    betas: list = opt([0.01, 0.1], "grid of RL: KL coefficient")
+    rl_steps: int = opt(40, "optimizer steps of RL", low=1)
+    rl_prompts: int = opt(16, "prompts a step of RL, out of the n problems (P)", low=1)
+    rl_samples: int = opt(8, "samples a prompt (G)", low=2)
+    pessimism: float = opt(1.0, "lambda of the score", low=0)
+    tries: int = opt(16, "base traces a problem at most in VF's rejection sampling", low=1)
+    test_problems: int = opt(150, "prompts of an evaluation, 32 base traces each", low=1)
+    out: str = opt("docs/results/vbvf", "where table, figure and numbers go")
+    smoke: bool = opt(False, "a few steps of everything")
+
+
+# ----------------------------------------------------------------------------------------------------
+# One training loop for the base policy, VF and the verifiers.
+
+
+def fit(model, loss, n, steps, learning_rate, batch_size, seed, eval_steps=20, patience=3):
+    """Adam on loss(rows) for rows out of n; a fifth is held out (256 at most are looked at) and the best weights by its loss are kept (those of the
+    start may be the best). Stops after `patience` evaluations without gain. Returns the step of the best weights."""
+    cfg = train_sft.Config(learning_rate=learning_rate, steps=steps, warmup_steps=min(20, steps // 4))
+    optimizer, params = train_sft.adamw(model, cfg)
+    order = shuffled(n, seed, "held out")
+    held, rows = order[: min(n // 5, 256)], order[n // 5 :]
+    best, at, kept = float("inf"), 0, None
+    for step in range(steps + 1):
+        if step % eval_steps == 0 or step == steps:
+            with torch.no_grad():
+                value = loss(held).item()
+            if value < best:
+                best, at, kept = value, step, copy.deepcopy(model.state_dict())
+            elif step - at >= patience * eval_steps:
+                break
+        batch = [rows[derive(seed, "row", step, i) % len(rows)] for i in range(batch_size)]
+        for group in optimizer.param_groups:
+            group["lr"] = train_sft.learning_rate(step + 1, cfg)
+        loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.load_state_dict(kept)
+    return at
+
+
+def imitation(model, tokens, prompt_len):
+    """Mean negative log-prob of the letters of some traces, for fit. tokens [n,T]."""
+    targets = torch.arange(tokens.shape[1]) >= prompt_len
+
+    def loss(rows):
+        return -token_logprobs(model, tokens[rows], targets.expand(len(rows), -1), 1.0)[0].mean()
+
+    return loss
+
+
+def verification(verifier, tokens, prompt_len, label):
+    """Cross-entropy of every prefix with its bi-level label, for fit. tokens [n,T], label [n,H] in {0,1}."""
+
+    def loss(rows):
+        logits = verifier(tokens[rows])[:, prompt_len:]  # (b, H): read at the letter that ends the prefix
+        return value_loss(logits, label[rows], torch.ones_like(logits), 1.0, 1.0)
+
+    return loss
+
+
+# ----------------------------------------------------------------------------------------------------
+# Traces: tokens [B, k+H] of one length, and the time at which each is right.
+
+
+def sample(model, task, tokenizer, problems, times, H, seed, temperature=1.0):
+    """`times` traces of each problem -> tokens [P*times, k+H], log-prob of each trace [P*times]. No stop id: every trace
+    has H tokens, so that prefixes of long traces are traces of a short budget."""
+    prompts = [task.prompt_tokens(p, tokenizer) for p in problems for _ in range(times)]
+    out = generate(model, prompts, max_new_tokens=H, temperature=temperature, seed=seed, stop_ids=[], slots=512)
+    return out, out.logprob.sum(1)
+
+
+def solve_times(task, tokenizer, problems, tokens):
+    """[P, B/P] float64: letters up to the first right point, inf where there is none. Rows of tokens follow problems."""
+    each, k = len(tokens) // len(problems), task.planted
+    times = [task.solve_time(problems[b // each], tokenizer.decode(row)) for b, row in enumerate(tokens[:, k:].tolist())]
+    return torch.tensor([float("inf") if t is None else t for t in times], dtype=torch.float64).view(-1, each)
+
+
+def rewards(times, H):
+    """Solve times -> bi-level trace rewards (H - t)/H, 0 where t > H."""
+    return ((H - times) / H).clamp(min=0)
+
+
+def labels(times, H):
+    """Solve times [B] -> [B,H] float32: 1 from the first right point on."""
+    return (torch.arange(1, H + 1) >= times[:, None]).float()
+
+
+def score(verifiers, tokens, prompt_len, pessimism):
+    """Mean predicted reward of each trace, by every verifier, then mean - pessimism * std over them. -> [B] float32."""
+    with torch.no_grad():
+        each = torch.stack([v(tokens)[:, prompt_len:].sigmoid().mean(1) for v in verifiers])
+    return each.mean(0) - pessimism * each.std(0)
+
+
+def best_of(scores, value, N):
+    """Mean value of the highest-scored of the first N samples of each problem; scores, value [P, >= N]."""
+    pick = scores[:, :N].argmax(1, keepdim=True)
+    return float(value.gather(1, pick).mean())
+
+
+def spread_of_base(reward):
+    """Heterogeneity and anti-concentration, prompt by prompt. reward [P,N] of independent traces -> sigma (root of the
+    median over prompts of Var r) and c(kappa) = Pr[r >= mean + sd * sqrt(kappa)], mean over prompts."""
+    mu, sd = reward.mean(1, keepdim=True), reward.std(1, keepdim=True)
+    out = dict(sigma=float(reward.var(1).median().sqrt()))
+    for kappa in (0.25, 1.0):
+        out[f"c_{kappa:g}"] = float((reward >= mu + sd * kappa**0.5).double().mean())
+    return out
+
+
+def summary(times, H):
+    """What one sample is worth: J, accuracy."""
+    return dict(J=float(rewards(times, H).mean()), accuracy=float((times <= H).double().mean()))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The base policy of a seed and mixture, and the traces that the arms share.
+
+
+class World:
+    """Base policy, its traces of the training problems [P,tries] and of the evaluation problems [P,32], all as long as the
+    longest H: a shorter budget cuts them."""
+
+    def __init__(self, cfg, root, seed, mixture, n):
+        self.cfg, self.seed, self.H = cfg, seed, max(cfg.horizons)
+        self.task = Contextual(seed, planted=cfg.planted, length=self.H, mixture=MIXTURES[mixture])
+        self.base, self.tokenizer = self.policy(root, mixture)
+        self.k = self.task.planted
+        self.problems = self.task.problems("train", n, seed)
+        self.test = self.task.problems("val" if seed >= TUNING else "test", cfg.test_problems, seed)
+        pool, _ = sample(self.base, self.task, self.tokenizer, self.problems, cfg.tries, self.H, derive(seed, "pool"))
+        self.pool, self.pool_times = pool.tokens, self.times(self.problems, pool.tokens)
+        held, _ = sample(self.base, self.task, self.tokenizer, self.test, max(BUDGETS), self.H, derive(seed, "test"))
+        self.held, self.held_times = held.tokens, self.times(self.test, held.tokens)
+
+    def times(self, problems, tokens):
+        return solve_times(self.task, self.tokenizer, problems, tokens)
+
+    def policy(self, root, mixture):
+        """SFT on demonstrations; kept, since everything hangs on it."""
+        folder, cfg = root / f"base_{mixture}_seed{self.seed}", self.cfg
+        if folder.exists():
+            return load_model(folder)
+        if mixture == "mixed":
+            start = train_sft.Config(task="contextual", seed=self.seed)
+            (model, tokenizer), steps = train_sft.start_model(start, self.task, "cpu"), cfg.base_steps
+        else:
+            mixed = Contextual(self.seed, planted=cfg.planted, length=self.H, mixture=MIXTURES["mixed"])
+            other = World.__new__(World)
+            other.cfg, other.seed, other.H, other.task = cfg, self.seed, self.H, mixed
+            (model, tokenizer), steps = other.policy(root, "mixed"), cfg.base_steps // 2
+        config = train_sft.Config(task="contextual", seed=self.seed, num_examples=(steps * cfg.batch_size * 5) // 4)
+        examples = train_sft.build_examples(self.task, tokenizer, self.task.problems("train", None, self.seed), config)
+        tokens = torch.tensor([p + c for p, c in examples])
+        fit(model, imitation(model, tokens, self.task.planted), len(tokens), steps, 5e-3, cfg.batch_size,
+            derive(self.seed, "base", mixture), patience=10**6)
+        temporary = folder.with_name(f".tmp-{folder.name}")
+        temporary.mkdir(parents=True, exist_ok=True)
+        write_model(temporary, model, tokenizer)
+        temporary.rename(folder)
+        return model, tokenizer
+
+    def correct(self, n, H):
+        """VF's data: the first right trace of each of n problems -> tokens [<= n, k+H], base traces drawn for them."""
+        right = self.pool_times[:n] <= H
+        first = torch.where(right.any(1), right.double().argmax(1), self.cfg.tries - 1)
+        rows = torch.arange(n) * self.cfg.tries + first
+        return self.pool[rows][right.any(1), : self.k + H], int((first + 1).sum())
+
+    def annotated(self, n, H):
+        """VB's data: the first trace of each of n problems, right or wrong, and the label of every prefix."""
+        return self.pool.view(-1, self.cfg.tries, self.pool.shape[1])[:n, 0, : self.k + H], labels(self.pool_times[:n, 0], H)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The arms. Each gets a World, n, H and its setting.
+
+
+def vf(world, n, H, setting):
+    """SFT on n right traces -> policy, what it cost."""
+    tokens, drawn = world.correct(n, H)
+    model, at = copy.deepcopy(world.base), 0
+    if len(tokens) >= 5:  # fewer cannot be split: the base stays as it is
+        at = fit(model, imitation(model, tokens, world.k), len(tokens), setting["steps"], setting["learning_rate"],
+                 world.cfg.batch_size, derive(world.seed, "vf", n, H))
+    return model, dict(traces=len(tokens), base_traces=drawn, stopped_at=at)
+
+
+def vb(world, n, H, setting, seeds=3):
+    """Verifiers on n annotated traces; they differ in what they hold out and in the order of the rest."""
+    tokens, label = world.annotated(n, H)
+    out = []
+    for i in range(seeds):
+        verifier = Verifier(copy.deepcopy(world.base))
+        fit(verifier, verification(verifier, tokens, world.k, label), n, setting["steps"], setting["learning_rate"],
+            world.cfg.batch_size, derive(world.seed, "verifier", n, H, i))
+        out.append(verifier.requires_grad_(False))
+    return out
+
+
+def reinforce(world, verifiers, n, H, setting):
+    """REINFORCE from the base on the n problems: the pessimistic score minus its group's mean, KL to the base."""
+    cfg, model = world.cfg, copy.deepcopy(world.base).requires_grad_(True)
+    rl = train_rl.Config(beta=setting["beta"], learning_rate=setting["learning_rate"], num_generations=cfg.rl_samples)
+    params = list(model.parameters())
+    optimizer = torch.optim.Adam(params, lr=rl.learning_rate)
+    for step in range(cfg.rl_steps):
+        rows = shuffled(n, world.seed, "rl", step)[: cfg.rl_prompts]
+        out, _ = sample(model, world.task, world.tokenizer, [world.problems[i] for i in rows], cfg.rl_samples, H,
+                        derive(world.seed, "rl", n, H, step))
+        reward = score(verifiers, out.tokens, world.k, cfg.pessimism).view(-1, cfg.rl_samples)
+        adv = train_rl.outcome_advantage(reward).view(-1, 1) * out.mask()
+        logs = train_rl.update(model, world.base, optimizer, params, out, adv, rl, H, "cpu")
+    return model, dict(kl=logs["kl"] * H, believed=float(reward.mean()))  # nats a trace
+
+
+def judge(world, model, H, each):
+    """A policy on the evaluation problems: sampled, greedy, and its likeliest of N samples (no verifier needed)."""
+    out, logprob = sample(model, world.task, world.tokenizer, world.test, each, H, derive(world.seed, "judge"))
+    times = world.times(world.test, out.tokens)
+    greedy, _ = sample(model, world.task, world.tokenizer, world.test, 1, H, 0, temperature=0)
+    likely = {N: best_of(logprob.view(-1, each), rewards(times, H), N) for N in BUDGETS if each >= N}
+    return summary(times, H) | dict(greedy=summary(world.times(world.test, greedy.tokens), H), likeliest=likely)
+
+
+def search(world, verifiers, H, pessimism):
+    """Best-of-N of the base's own traces by score -> {N: J}, accuracy at the largest N, correlation of score and reward."""
+    cut, times = world.held[:, : world.k + H], world.held_times
+    s, r = score(verifiers, cut, world.k, pessimism).view(times.shape).double(), rewards(times, H)
+    accuracy = best_of(s, (times <= H).double(), 16)
+    corr = float(np.corrcoef(s.flatten(), r.flatten())[0, 1]) if s.std() > 0 and r.std() > 0 else 0.0
+    return dict(J={N: best_of(s, r, N) for N in BUDGETS}, accuracy=accuracy, correlation=corr)
+
+
+def cell(world, n, H, setting):
+    """Everything at one n and H."""
+    clock, r = time.process_time(), rewards(world.held_times, H)
+    base = summary(world.held_times, H) | spread_of_base(r) | dict(
+        given_right=float(r[r > 0].mean()) if (r > 0).any() else 0.0, oracle={N: best_of(r, r, N) for N in BUDGETS})
+    greedy, _ = sample(world.base, world.task, world.tokenizer, world.test, 1, H, 0, temperature=0)
+    base["greedy"] = summary(world.times(world.test, greedy.tokens), H)
+    model, cost = vf(world, n, H, setting["vf"])
+    verifiers = vb(world, n, H, setting["vb"])
+    policy, logs = reinforce(world, verifiers, n, H, setting["rl"])
+    return dict(base=base, vf=judge(world, model, H, 16) | cost, rl=judge(world, policy, H, 8) | logs,
+                bon=search(world, verifiers, H, world.cfg.pessimism), bon_mean=search(world, verifiers, H, 0.0),
+                labelled_right=float((world.pool_times[:n, 0] <= H).double().mean()),
+                cpu_seconds=round(time.process_time() - clock, 1))
+
+
+def kept(path, make):
+    """The JSON at path, made once."""
+    if not path.exists():
+        write_json(path, make())
+    return json.loads(path.read_text())
+
+
+def tune(cfg, root, n, H):
+    """The settings at n: four tried for each arm on the tuning seed, all at the middle H with the mixed base."""
+    world = None
+
+    def tried(name, grid, run):
+        def make():
+            nonlocal world
+            world = world or World(cfg, root, TUNING, "mixed", max(cfg.sizes))
+            return [dict(setting, J=run(world, setting)) for setting in grid]
+
+        rows = kept(root / f"tuning_{name}_n{n}.json", make)
+        best = max(rows, key=lambda row: row["J"])
+        return {k: v for k, v in best.items() if k != "J"}, rows
+
+    grid = [dict(learning_rate=lr, steps=s) for lr, s in itertools.product(cfg.learning_rates, cfg.steps)]
+    best, rows = {}, {}
+    best["vf"], rows["vf"] = tried("vf", grid, lambda w, s: judge(w, vf(w, n, H, s)[0], H, 16)["J"])
+    best["vb"], rows["vb"] = tried("vb", grid, lambda w, s: search(w, vb(w, n, H, s), H, cfg.pessimism)["J"][16])
+    grid = [dict(learning_rate=lr, beta=b) for lr, b in itertools.product(cfg.rl_learning_rates, cfg.betas)]
+    best["rl"], rows["rl"] = tried(
+        "rl", grid, lambda w, s: judge(w, reinforce(w, vb(w, n, H, best["vb"]), n, H, s)[0], H, 16)["J"])
+    return best, rows
+
+
+def run_all(cfg, root):
+    """-> rows (one per seed, mixture, n, H), tuning. Every cell is a file."""
+    middle, n_middle = cfg.horizons[len(cfg.horizons) // 2], cfg.sizes[len(cfg.sizes) // 2]
+    tuning = {n: tune(cfg, root, n, middle) for n in cfg.sizes}
+    rows = []
+    for seed, mixture in itertools.product(range(cfg.seeds), MIXTURES):
+        world = None
+        sizes = cfg.sizes if mixture == "mixed" else [n_middle]
+        for n, H in itertools.product(sizes, cfg.horizons):
+            path = root / f"{mixture}_n{n}_H{H}_seed{seed}.json"
+            if not path.exists():
+                world = world or World(cfg, root, seed, mixture, max(sizes))
+                print(f"{path.stem} ...", flush=True)
+            row = kept(path, lambda: cell(world, n, H, tuning[n][0]))  # noqa: B023 (called at once)
+            rows.append(dict(seed=seed, mixture=mixture, n=n, H=H) | row)
+    return rows, {str(n): dict(chosen=best, tried=tried) for n, (best, tried) in tuning.items()}
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    torch.set_num_threads(1)
+    root, out = Path("runs/vbvf_smoke" if cfg.smoke else "runs/vbvf"), Path(cfg.out)
+    if cfg.smoke:
+        cfg.planted, cfg.seeds, cfg.horizons, cfg.sizes, cfg.base_steps, cfg.rl_steps = 2, 2, [8, 12], [16, 24], 4, 1
+        cfg.learning_rates, cfg.rl_learning_rates, cfg.betas, cfg.steps, cfg.tries = [1e-3], [1e-3], [0.1], [2], 8
+        cfg.batch_size, cfg.test_problems = 16, 8
+        out = root / "results"
+    root.mkdir(parents=True, exist_ok=True)
+    rows, tuning = run_all(cfg, root)
+    text, command = tables(rows, cfg), "python experiments/vbvf.py" + (" --smoke" if cfg.smoke else "")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(text + "\n")
+    write_json(out / "results.json", dict(
+        claims=claims(rows, cfg, command), command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
+        mixtures=MIXTURES, tuning=tuning, rows=rows, cpu_seconds=round(sum(r["cpu_seconds"] for r in rows))))
+    figure(rows, cfg, out / "curves.png")
+    print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+
+
+if __name__ == "__main__":
+    script(main)

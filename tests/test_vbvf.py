@@ -1,0 +1,197 @@
+"""The task contextual against enumeration and sampling, and the arithmetic of experiments/vbvf.py."""
+
+import itertools
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+import vbvf  # noqa: E402
+import vbvf_report  # noqa: E402
+
+from common import UserError  # noqa: E402
+from contextual import Contextual, solve_times  # noqa: E402
+from tasks import get_task  # noqa: E402
+
+TOY = dict(symbols=3, planted=2, letters=3, length=5, mixture=(0.5, 6.0))
+
+
+def test_prompts_name_the_letters_in_a_code_and_splits_share_none():
+    task = get_task("contextual", 0)
+    keys = {s: {p.key for p in task.problems(s)} for s in ("train", "val", "test")}
+    assert all(keys.values()) and sum(map(len, keys.values())) == len(set.union(*keys.values()))
+    assert len(set(task.g.values())) == len(task.g)
+    assert get_task("contextual", 1).g != task.g
+    p = task.problems("test", 1, 0)[0]
+    assert p.answer == "".join(task.g[c] for c in p.prompt)
+    with pytest.raises(UserError, match="planted <= length"):
+        Contextual(planted=6, length=4)
+
+
+def test_letters_count_in_order_and_not_in_a_row():
+    task = Contextual(length=8)
+    p = next(p for p in task.problems("train") if len(set(p.answer)) == 4)
+    other = next(c for c in task.letters if c not in p.answer)
+    a, b, c, d = p.answer
+    for text, t in ((p.answer, 4), (a + other + b + c + other + d, 6), (b + a + c + d, None), ("", None),
+                    (other * 8 + p.answer, None), (other * 4 + p.answer, 8), (p.answer + other, 4)):
+        assert task.solve_time(p, text) == t
+        assert task.grade(p, text) == (t is not None)
+        assert task.trace_reward(p, text) == (0 if t is None else (8 - t) / 8)
+
+
+def test_values_equal_enumeration_and_heterogeneity_is_the_variance_of_the_reward():
+    """By recursion over all traces of a small world: Q is the mean over letters of the Q behind them, and the variances
+    of Q over letters, summed along a trace, are the variance of the trace's reward (it is a martingale)."""
+    task = Contextual(**TOY)
+    p = task.problems("train")[0]
+
+    def chances(prefix):
+        """The mixture's next letter."""
+        if task.grade(p, prefix):
+            return dict.fromkeys(task.letters, 1 / 3)
+        k = 0
+        for c in prefix:
+            k += c == p.answer[k]
+        hit = sum(w * task._hit(s) for s, w in task.posterior(p, prefix, 0))
+        return {c: hit if c == p.answer[k] else (1 - hit) / 2 for c in task.letters}
+
+    def walk(prefix, chance):
+        """-> (expected reward, summed variance weighted by the chance of the state)."""
+        if len(prefix) == task.max_new_tokens:
+            return task.trace_reward(p, prefix), 0.0
+        q, below, total = {}, chances(prefix), 0.0
+        for c, w in below.items():
+            q[c], more = walk(prefix + c, chance * w)
+            total += more
+        mean = sum(below[c] * q[c] for c in q)
+        assert mean == pytest.approx(task.exact_reward(p, prefix, 0), abs=1e-12)
+        return mean, total + chance * sum(below[c] * (q[c] - mean) ** 2 for c in q)
+
+    mean, variance = walk("", 1.0)
+    reward, chance = task.reward_distribution(0)
+    assert mean == pytest.approx(reward @ chance)
+    assert variance == pytest.approx(reward**2 @ chance - mean**2)
+    assert sum(chance) == pytest.approx(task.exact_value(p, "", 0))
+
+
+def test_demonstrator_earns_what_the_solver_says():
+    task, n = Contextual(length=12), 3000
+    p = task.problems("val", 1, 0)[0]
+    for strength in (0.0, 12.0):
+        texts = [task.demonstration(p, strength, i) for i in range(n)]
+        assert all(len(t) == 12 for t in texts)
+        assert abs(fmean(task.grade(p, t) for t in texts) - task.exact_value(p, "", strength)) < 0.04
+        assert abs(fmean(task.trace_reward(p, t) for t in texts) - task.exact_reward(p, "", strength)) < 0.025
+    half = [t[:3] for t in texts]
+    assert fmean(task.exact_reward(p, t, 12.0) for t in half) == pytest.approx(task.exact_reward(p, "", 12.0), abs=0.015)
+
+
+def test_solve_times_are_negative_binomial():
+    found = solve_times(0.3, 2, 6)
+    want = [(t - 1) * 0.3**2 * 0.7 ** (t - 2) for t in range(1, 7)]
+    assert found == pytest.approx(want)
+    assert list(itertools.accumulate(solve_times(0.9, 1, 50)))[-1] == pytest.approx(1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# experiments/vbvf.py
+
+
+def test_rewards_and_labels_of_a_trace_agree_at_every_budget():
+    times = torch.tensor([2.0, 5.0, float("inf")])
+    assert vbvf.rewards(times, 4).tolist() == [0.5, 0.0, 0.0]
+    assert vbvf.labels(times, 4).tolist() == [[0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    for H in (4, 8):  # a trace that is right at t earns the tokens after t: one less than it has labels of 1
+        paid = (vbvf.labels(times, H).sum(1) - 1).clamp(min=0) / H
+        assert paid.tolist() == vbvf.rewards(times, H).tolist()
+
+
+def test_best_of_n_looks_at_the_first_n_alone():
+    scores, value = torch.tensor([[0.1, 0.9, 0.3], [0.5, 0.4, 0.6]]), torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+    assert [vbvf.best_of(scores, value, N) for N in (1, 2, 3)] == [5.5, 6.0, 16.0]
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, logit):
+        super().__init__()
+        self.logit = torch.tensor(logit)
+
+    def forward(self, tokens):
+        return self.logit.expand(tokens.shape)
+
+
+def test_score_is_pessimistic_where_verifiers_differ():
+    tokens, half = torch.zeros(2, 5, dtype=torch.int64), Constant(0.0)
+    assert vbvf.score([half, half], tokens, 2, 1.0).tolist() == [0.5, 0.5]
+    far = [Constant(-20.0), half, Constant(20.0)]  # 0, 1/2, 1: standard deviation 1/2
+    assert vbvf.score(far, tokens, 2, 1.0) == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert vbvf.score(far, tokens, 2, 0.0) == pytest.approx([0.5, 0.5], abs=1e-6)
+
+
+def test_heterogeneity_of_known_rewards():
+    found = vbvf.spread_of_base(torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]]))
+    assert found["sigma"] == pytest.approx(0.5)  # the median prompt: mean 1/4, unbiased variance 1/4
+    assert found["c_1"] == pytest.approx((0.25 + 0.25 + 1) / 3)  # a constant reward is at its mean, always
+
+
+def test_fit_keeps_the_weights_of_the_lowest_held_out_loss():
+    """Rows out of training pull a number towards 1, the held-out ones want 0.3: passing by is the best."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    order = vbvf.shuffled(10, 3, "held out")
+    want = torch.ones(10)
+    want[order[:2]] = 0.3
+
+    def loss(rows):
+        return (model.weight[0, 0] - want[rows]).square().mean()
+
+    at = vbvf.fit(model, loss, 10, 100, 0.05, 4, 3, eval_steps=2)
+    assert 0 < at < 100 and abs(float(model.weight.detach()) - 0.3) < 0.06
+
+
+class Fixed:
+    """A World that only has traces."""
+
+    def __init__(self, times, tries):
+        self.pool_times, self.k = times, 1
+        self.cfg = type("cfg", (), dict(tries=tries))
+        self.pool = torch.arange(times.numel() * 4).view(-1, 4)
+
+    correct, annotated = vbvf.World.correct, vbvf.World.annotated
+
+
+def test_both_arms_get_n_traces_and_vf_only_right_ones():
+    inf = float("inf")
+    world = Fixed(torch.tensor([[inf, 3.0], [1.0, 1.0], [inf, inf], [2.0, inf]]), 2)
+    tokens, drawn = world.correct(3, 2)  # H = 2: problem 0 is right too late, problem 2 never
+    assert tokens.tolist() == [[8, 9, 10]] and drawn == 2 + 1 + 2
+    assert world.correct(4, 3)[0].tolist() == [[4, 5, 6, 7], [8, 9, 10, 11], [24, 25, 26, 27]]
+    tokens, label = world.annotated(3, 3)
+    assert tokens.tolist() == [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]]
+    assert label.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
+
+
+def test_claims_follow_from_the_rows():
+    """Gaps of 1 token at H = 8 and 5 at H = 32 hold the first claim; the same gap everywhere does not."""
+    def rows(gap):
+        out = []
+        for seed, (mixture, H, n) in itertools.product(range(3), itertools.product(vbvf.MIXTURES, (8, 32), (10, 20))):
+            J, each = 0.2 + seed / 100, dict.fromkeys(map(str, vbvf.BUDGETS), 0.1)
+            arm = dict(J=J, accuracy=0.5, greedy=dict(J=0.5, accuracy=0.5), likeliest=each, base_traces=1, kl=0.0)
+            out.append(dict(seed=seed, mixture=mixture, H=H, n=n, vf=arm, rl=arm | dict(J=J + gap(H, mixture) / H + seed / 1e4),
+                            bon=dict(J=each, correlation=0.0), bon_mean=dict(J=each),
+                            base=arm | dict(sigma=0.1, c_1=0.2, oracle=each)))
+        return out
+
+    cfg = vbvf.Config(seeds=3, horizons=[8, 32], sizes=[10, 20])
+    grows = vbvf_report.claims(rows(lambda H, m: (1 if H == 8 else 5) if m == "mixed" else -1), cfg, "x")
+    assert [c["holds"] for c in grows] == [True, "partly", True, False]
+    assert "concentrated base, n = 20, H = 32" in grows[0]["fails_when"]
+    flat = vbvf_report.claims(rows(lambda H, m: -1), cfg, "x")
+    assert flat[0]["holds"] is False and set(flat[0]) == {"paper", "claim", "measured", "holds", "command", "fails_when"}
+    assert "| mixed | 10 | 8 |" in vbvf_report.tables(rows(lambda H, m: 1), cfg)
