@@ -67,6 +67,7 @@ class Config:
     sizes: list = opt([64, 256, 1000], "n: problems, a trace each")
     planted: int = opt(4, "letters that a trace must hold", low=1)
     base_steps: int = opt(400, "optimizer steps of the mixed base policy; other mixtures go on from it for half as many", low=1)
+    base_learning_rate: float = opt(5e-3, "of the base policy", above=0)
     batch_size: int = opt(64, "traces a step, in every fit", low=1)
     learning_rates: list = opt([1e-3, 3e-3], "grid of VF and of the verifiers")
     steps: list = opt([60, 200], "grid of VF and of the verifiers: steps at most")
@@ -87,8 +88,9 @@ class Config:
 
 
 def fit(model, loss, n, steps, learning_rate, batch_size, seed, eval_steps=20, patience=3):
-    """Adam on loss(rows) for rows out of n; a fifth is held out (256 at most are looked at) and the best weights by its loss are kept (those of the
-    start may be the best). Stops after `patience` evaluations without gain. Returns the step of the best weights."""
+    """Adam on loss(rows) for rows out of n. A fifth is held out (256 rows at most are looked at) and the weights with the
+    lowest held-out loss are kept, the first ones among them. Stops after `patience` evaluations without gain. Returns the
+    step of the kept weights."""
     cfg = train_sft.Config(learning_rate=learning_rate, steps=steps, warmup_steps=min(20, steps // 4))
     optimizer, params = train_sft.adamw(model, cfg)
     order = shuffled(n, seed, "held out")
@@ -229,8 +231,8 @@ class World:
         config = train_sft.Config(task="contextual", seed=self.seed, num_examples=(steps * cfg.batch_size * 5) // 4)
         examples = train_sft.build_examples(self.task, tokenizer, self.task.problems("train", None, self.seed), config)
         tokens = torch.tensor([p + c for p, c in examples])
-        fit(model, imitation(model, tokens, self.task.planted), len(tokens), steps, 5e-3, cfg.batch_size,
-            derive(self.seed, "base", mixture), patience=10**6)
+        fit(model, imitation(model, tokens, self.task.planted), len(tokens), steps, cfg.base_learning_rate,
+            cfg.batch_size, derive(self.seed, "base", mixture), patience=10**6)
         temporary = folder.with_name(f".tmp-{folder.name}")
         temporary.mkdir(parents=True, exist_ok=True)
         write_model(temporary, model, tokenizer)
