@@ -203,7 +203,8 @@ def download(hub_id):
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"no folder {hub_id}; if it is a model of the hub: pip install huggingface_hub, or {by_hand}"
+        raise UserError(f"no folder {hub_id}; if it is a model of the hub: pip install huggingface_hub, or put the files "
+                        f"of https://huggingface.co/{hub_id}/tree/main into a folder and give that"
                         ) from None
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],

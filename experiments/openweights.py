@@ -61,14 +61,14 @@ NAMES = dict(base="base model, chat format, greedy", sft="SFT", rft="RFT", rl_ou
 # What each stage is run with; `search` is of this script. No entry was searched for.
 SIZES = dict(
     cpu=dict(
-        rl_seeds=[0, 1], test=100, n=2, base=48, dtype="float32",
-        sft=dict(steps=40, batch_size=16, learning_rate=2e-4, warmup_steps=4, eval_problems=64, logging_steps=5),
-        rft=dict(steps=16, batch_size=16, learning_rate=1e-4, warmup_steps=2, num_problems=200, num_generations=4, slots=128,
-                 eval_problems=64, logging_steps=4),
-        verifier=dict(epochs=2, batch_size=16, learning_rate=5e-5, slots=128, eval_problems=64, eval_mc=4),
-        orm=dict(num_problems=300, n_cov=1), q=dict(num_problems=150, n_cov=1, cuts=1, n_mc=2),
-        rl=dict(num_prompts=4, num_generations=8, steps=10, learning_rate=2e-5, warmup_steps=2, alpha=1.0, slots=128,
-                eval_steps=5, eval_problems=96),
+        rl_seeds=[0, 1], test=100, n=2, base=40, dtype="float32",
+        sft=dict(steps=36, batch_size=16, learning_rate=2e-4, warmup_steps=4, eval_problems=48, logging_steps=4),
+        rft=dict(steps=10, batch_size=16, learning_rate=1e-4, warmup_steps=2, num_problems=150, num_generations=4, slots=128,
+                 eval_problems=48, logging_steps=2),
+        verifier=dict(epochs=2, batch_size=8, learning_rate=5e-5, slots=128, eval_problems=48, eval_mc=4),
+        orm=dict(num_problems=200, n_cov=1), q=dict(num_problems=100, n_cov=1, cuts=1, n_mc=2),
+        rl=dict(num_prompts=4, num_generations=8, steps=8, learning_rate=2e-5, warmup_steps=2, alpha=1.0, slots=128,
+                eval_steps=4, eval_problems=64),
         search=dict(n=8, beam=6)),
     gpu=dict(
         rl_seeds=[0, 1, 2], test=0, n=8, base=0, dtype="bfloat16",  # of sampling alone: bfloat16 weights swallow small updates
