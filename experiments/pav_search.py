@@ -8,25 +8,26 @@ The claims (Setlur et al. 2024, arXiv 2410.08146, sections 3 and 4): a beam rank
 as compute-efficient as best-of-N with an outcome model (ORM) and over 8% more accurate; it beats a beam ranked by Q^pi alone;
 the best prover is a Best-of-K policy with a K that is neither 1 nor large; Q^pi re-ranking whole samples is 4% above the ORM.
 
-    orm            best of N whole samples by an outcome model
-    q_as_orm       the same samples ranked by Q^pi
-    majority       the same samples: the commonest final answer (where the task has one)
-    pass           the same samples: is any right? The ceiling of re-ranking, not a method
-    beam_q         beam, N candidates a step, 3 children an element, ranked by Q^pi (alpha 0): the paper's rival, untuned
-    beam_q_tuned   the same with its own search over children and temperature
-    beam_pav       beam, 3 children, ranked by Q^pi + alpha * A^mu, mu = Best-of-K of the policy (from the same Q^pi)
+    orm         best of N whole samples by an outcome model
+    q_as_orm    the same samples ranked by Q^pi
+    majority    the same samples: the commonest final answer (where the task has one)
+    pass        the same samples: is any right? The ceiling of re-ranking, not a method
+    beam_q      beam, N candidates a step, ranked by Q^pi (alpha 0)
+    beam_pav    beam, ranked by Q^pi + alpha * A^mu, mu = Best-of-K of the policy (from the same Q^pi)
 
 The x axis is tokens generated, every candidate of every step included. Per seed: a policy (SFT), Q^pi and ORM, the last two
 trained on equally many sampled tokens. `planted`: 4 prompts, a hidden sequence of 4 letters each (other sequences for every
 seed), searched many times with other draws. `chain`: digit arithmetic, verifiers and search on different problems.
 
-Tuning: orm, beam_q_tuned and beam_pav get 20 settings each (temperature x epochs of the ORM; children x temperature; alpha x
-K), on a seed that is not reported, mean accuracy of two sizes; the others get none. A curve of best-of-N comes from one set of
-samples by the exact expectation over its subsets, which has less noise than a beam's.
+Tuning: orm, beam_q and beam_pav get four settings each (epochs of the ORM; children an element; alpha, with the paper's K=4
+and 3 children), on a seed that is not reported, mean accuracy of two sizes; the others get none. The whole grid of alpha and K
+is run on that seed too and shown, but not chosen from. A curve of best-of-N comes from one set of samples by the exact
+expectation over its subsets, which has less noise than a beam's. Everybody samples at temperature 1.
 
-What would have falsified the claims: the tuned orm as accurate at equal tokens (paired over seeds); alpha 0 as good as the
-tuned alpha; K=1 as good as the others; the ORM above Q^pi on whole samples. Where it should fail, and is measured: N=3 (one
-parent: any alpha gives the same ranking), and verifiers from --weak times fewer rollouts.
+What would have falsified the claims: orm as accurate as beam_pav at equal tokens (paired over seeds); alpha 0 as good as the
+tuned alpha; K=1 as good as the others; the ORM above Q^pi on whole samples. Where they should fail, and are measured: N=3 (one
+parent: any alpha gives the same ranking); verifiers from --weak times fewer rollouts (planted); sampling at a low
+temperature, where the likeliest continuation may be right already; a vote, where answers are short.
 
 Everything stays in runs/pav_search: killed, the same command goes on.
 """
@@ -59,14 +60,15 @@ from search import beam, best_of_n, learned_values, majority  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 NAMES = {"orm": "best-of-N, ORM", "q_as_orm": "best-of-N, Q as ORM", "majority": "majority vote", "pass": "pass@N (ceiling)",
-         "beam_q": "beam, Q", "beam_q_tuned": "beam, Q, tuned", "beam_pav": "beam, Q + alpha A"}
+         "beam_q": "beam, Q", "beam_pav": "beam, Q + alpha A"}
 COLOURS = {"orm": REPORT_COLOURS["orm"], "q_as_orm": "#56B4E9", "majority": "#CC79A7", "pass": "#7f7f7f",
-           "beam_q": REPORT_COLOURS["q"], "beam_q_tuned": "#E69F00", "beam_pav": REPORT_COLOURS["pav"]}
-BEAMS = ("beam_q", "beam_q_tuned", "beam_pav")
-PAPER = dict(alpha=0.0, k=1, children=3, temperature=1.0)  # a beam's settings before any are chosen
+           "beam_q": REPORT_COLOURS["q"], "beam_pav": REPORT_COLOURS["pav"]}
+BEAMS = ("beam_q", "beam_pav")
+PAPER = dict(alpha=0.0, k=4, children=3)  # a beam's settings before any are chosen
 TUNING = 1000  # the seed that chooses settings, on val; seeds 0, 1, ... are reported, on test
 TINY = dict(threads=1, device="cpu", save_steps=10**6)
 POLICY = {"planted": dict(strength=7.0, steps=300), "chain": dict(strength=0.7, steps=300)}
+REGIMES = {"planted": ("weak", "cold"), "chain": ("cold",)}  # where the claims should fail; see measure
 
 
 @dataclass
@@ -74,18 +76,18 @@ class Config:
     tasks: list = opt(["planted", "chain"], "which tasks", choices=["planted", "chain"])
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
     sizes: list = opt([3, 6, 12, 24, 48, 96], "N: samples a problem", low=3)
-    beam_sizes: list = opt([3, 6, 12, 24, 48], "N: candidates a step of a beam; multiples of 3, all among --sizes", low=3)
+    beam_sizes: list = opt([3, 6, 12, 24], "N: candidates a step of a beam; multiples of 3, all among --sizes", low=3)
     problems: int = opt(64, "searches behind a point of a curve, for each seed", low=1)
     alphas: list = opt([0.2, 0.5, 1.0, 2.0], "grid of beam_pav", low=0)
-    prover_ks: list = opt([1, 2, 4, 8, 16], "grid of beam_pav", low=1)
-    children: list = opt([2, 3, 6, 12], "grid of beam_q_tuned", low=1)
+    prover_ks: list = opt([1, 2, 4, 8, 16], "beside K=4, shown only", low=1)
+    children: list = opt([2, 3, 6, 12], "grid of beam_q", low=1)
     orm_epochs: list = opt([1, 2, 4, 8], "grid of orm", low=1)
-    temperatures: list = opt([0.6, 0.8, 1.0, 1.2, 1.5], "grid of orm and of beam_q_tuned", above=0)
     tuning_sizes: list = opt([6, 12], "N of the tuning, its mean counts", low=3)
     rollouts: int = opt(8000, "problems that Q^pi's rollouts start from; the ORM gets as many tokens", low=8)
     epochs: int = opt(4, "passes of Q^pi over its rollouts", low=1)
-    weak: int = opt(8, "verifiers from so many times fewer rollouts (twice the epochs), at --weak-sizes", low=1)
-    weak_sizes: list = opt([12], "N of that regime, all among --beam-sizes", low=3)
+    weak: int = opt(8, "weak verifiers: so many times fewer rollouts, twice the epochs", low=1)
+    cold: float = opt(0.6, "the low temperature", above=0)
+    regime_sizes: list = opt([6, 12], "N of these two regimes, all among --beam-sizes", low=3)
     out: str = opt("docs/results/pav_search", "where table, figure and numbers go")
     smoke: bool = opt(False, "a few steps of everything")
 
@@ -192,7 +194,7 @@ class Searcher:
     def text(self, element):
         return self.tokenizer.decode(element.completion())
 
-    def samples(self, sizes, temperature):
+    def samples(self, sizes, temperature=1.0):
         """Curves of all arms that rank whole samples: {arm: [{n, accuracy, tokens, scored}]}."""
         most = max(sizes)
         with torch.no_grad():
@@ -214,7 +216,7 @@ class Searcher:
         out["one_sample"] = mean(mean(r) for r in right)
         return out
 
-    def beam(self, sizes, alpha, k, children, temperature):
+    def beam(self, sizes, alpha, k, children, temperature=1.0):
         """[{n, accuracy, tokens, scored}] of a beam."""
         rows = []
         for n in sizes:
@@ -243,35 +245,34 @@ def tune(cfg, root, task):
     for epochs in cfg.orm_epochs:
         folders, _ = verifiers_of(cfg, home, task, TUNING, epochs)
         it = Searcher(cfg, home, task, TUNING, folders)
-        for t in cfg.temperatures:
-            out["orm"].append((score(f"orm_{epochs}_{t:g}", lambda: it.samples(cfg.tuning_sizes, t)["orm"]),  # noqa: B023
-                               dict(epochs=epochs, temperature=t)))
-    grids = dict(beam_q=[{}], beam_q_tuned=[dict(children=c, temperature=t)
-                                            for c, t in itertools.product(cfg.children, cfg.temperatures)],
-                 beam_pav=[dict(alpha=a, k=k) for a, k in itertools.product(cfg.alphas, cfg.prover_ks)])
+        out["orm"].append((score(f"orm_{epochs}", lambda: it.samples(cfg.tuning_sizes)["orm"]), dict(epochs=epochs)))  # noqa: B023
+    grids = dict(alpha_0=[{}], beam_q=[dict(children=c) for c in cfg.children], beam_pav=[dict(alpha=a) for a in cfg.alphas],
+                 grid=[dict(alpha=a, k=k) for a, k in itertools.product(cfg.alphas, cfg.prover_ks)])
     for arm, grid in grids.items():
         out[arm] = []
         for setting in grid:
-            name = "_".join([arm, *(f"{k}{v:g}" for k, v in setting.items())])
-            out[arm].append((score(name, lambda: it.beam(cfg.tuning_sizes, **(PAPER | setting))), setting))  # noqa: B023
+            full = PAPER | setting
+            name = "beam_" + "_".join(f"{k}{v:g}" for k, v in full.items())
+            out[arm].append((score(name, lambda: it.beam(cfg.tuning_sizes, **full)), setting))  # noqa: B023
     for arm, tried in out.items():
-        best = max(tried, key=lambda x: x[0])
-        print(f"{task}: {arm}: {len(tried)} settings, best {best[0]:.3f} at {best[1]}", flush=True)
+        print(f"{task}: {arm}: " + ", ".join(f"{x:.3f} {s}" for x, s in tried), flush=True)
     return out
 
 
-def measure(cfg, root, task, seed, chosen, sizes, share=1):
+def measure(cfg, root, task, seed, chosen, regime=""):
     """All arms of one seed at their chosen settings -> {arm: curve}, one_sample, quality of the verifiers."""
-    home = root / task / f"seed{seed}"
+    home, temperature = root / task / f"seed{seed}", cfg.cold if regime == "cold" else 1.0
+    sizes = cfg.regime_sizes if regime else cfg.sizes
     policy_of(cfg, home, task, seed)
-    folders, quality = verifiers_of(cfg, home, task, seed, chosen["orm"]["epochs"], share)
+    folders, quality = verifiers_of(cfg, home, task, seed, chosen["orm"]["epochs"], cfg.weak if regime == "weak" else 1)
 
     def search():
         it = Searcher(cfg, home, task, seed, folders)
-        curves = it.samples(sizes, chosen["orm"]["temperature"])
-        return curves | {arm: it.beam([n for n in sizes if n in cfg.beam_sizes], **(PAPER | chosen[arm])) for arm in BEAMS}
+        beams = {arm: it.beam([n for n in sizes if n in cfg.beam_sizes], **(PAPER | chosen[arm]), temperature=temperature)
+                 for arm in BEAMS}
+        return it.samples(sizes, temperature) | beams
 
-    name = f"curves{share}_" + "_".join(f"{v:g}" for arm in ("orm", *BEAMS) for v in chosen[arm].values())
+    name = "_".join([f"curves{regime}", *(f"{v:g}" for arm in ("orm", *BEAMS) for v in chosen[arm].values())])
     row = kept(home / f"{name}.json", search)
     row["verifier"] = {f"{v}_{k}": q.get(k) for v, q in quality.items()
                        for k in ("auc", "auc_outcome", "corr_advantage", "corr_advantage_exact", "sampled_tokens")}
@@ -312,17 +313,18 @@ def table(result, cfg):
         i = a["n"].index(n)
         lines.append(f"| {NAMES[name]} | {' | '.join(cells)} | {times(a)} | {a['tokens'][i]:.0f}, {a['scored'][i]:.0f} |")
     lines += ["", "Tuning seed, mean accuracy of N = " + " and ".join(map(str, cfg.tuning_sizes)) + "; alpha 0: "
-              f"{result['tuning']['beam_q'][0][0]:.3f}", "", "| alpha | " + " | ".join(f"K={k}" for k in cfg.prover_ks) + " |",
+              f"{result['tuning']['alpha_0'][0][0]:.3f}", "", "| alpha | " + " | ".join(f"K={k}" for k in cfg.prover_ks) + " |",
               "|---" * (len(cfg.prover_ks) + 1) + "|"]
-    tried = {(s["alpha"], s["k"]): a for a, s in result["tuning"]["beam_pav"]}
+    tried = {(s["alpha"], s["k"]): a for a, s in result["tuning"]["grid"]}
     lines += [f"| {a:g} | " + " | ".join(f"{tried[a, k]:.3f}" for k in cfg.prover_ks) + " |" for a in cfg.alphas]
-    lines += ["", f"Verifiers from {cfg.weak} times fewer rollouts:", "",
-              "| arm | " + " | ".join(f"N={n}" for n in cfg.weak_sizes) + " | minus the ORM, paired |",
-              "|---" * (len(cfg.weak_sizes) + 2) + "|"]
-    for name, a in result["weak"].items():
-        cells = " | ".join(f"{m:.3f} ({s:.3f})" for m, s in zip(a["accuracy"], a["sd"]))
-        gains = ", ".join(f"{g:+.3f} ({s:.3f})" for g, s in zip(a["gain"], a["gain_sd"]))
-        lines.append(f"| {NAMES[name]} | {cells} | {gains} |")
+    words = dict(weak=f"Verifiers from {cfg.weak} times fewer rollouts", cold=f"Temperature {cfg.cold:g}")
+    for regime, arms in result["regimes"].items():
+        lines += ["", f"{words[regime]}:", "", "| arm | " + " | ".join(f"N={n}" for n in cfg.regime_sizes)
+                  + " | minus the ORM, paired |", "|---" * (len(cfg.regime_sizes) + 2) + "|"]
+        for name, a in arms.items():
+            cells = " | ".join(f"{m:.3f} ({s:.3f})" for m, s in zip(a["accuracy"], a["sd"]))
+            gains = ", ".join(f"{g:+.3f} ({s:.3f})" for g, s in zip(a["gain"], a["gain_sd"]))
+            lines.append(f"| {NAMES[name]} | {cells} | {gains} |")
     return "\n".join(lines)
 
 
@@ -341,24 +343,24 @@ def plus(gains):
 
 def claims(results, cfg, command):
     """Rules: a gain counts if it is two standard errors above 0, at the N named; over tasks: all, some ("partly"), none."""
-    i, last, said = len(cfg.beam_sizes) // 2, len(cfg.sizes) - 1, {}
-    n = cfg.beam_sizes[i]
+    n, last, said = cfg.beam_sizes[-2 if len(cfg.beam_sizes) > 2 else -1], len(cfg.sizes) - 1, {}
+    i = cfg.beam_sizes.index(n)
     for task, r in results.items():
-        ks = {k: mean(a for a, s in r["tuning"]["beam_pav"] if s["k"] == k) for k in cfg.prover_ks}
+        ks = {k: mean(a for a, s in r["tuning"]["grid"] if s["k"] == k) for k in cfg.prover_ks}
         best = max(ks, key=ks.get)
-        weak = r["weak"]["beam_pav"]
         said[task] = dict(
             orm=f"{task}: {times(r['arms']['beam_pav'])}, {plus(difference(r, 'beam_pav', 'orm', i))} at N={n}",
-            q=f"{task}: {plus(difference(r, 'beam_pav', 'beam_q', i))} at N={n}, against the tuned Q beam "
-              f"{plus(difference(r, 'beam_pav', 'beam_q_tuned', i))}",
+            q=f"{task}: {plus(difference(r, 'beam_pav', 'beam_q', i))} at N={n}, tokens to the same accuracy "
+              f"{times(r['arms']['beam_pav'])} against {times(r['arms']['beam_q'])} fewer than the ORM's",
             k=f"{task}: best K={best}, mean over alpha {ks[best]:.3f}, K=1 {ks[cfg.prover_ks[0]]:.3f}, "
-              f"K={cfg.prover_ks[-1]} {ks[cfg.prover_ks[-1]]:.3f}, alpha 0 {r['tuning']['beam_q'][0][0]:.3f}",
-            rank=f"{task}: {plus(difference(r, 'q_as_orm', 'orm', last))} at N={cfg.sizes[last]}",
-            weak=f"{task} {weak['gain'][-1]:+.3f} (sd {weak['gain_sd'][-1]:.3f})", best=best)
+              f"K={cfg.prover_ks[-1]} {ks[cfg.prover_ks[-1]]:.3f}, alpha 0 {r['tuning']['alpha_0'][0][0]:.3f}",
+            rank=f"{task}: {plus(difference(r, 'q_as_orm', 'orm', last))} at N={cfg.sizes[last]}", best=best)
     every = lambda key: "; ".join(s[key] for s in said.values())  # noqa: E731
-    vote = "majority" in (results.get("chain") or {}).get("arms", {})
-    beats = [f"a vote reaches {results['chain']['arms']['majority']['accuracy'][i]:.3f} on chain at N={n}, the PAV beam "
-             f"{results['chain']['arms']['beam_pav']['accuracy'][i]:.3f}"] if vote else []
+    words = dict(weak=f"verifiers from {cfg.weak} times fewer rollouts", cold=f"temperature {cfg.cold:g}")
+    fails = [f"{words[k]} ({task}): {a['beam_pav']['gain'][-1]:+.3f} against the ORM at N={cfg.regime_sizes[-1]}"
+             for task, r in results.items() for k, a in r["regimes"].items()]
+    fails += [f"a vote reaches {r['arms']['majority']['accuracy'][i]:.3f} on {task} at N={n}, the PAV beam "
+              f"{r['arms']['beam_pav']['accuracy'][i]:.3f}" for task, r in results.items() if "majority" in r["arms"]]
     verdicts = dict(
         orm=[verdict(difference(r, "beam_pav", "orm", i)) and (r["arms"]["beam_pav"]["efficiency"] or 0) >= 1.5
              for r in results.values()],
@@ -367,8 +369,7 @@ def claims(results, cfg, command):
         rank=[verdict(difference(r, "q_as_orm", "orm", last)) for r in results.values()])
     text = dict(
         orm=("A beam ranked by Q + alpha A is 1.5 to 5 times as compute-efficient as best-of-N with an ORM, and over 8% better.",
-             "; ".join([f"verifiers from {cfg.weak} times fewer rollouts (gain over their ORM at N={cfg.weak_sizes[-1]}: "
-                        f"{every('weak')})", *beats])),
+             "; ".join(fails)),
         q=("It beats a beam ranked by Q alone, by up to 8 times the compute.",
            "N=3: one parent a step, where any alpha gives the same ranking."),
         k=("The best prover is Best-of-K with K=4 of 1 to 32: neither the policy itself nor a strong one.",
@@ -380,8 +381,8 @@ def claims(results, cfg, command):
 
 
 def figure(results, cfg, path):
-    """A row a task. Left: accuracy against tokens, band: sd over seeds. Middle: the tuning of alpha and K. Right: gain over
-    the ORM with verifiers from all rollouts (full) and from few (hollow)."""
+    """A row a task. Left: accuracy against tokens, band: sd over seeds. Middle: the grid of alpha and K. Right: gain over the
+    ORM in the main setting (lines), with weak verifiers (diamonds) and at a low temperature (squares)."""
     try:
         import matplotlib
     except ImportError:
@@ -401,25 +402,26 @@ def figure(results, cfg, path):
         left.set(xlabel="tokens generated a problem", ylabel="accuracy", ylim=(0, 1.03),
                  title=f"{task} (band: sd of {cfg.seeds} seeds)")
         left.legend(frameon=False, fontsize=8)
-        tried = {(s["alpha"], s["k"]): x for x, s in r["tuning"]["beam_pav"]}
+        tried = {(s["alpha"], s["k"]): x for x, s in r["tuning"]["grid"]}
         for j, k in enumerate(cfg.prover_ks):
             shade = plt.cm.viridis(0.9 * j / max(1, len(cfg.prover_ks) - 1))
-            middle.plot([0, *cfg.alphas], [r["tuning"]["beam_q"][0][0], *(tried[a, k] for a in cfg.alphas)], color=shade,
+            middle.plot([0, *cfg.alphas], [r["tuning"]["alpha_0"][0][0], *(tried[a, k] for a in cfg.alphas)], color=shade,
                         marker="o", markersize=4, label=f"K={k}")
         middle.set(xlabel="alpha", ylabel=f"accuracy, mean of N={' and '.join(map(str, cfg.tuning_sizes))}",
                    title="Tuning seed: weight of progress and prover")
         middle.legend(frameon=False, fontsize=8)
         for name in ("q_as_orm", *BEAMS):
-            a, w = r["arms"][name], r["weak"][name]
+            a = r["arms"][name]
             right.errorbar(a["n"], a["gain"], a["gain_sd"], color=COLOURS[name], marker="o", markersize=4, capsize=3)
-            right.errorbar(w["n"], w["gain"], w["gain_sd"], color=COLOURS[name], marker="D", markersize=6, capsize=3,
-                           markerfacecolor="white", linestyle="")
+            for regime, arms in r["regimes"].items():
+                right.plot(arms[name]["n"], arms[name]["gain"], color=COLOURS[name], marker=dict(weak="D", cold="s")[regime],
+                           markersize=6, markerfacecolor="white", linestyle="")
         right.axhline(0, color="#aaaaaa", linewidth=1)
         right.set_xscale("log", base=2)
         right.set_xticks(cfg.sizes, cfg.sizes)
         right.minorticks_off()
         right.set(xlabel="N", ylabel="accuracy minus best-of-N with the ORM",
-                  title=f"Gain, same seed (hollow: 1/{cfg.weak} of the rollouts)")
+                  title=f"Gain, same seed (diamond: 1/{cfg.weak} of the rollouts, square: T={cfg.cold:g})")
         for axis in (left, middle, right):
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.2)
@@ -432,22 +434,24 @@ def main(argv=None):
     root, out = Path("runs/pav_search"), Path(cfg.out)
     if cfg.smoke:
         root, out, cfg.tasks = Path("runs/pav_search_smoke"), Path("runs/pav_search_smoke/results"), ["planted"]
-        cfg.seeds, cfg.sizes, cfg.beam_sizes, cfg.tuning_sizes, cfg.weak_sizes, cfg.problems = 2, [3, 6, 12], [3, 6], [6], [3], 8
-        cfg.alphas, cfg.prover_ks, cfg.children, cfg.temperatures, cfg.orm_epochs = [0.5], [1, 4], [3], [0.8, 1.0], [1]
+        cfg.seeds, cfg.sizes, cfg.beam_sizes, cfg.tuning_sizes, cfg.regime_sizes = 2, [3, 6, 12], [3, 6], [6], [3]
+        cfg.alphas, cfg.prover_ks, cfg.children, cfg.orm_epochs, cfg.problems = [0.5], [1, 4], [3, 6], [1], 8
         cfg.rollouts, cfg.epochs = 64, 1
     command, results = "python experiments/pav_search.py" + " --smoke" * cfg.smoke, {}
     for task in cfg.tasks:
         tuning = tune(cfg, root, task)
-        chosen = {arm: max(tried, key=lambda x: x[0])[1] for arm, tried in tuning.items()}
-        rows, weak = [], []
+        chosen = {arm: max(tuning[arm], key=lambda x: x[0])[1] for arm in ("orm", *BEAMS)}
+        rows = {regime: [] for regime in ("", *REGIMES[task])}
         for seed in range(cfg.seeds):
-            rows.append(measure(cfg, root, task, seed, chosen, cfg.sizes))
-            weak.append(measure(cfg, root, task, seed, chosen, cfg.weak_sizes, cfg.weak))
-            print(f"{task} seed {seed}: one sample {rows[-1]['one_sample']:.3f}; N={cfg.sizes[-1]}: "
-                  + ", ".join(f"{NAMES[a]} {rows[-1][a][-1]['accuracy']:.3f}" for a in NAMES if a in rows[-1]), flush=True)
-        results[task] = dict(chosen=chosen, tuning=tuning, arms=summarise(rows), weak=summarise(weak),
-                             one_sample=[r["one_sample"] for r in rows], verifiers=[r["verifier"] for r in rows],
-                             weak_verifiers=[r["verifier"] for r in weak])
+            for regime, found in rows.items():
+                found.append(measure(cfg, root, task, seed, chosen, regime))
+            row = rows[""][-1]
+            print(f"{task} seed {seed}: one sample {row['one_sample']:.3f}; largest N: "
+                  + ", ".join(f"{NAMES[a]} {row[a][-1]['accuracy']:.3f}" for a in NAMES if a in row), flush=True)
+        results[task] = dict(chosen=chosen, tuning=tuning, arms=summarise(rows[""]),
+                             regimes={regime: summarise(rows[regime]) for regime in REGIMES[task]},
+                             one_sample=[r["one_sample"] for r in rows[""]],
+                             verifiers={regime or "main": [r["verifier"] for r in found] for regime, found in rows.items()})
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"`{task}`, {cfg.seeds} seeds x {cfg.problems} searches; one sample: {mean(r['one_sample']):.3f}; "
                        f"accuracy (sd over seeds):\n\n{table(r, cfg)}" for task, r in results.items())
