@@ -1,7 +1,7 @@
 """Read the runs below a directory, print the table, draw the figures. Nothing is computed twice: every number
 comes from metrics.jsonl and summary.json of a stage.
 
-    python report.py runs/planted                              # -> table.md, curves.png, results.json there
+    python report.py runs/planted                              # -> report.html, table.md, curves.png, results.json there
     python report.py runs/planted --out docs/results/planted   # ... or elsewhere, to keep
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from common import UserError, mean, read_metrics, script, write_json
+from webpage import page
 
 # One colour per method in every figure (Okabe-Ito, safe for colour-blind readers).
 COLOURS = {"outcome": "#000000", "outcome-long": "#7f7f7f", "pav": "#009E73", "constant": "#E69F00", "base-prover": "#56B4E9",
@@ -166,7 +167,10 @@ def write(root, out=None):
     settings = {name: runs[0][3] for name, runs in arms.items()}
     write_json(out / "results.json", dict(task=task, arms=rows, machine=machine(), torch=torch.__version__, settings=settings,
                                           curves=curves))
-    print("\n" + text + f"\n\nfigure: {out}/curves.png   table: {out}/table.md   numbers: {out}/results.json")
+    (out / "report.html").write_text(page(f"nanoPAV: {task}", text, arms, NAMES, COLOURS, accuracy_at, root,
+                                          f"python report.py {root}"), encoding="utf-8")
+    print("\n" + text + f"\n\nto read: {out}/report.html   figure: {out}/curves.png   table: {out}/table.md   "
+          f"numbers: {out}/results.json")
     print("metrics of each arm: " + ", ".join(f"{root}/seed*/rl_{a}/metrics.jsonl" for a in rows))
 
 

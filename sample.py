@@ -233,6 +233,7 @@ class Config:
     prover_k: int = opt(0, "A^mu of the Best-of-K prover (0: the verifier's own K)", "search", low=0)
     prover_verifier: str = opt("", "A^mu of another prover (default: Best-of-K of --verifier)", "search")
     width: int = opt(0, "beam: elements kept a step; must divide --n (0: n/3)", "search", low=0)
+    show: bool = opt(False, "print every step with its value and its progress under --verifier (viewer.py)", "search")
     slots: int = opt(64, "sequences decoded at once", "sampling", low=1)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")
     dtype: str = opt("float32", "of weights and activations", "run", choices=["float32", "bfloat16"])
@@ -274,7 +275,9 @@ def main(argv=None):
     temperature = 0.0 if cfg.greedy else cfg.temperature if cfg.temperature >= 0 else (1.0 if cfg.task else 0.0)
     options = dict(temperature=temperature, seed=cfg.seed, stop_ids=tokenizer.eos_ids, slots=cfg.slots, top_k=cfg.top_k,
                    top_p=cfg.top_p, min_p=cfg.min_p)
-    if cfg.search:
+    if cfg.show:
+        from viewer import show as answer
+    elif cfg.search:
         from search import answer
     elif cfg.task:
         from evaluate import evaluate as answer

@@ -57,6 +57,7 @@ from mrt import MRTFlags, meta_values
 from pav import guarded_values, load_verifier, step_values
 from sample import generate
 from tasks import get_task
+from viewer import keep_solutions
 
 
 @dataclass
@@ -271,8 +272,8 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
                            "clip_ratio/region_mean": total["clip"]}
 
 
-def evaluate(model, tokenizer, task, verifier, cfg, limit):
-    """Sampled accuracy on held-out problems, and what the verifier believes of the same solutions."""
+def evaluate(model, tokenizer, task, verifier, cfg, limit, keep=None):
+    """Sampled accuracy on held-out problems, and what the verifier believes of the same solutions; some go to file `keep`."""
     problems = task.problems(cfg.eval_split, cfg.eval_problems, 0)
     problems = (problems * (1 + cfg.eval_problems // len(problems)))[: cfg.eval_problems]
     rolled = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=limit,
@@ -280,8 +281,11 @@ def evaluate(model, tokenizer, task, verifier, cfg, limit):
     right = [task.grade(p, tokenizer.decode(rolled.completion(i))) for i, p in enumerate(problems)]
     logs = {"eval/accuracy": mean(right)}
     if verifier is not None:
-        values = step_values(verifier, rolled.tokens, boundaries(task, rolled, tokenizer))
+        ends = boundaries(task, rolled, tokenizer)
+        values = step_values(verifier, rolled.tokens, ends)
         logs["eval/verifier_score"] = float(values[:, -1].mean())
+        if keep is not None:
+            keep_solutions(keep, tokenizer, problems, rolled, right, values, ends)
     return logs
 
 
@@ -322,7 +326,8 @@ def train(cfg):
     B, G = cfg.num_prompts * cfg.num_generations, cfg.num_generations
     scorer = verifier if cfg.reward not in ("outcome", "mrt") else None  # the outcome arm sees the verifier in evaluations only
     if start == 0:
-        metrics.write(0, num_tokens=0, episodes=0, **evaluate(model, tokenizer, task, verifier, cfg, limit))
+        first = evaluate(model, tokenizer, task, verifier, cfg, limit, run / "solutions_start.jsonl")
+        metrics.write(0, num_tokens=0, episodes=0, **first)
 
     for step in progress(range(start + 1, cfg.steps + 1), f"rl {cfg.reward}"):
         laps = Laps("generate", "grade", "verify", "logprob", "backward", "update", "evaluate")
@@ -350,7 +355,7 @@ def train(cfg):
         tokens_seen += int(lengths.sum())
         if step % cfg.eval_steps == 0 or step == cfg.steps:
             laps.lap("other")
-            logs |= evaluate(model, tokenizer, task, verifier, cfg, limit)
+            logs |= evaluate(model, tokenizer, task, verifier, cfg, limit, run / "solutions_end.jsonl")
             laps.lap("evaluate")
         laps.lap("other")
         metrics.write(step, num_tokens=tokens_seen, episodes=step * B, **logs, **{
