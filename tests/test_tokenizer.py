@@ -17,6 +17,7 @@ NO_REGEX = BYTE_LEVEL | dict(use_regex=False)
 DIGITS = dict(type="Digits", individual_digits=True)
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # digit by digit, behind an NFC normalizer
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = """The theory is that there are three: he can't say it's theirs, they've 12 + 34 = 46 of them.
 def f(x):\n    return x ** 2  # don't\n\n\n\tfor i in range(100):\n        print(i, "2024", 1_000)\n
@@ -176,6 +177,8 @@ PRE_TOKENIZERS = {
     "none": NO_REGEX,
     "llama3": dict(type="Sequence", pretokenizers=[
         dict(type="Split", pattern=dict(Regex=LLAMA3), behavior="Isolated", invert=False), NO_REGEX]),
+    "qwen2": dict(type="Sequence", pretokenizers=[
+        dict(type="Split", pattern=dict(Regex=QWEN2), behavior="Isolated", invert=False), NO_REGEX]),
     "gaps": dict(type="Sequence", pretokenizers=[
         dict(type="Split", pattern=dict(Regex=r"[a-m]+"), behavior="Isolated", invert=False), NO_REGEX]),
     "string": dict(type="Sequence", pretokenizers=[
