@@ -233,10 +233,9 @@ def paired(a, b):
 
 
 def shares(path, n):
-    """Right share of each problem in an evaluation's file, and tokens drawn a problem."""
+    """An evaluation's or a search's file -> right share of each problem, and its rows."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    right = [mean(r["reward"] for r in rows[i : i + n]) for i in range(0, len(rows), n)]
-    return right, [r.get("generated_tokens", r.get("tokens")) for r in rows]
+    return [mean(r["reward"] for r in rows[i : i + n]) for i in range(0, len(rows), n)], rows
 
 
 def row(right):
@@ -270,9 +269,10 @@ def numbers_of(cfg, size, root):
         search[name] = [dict(row(way(n).tolist()), n=n, tokens=n * float(tokens.float().mean()),
                              minus_majority=paired(way(n).tolist(), voted(said, correct, n).tolist())) for n in ns]
     for name, alpha in BEAMS.items():
-        right, made = shares(root / "test" / f"{name}.jsonl", 1)
-        search[name] = [dict(row(right), n=size["search"]["beam"], alpha=alpha, tokens=mean(made),
-                             minus_one_sample=paired(right, rft))]
+        right, rows = shares(root / "test" / f"{name}.jsonl", 1)
+        cost = {k: mean(r[f"{k}_tokens"] for r in rows) for k in ("generated", "prefilled", "scored")}
+        search["beam, Q" + (f" + {alpha} A" if alpha else "")] = [
+            dict(row(right), n=size["search"]["beam"], tokens=cost["generated"], minus_one_sample=paired(right, rft), **cost)]
     summaries = {v: json.loads((root / v / "summary.json").read_text()) for v in ("sft", "rft", "orm", "q")}
     return dict(policies=policies, pav_minus_outcome=paired(by_arm["rl_pav"], by_arm["rl_outcome"]), search=search,
                 curves=curves, summaries=summaries)
@@ -324,13 +324,18 @@ def figure(r, size, path):
                       label=NAMES[arm] if not i else None)
     left.set(xlabel="tokens sampled in RL, thousands", ylabel=f"sampled accuracy, val ({size['rl']['eval_problems']} draws)",
              title="RL from the RFT policy (a line a seed)")
-    colours = dict(zip(r["search"], ("#0072B2", "#009E73", "#7f7f7f", "#cccccc", "#D55E00", "#CC79A7")))
-    for name, rows in r["search"].items():
-        error = [[x["accuracy"] - x["low"] for x in rows], [x["high"] - x["accuracy"] for x in rows]]
-        right.errorbar([x["tokens"] for x in rows], [x["accuracy"] for x in rows], error, fmt="-o" if len(rows) > 1 else "D",
-                       color=colours[name], label=name, markersize=5, linewidth=1.5, elinewidth=0.6)
+    colours = ("#0072B2", "#009E73", "#7f7f7f", "#cccccc", "#D55E00", "#CC79A7")
+    for i, (name, rows) in enumerate(r["search"].items()):
+        x = [row["tokens"] * 1.04 ** (i - 2) for row in rows]  # side by side, so that every bar is seen
+        error = [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]
+        right.errorbar(x, [row["accuracy"] for row in rows], error, fmt="-o" if len(rows) > 1 else "D", color=colours[i],
+                       label=name, markersize=5, linewidth=1.5, elinewidth=0.8)
     right.set_xscale("log")
-    right.set(xlabel="tokens generated a problem", ylabel="accuracy, test", title="search with the RFT policy (bars: 95%)")
+    ticks = [row["tokens"] for row in r["search"]["majority"]]
+    right.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
+    right.minorticks_off()
+    right.set(xlabel="tokens generated a problem (logarithmic)", ylabel="accuracy, test",
+              title="search with the RFT policy (bars: 95%)")
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
