@@ -74,6 +74,8 @@ class Config(MRTFlags, RunConfig):
     gate: str = opt("none", "pay no bonus from the first illegal step on (legal), or only to right solutions (outcome)",
                     "guards", choices=["none", "legal", "outcome"])
     center_bonus: bool = opt(True, "subtract the batch's mean bonus at the same step index (others' samples only)", "guards")
+    credit: str = opt("step", "a step's bonus goes to its own tokens (step), or also to all before it (return-to-go: a control)",
+                      "guards", choices=["step", "return-to-go"])
     constant_value: bool = opt(False, "control: a verifier that says the same everywhere, with the same guards", "guards")
     num_prompts: int = opt(16, "prompts a step (P)", "optimization", low=1)
     num_generations: int = opt(8, "samples a prompt (G)", "optimization", low=2)
@@ -83,8 +85,8 @@ class Config(MRTFlags, RunConfig):
     temperature: float = opt(1.0, "of the policy, in the sampler and in the loss", "optimization", above=0)
     loss_type: str = opt("dapo", "one weight per token (dapo), per solution (grpo), or per token by a constant (dr_grpo)",
                          "optimization", choices=["dapo", "grpo", "dr_grpo"])
-    scale_rewards: str = opt("none", "divide outcome advantages by the group's std (group) or not", "optimization",
-                             choices=["none", "group"])
+    scale_rewards: str = opt("none", "divide by the group's std: nothing, outcome advantages (group), or these and the bonus "
+                             "(shaped: a control)", "optimization", choices=["none", "group", "shaped"])
     num_iterations: int = opt(1, "optimizer steps on the same rollouts", "optimization", low=1)
     epsilon: float = opt(0.2, "clip range of the ratio; idle when --num-iterations is 1", "optimization", above=0)
     epsilon_high: float = opt(0.28, "its upper side (clip-higher)", "optimization", above=0)
@@ -111,17 +113,30 @@ class Config(MRTFlags, RunConfig):
 
 
 def outcome_advantage(reward, scale="none"):
-    """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; "group" also divides by its std
+    """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; other scales also divide by its std
     (floored at 1e-3: a group that agrees must not explode). A group that agrees gives exactly 0."""
     centred = reward - reward[:, :1]  # first, since the mean of three times 0.7 is not 0.7 in float32
     centred = centred - centred.mean(1, keepdim=True)
-    return centred / reward.std(1, keepdim=True).clamp(min=1e-3) if scale == "group" else centred
+    return centred / reward.std(1, keepdim=True).clamp(min=1e-3) if scale != "none" else centred
 
 
 def step_bonus(values, reward):
     """Values V [B,S+1] at the prompt and after each step -> bonus [B,S]: pav, mrt: progress V_h - V_{h-1};
     "q": V_h itself, which pays for standing in a good place, again at every step (kept to show it break)."""
     return values[:, 1:] - values[:, :-1] if reward in ("pav", "mrt") else values[:, 1:]
+
+
+def spread_credit(bonus, credit):
+    """bonus [B,S] -> [B,S]. "step": as it is, discount 0. "return-to-go": each step gets its own and all later bonuses;
+    of progress that is V(end) - V_{h-1}, a baseline for the outcome and no more (kept to show it break)."""
+    return bonus if credit == "step" else bonus.flip(1).cumsum(1).flip(1)
+
+
+def scale_in_group(bonus, real, G):
+    """bonus, real [B,S] -> bonus over the std of its group's real steps (floor 1e-3). Where a group agrees, what is left is the
+    verifier's noise, now at full size: phantom advantages (kept to show it break)."""
+    std = torch.stack([b[r].std() for b, r in zip(bonus.view(-1, G, bonus.shape[1]), real.view(-1, G, bonus.shape[1]))])
+    return bonus / std.clamp(min=1e-3).repeat_interleave(G)[:, None]
 
 
 def center_by_step(bonus, real):
@@ -198,6 +213,8 @@ def advantages(cfg, task, problems, rollouts, tokenizer, verifier, kl=None, laps
             logs["rewards/progress/mean"] = float(bonus.sum() / real.sum())
             logs["rewards/progress/large"] = float(((bonus.abs() > 0.1) & real).sum() / real.sum())
             logs["completions/mean_steps"] = float(real.sum(1).float().mean())
+            bonus = spread_credit(bonus, cfg.credit)
+            bonus = scale_in_group(bonus, real, G) if cfg.scale_rewards == "shaped" else bonus
             per_step = cfg.alpha * (center_by_step(bonus, real) if cfg.center_bonus else bonus)
     if kl is not None and cfg.kl_estimator == "k1":
         reward = reward - cfg.beta * kl  # (B,) sum over the completion of log pi - log ref
@@ -298,8 +315,9 @@ def pick_problems(problems, step, cfg):
     return out
 
 
-def train(cfg):
-    """One arm: load policy and verifier, loop, leave metrics.jsonl and a checkpoint. Resumes by itself."""
+def train(cfg, verifier=None):
+    """One arm: load policy and verifier, loop, leave metrics.jsonl and a checkpoint. Resumes by itself.
+    verifier: used instead of the one in the folder --verifier (experiments/provers.py gives exact values)."""
     device, run = setup(cfg.device, cfg.threads), Path(cfg.run_dir)
     task = get_task(cfg)
     lock = open_run(run, cfg, ignore=("run_dir", "device", "arms", "seeds", "workers", "stage_flags"))  # noqa: F841
@@ -308,7 +326,8 @@ def train(cfg):
         return json.loads((run / "summary.json").read_text())
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     spare_threads(model, cfg.threads)
-    verifier = load_verifier(cfg.verifier, tokenizer, device) if cfg.verifier else None
+    if verifier is None and cfg.verifier:
+        verifier = load_verifier(cfg.verifier, tokenizer, device)
     if verifier is None and cfg.reward not in ("outcome", "mrt"):
         raise UserError(f"--reward {cfg.reward} needs --verifier (pav.py trains one)")
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None

@@ -1,0 +1,115 @@
+"""The planted sub-sequence solved exactly: values, visits, the terms of PAV's theory and the exact policy update.
+
+Used by experiments/provers.py and breaks.py. A state is two numbers: n letters left (0..L) and the KMP state k (0..K-1;
+K: found); an action a is one of the letters (A of them). Everything is float64 and nothing is sampled. Source: Setlur et
+al. 2024, arXiv 2410.08146, section 3.3 (the task), eq. 13 (the update), theorem 3.1 (the two terms).
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from puzzles import kmp_next, planted_values  # noqa: E402
+
+
+def transitions(pattern, letters):
+    """[K,A] int: the KMP state after each letter."""
+    return np.array([[kmp_next(pattern, k, c) for c in letters] for k in range(len(pattern))])
+
+
+def scripted(pattern, letters, strength, length):
+    """The demonstrator as a table, [L+1,K,A]: the next hidden letter has `strength` times the weight of another."""
+    weight = np.array([[strength if c == y else 1.0 for c in letters] for y in pattern])
+    return np.repeat((weight / weight.sum(1, keepdims=True))[None], length + 1, 0)
+
+
+def state_values(step, policy):
+    """V [L+1,K+1]: the chance that the policy still finds the pattern."""
+    V = np.zeros((len(policy), len(step) + 1))
+    V[:, -1] = 1.0
+    for n in range(1, len(policy)):
+        V[n, :-1] = (policy[n] * V[n - 1][step]).sum(1)
+    return V
+
+
+def visits(step, policy):
+    """[L+1,K]: how often a solution of the policy passes through (n, k), not counting what comes after success."""
+    d = np.zeros((len(policy), len(step) + 1))
+    d[-1, 0] = 1.0
+    for n in range(len(policy) - 1, 0, -1):
+        np.add.at(d[n - 1], step.ravel(), (d[n, :-1, None] * policy[n]).ravel())
+    d[0] = 0.0  # no letter left, nothing to choose
+    return d[:, :-1]
+
+
+def progress(step, V):
+    """A(s,a) = V(after) - V(before), [L+1,K,A]; 0 where no letter is left."""
+    A = np.zeros((len(V), *step.shape))
+    A[1:] = V[:-1][:, step] - V[1:, :-1, None]
+    return A
+
+
+def two_terms(policy, visited, A_mu, A_pi):
+    """(distinguishability, alignment) of theorem 3.1, s weighted by `visited`."""
+    centred = A_mu - (policy * A_mu).sum(-1, keepdims=True)
+    return float((visited * (policy * centred**2).sum(-1)).sum()), float((visited * (policy * A_mu * A_pi).sum(-1)).sum())
+
+
+def natural_gradient(step, policy, bonus, eta, steps):
+    """eq. 13, `steps` times: pi <- pi exp(eta (A^pi + bonus)) / Z, A^pi anew each time (A^pi for Q^pi: V(s) cancels in Z).
+    -> success from the prompt before, between and after, [steps+1]."""
+    logits, success = np.log(policy), []
+    for _ in range(steps + 1):
+        policy = np.exp(logits - logits.max(-1, keepdims=True))
+        policy /= policy.sum(-1, keepdims=True)
+        V = state_values(step, policy)
+        success.append(V[-1, 0])
+        logits = np.log(np.maximum(policy, 1e-300)) + eta * (progress(step, V) + bonus)
+    return np.array(success)
+
+
+def time_to(curve, level, eta):
+    """Time (eta times steps) at which a curve first reaches the level, linear between steps; None if it does not."""
+    above = np.flatnonzero(curve >= level)
+    if not len(above) or above[0] == 0:
+        return 0.0 if len(above) else None
+    i = above[0]
+    return float(eta * (i - (curve[i] - level) / (curve[i] - curve[i - 1])))
+
+
+def spearman(x, y):
+    """Rank correlation; ties get their mean rank. nan where one side is constant."""
+    rank = lambda v: np.array([(np.sum(v < a) + np.sum(v <= a)) / 2 for a in v])  # noqa: E731
+    a, b = (r - r.mean() for r in (rank(np.asarray(x, float)), rank(np.asarray(y, float))))
+    norm = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm > 0 else float("nan")
+
+
+class ExactVerifier(nn.Module):
+    """The solver in the place of a pav.Verifier: tokens [B,T] -> logits [B,T] of V^mu, for prompts of one token."""
+
+    def __init__(self, task, tokenizer, strength, k=1):
+        super().__init__()
+        self.head, self.logit_shift, self.k, self.length = nn.Linear(1, 1), 0.0, k, task.max_new_tokens
+        self.tables = {}
+        for p in task.all:
+            K = len(p.answer)
+            step = torch.full((K + 1, tokenizer.n_vocab), K)  # found once, found for good
+            for k_, c in ((i, c) for i in range(K) for c in task.letters):
+                step[k_, tokenizer.encode(c)[0]] = kmp_next(p.answer, k_, c)
+            table = planted_values(p.answer, task.letters, task.max_new_tokens, float(strength))
+            self.tables[tokenizer.encode(p.prompt)[0]] = step, torch.tensor(table, dtype=torch.float64)
+
+    def forward(self, tokens):
+        out = torch.empty(tokens.shape)
+        for prompt, (step, table) in self.tables.items():
+            rows = tokens[:, 0] == prompt
+            state, seen = torch.zeros(int(rows.sum()), dtype=torch.long), tokens[rows]
+            for t in range(tokens.shape[1]):
+                state = step[state, seen[:, t]] if t else state
+                out[rows, t] = table[self.length - t, state].logit().float()
+        return out

@@ -1,0 +1,440 @@
+"""Which prover? The two terms of PAV's theory, computed exactly, beside the improvement that is measured.
+
+    python experiments/provers.py              # about COST of one core, of which the exact part takes one minute
+    python experiments/provers.py --smoke      # the same road in a few seconds
+    -> docs/results/provers/: results.json, table.md, curves.png
+
+The claim (Setlur et al. 2024, arXiv 2410.08146, theorem 3.1): a policy pi that is updated by eq. 13,
+pi'(a|s) ~ pi(a|s) exp(eta (Q^pi + A^mu)), improves by at least the order of eta times
+
+    E_s Var_{a~pi}[A^mu(s,a)]   (distinguishability)   +   E_s E_{a~pi}[A^mu(s,a) A^pi(s,a)]   (alignment)
+
+so provers mu that are too weak or too strong, whose A^mu is flat, help less; the paper finds strengths 8 to 15 useful on
+the planted sub-sequence, with a base of strength 5, and Best-of-4 of the base the best of K = 1 ... 32. Remark 3.1:
+where Q^pi is O(1/K), Best-of-K raises distinguishability by K^2 and worsens alignment by at most K.
+
+Measured on that task, which has a state of two numbers, (letters left, KMP state), in three steps away from the theory:
+  1. exact: tabular policy, exact values, the exact step of eq. 13. First order in eta, a step of size 1, and the flow
+     (many small steps: the time to reach 50%). No sampling, so no seeds; the spread is over hidden patterns with repeated
+     letters. s is weighted by the base policy's visits, summed over the solution.
+  2. exact values: train_rl.py's transformer, sampled gradients, Adam; only the verifier is replaced by the solver.
+  3. learned verifiers (pav.py), of scripted provers cloned by train_sft.py, and of the base for Best-of-K (eq. 30).
+2 and 3: every arm gets the same grid of learning rates, on a seed that is not reported.
+
+What would have falsified it: rank correlation of prediction and gain about 0 or negative; the strongest prover not worse
+than a middle one. (The exact part does falsify the second half, see table.md.)
+Runs stay in runs/provers, the stages in runs/planted, where train_rl.py's own comparison finds them too. Killed, the same
+command goes on.
+"""
+
+import random
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from planted_exact import (  # noqa: E402
+    ExactVerifier,
+    natural_gradient,
+    progress,
+    scripted,
+    spearman,
+    state_values,
+    time_to,
+    transitions,
+    two_terms,
+    visits,
+)
+
+import pav  # noqa: E402
+import pipeline  # noqa: E402
+import train_rl  # noqa: E402
+import train_sft  # noqa: E402
+from common import derive, mean, opt, parse, read_metrics, script, write_json  # noqa: E402
+from labels import boundaries  # noqa: E402
+from model import load_model  # noqa: E402
+from report import machine  # noqa: E402
+from sample import generate  # noqa: E402
+from tasks import get_task  # noqa: E402
+
+TUNING = 1000  # the seed on which learning rates are chosen; the reported ones are 0, 1, ...
+VERIFIERS = {("scripted", 16): "verifier", ("scripted", 1000): "verifier_strong"}  # Best-of-K: verifier_base
+
+
+@dataclass
+class Config:
+    strengths: list = opt([2, 5, 8, 12, 16, 30, 100, 1000], "scripted provers of the exact part; 5 is the base")
+    best_of: list = opt([1, 2, 4, 8, 16, 32], "K of the Best-of-K provers of the exact part")
+    patterns: int = opt(5, "hidden patterns with repeated letters, for the spread of the exact part", low=1)
+    exact_arms: list = opt(["scripted-5", "scripted-8", "scripted-16", "scripted-100", "scripted-1000", "best-of-4",
+                            "best-of-16"], "provers whose exact values pay a transformer")
+    learned_arms: list = opt(["scripted-16", "scripted-1000", "best-of-1", "best-of-4"], "provers with a learned verifier")
+    learning_rates: list = opt([1e-3, 3e-3], "grid of every arm with a transformer")
+    seeds: int = opt(5, "seeds of the reported numbers", low=2)
+    steps: int = opt(100, "RL steps", low=1)
+    eval_problems: int = opt(256, "problems of an evaluation", low=1)
+    out: str = opt("docs/results/provers", "where table, figure and numbers go")
+    smoke: bool = opt(False, "a few steps of everything")
+
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Exact.
+
+
+def exact_rows(cfg, pattern, letters, length, base_strength):
+    """One row per prover: the two terms, the gain they predict, and the gains that are measured; the first row is
+    outcome-only (no bonus)."""
+    step, base = transitions(pattern, letters), scripted(pattern, letters, base_strength, length)
+    V, d = state_values(step, base), visits(step, base)
+    A_pi = progress(step, V)
+    provers = {"outcome": None} | {f"scripted-{g}": state_values(step, scripted(pattern, letters, g, length))
+                                   for g in cfg.strengths} | {f"best-of-{K}": 1 - (1 - V) ** K for K in cfg.best_of}
+    rows, tiny, small = [], 1e-5, 0.1
+    for name, V_mu in provers.items():
+        A_mu = progress(step, V_mu) if V_mu is not None else np.zeros_like(A_pi)
+        seen, aligned = two_terms(base, d, A_mu, A_pi)
+        first = natural_gradient(step, base, A_mu, tiny, 1)
+        flow = natural_gradient(step, base, A_mu, small, 150)
+        rows.append(dict(
+            prover=name, success=float(V_mu[-1, 0]) if V_mu is not None else None, distinguishability=seen, alignment=aligned,
+            predicted=seen + aligned, first_order=float(first[1] - first[0]) / tiny,
+            own_variance=two_terms(base, d, A_pi, A_pi)[0],
+            step_of_one=float(np.diff(natural_gradient(step, base, A_mu, 1.0, 1))[0]), time_to_half=time_to(flow, 0.5, small)))
+    return rows
+
+
+def rank_correlations(rows):
+    """Of the terms with the gains, over provers (outcome-only left out)."""
+    rows = [r for r in rows if r["prover"] != "outcome"]
+    speed = [-(r["time_to_half"] or 1e9) for r in rows]
+    column = lambda key: [r[key] for r in rows]  # noqa: E731
+    gains = dict(first_order=column("first_order"), step_of_one=column("step_of_one"), flow=speed)
+    return {f"{term}/{gain}": spearman(column(term), y) for term in ("distinguishability", "alignment", "predicted")
+            for gain, y in gains.items()}
+
+
+def growth_with_k(pattern, letters, length, base_strength, best_of):
+    """Remark 3.1: distinguishability and alignment of Best-of-K over those of K = 1; over all states, and over those with
+    K Q^pi(s,a) <= 0.3 for every letter a and the largest K, which is the remark's condition."""
+    step, base = transitions(pattern, letters), scripted(pattern, letters, base_strength, length)
+    V, d = state_values(step, base), visits(step, base)
+    A_pi, Q = progress(step, V), np.zeros((len(V), *step.shape))
+    Q[1:] = V[:-1][:, step]
+    small = (Q.max(-1) * max(best_of) <= 0.3) & (Q.max(-1) > 0)
+    out = []
+    for K in best_of:
+        A_mu = progress(step, 1 - (1 - V) ** K)
+        row = dict(K=K)
+        for name, weight in (("all", d), ("small_q", d * small)):
+            one, terms = two_terms(base, weight, A_pi, A_pi), two_terms(base, weight, A_mu, A_pi)
+            row |= {f"distinguishability_{name}": terms[0] / one[0] if one[0] else None,
+                    f"alignment_{name}": terms[1] / one[1] if one[1] else None}
+        out.append(row)
+    return out
+
+
+def exact_part(cfg):
+    task = get_task(train_rl.Config(task="planted"))
+    letters, L = task.letters, task.max_new_tokens
+    main = exact_rows(cfg, letters[:6], letters, L, 5.0)  # distinct letters: which ones does not matter
+    regimes = {"four letters in 30, base 5 (easy)": (letters[:4], 30, 5.0),
+               "six letters in 12, base 2 (hard)": (letters[:6], L, 2.0)}
+    regimes |= {f"repeated letters {s}": ("".join(random.Random(f"pattern/{s}").choices(letters[:3], k=6)), L, 5.0)
+                for s in range(cfg.patterns)}
+    others = {name: dict(pattern=p, length=n, base=b, rows=exact_rows(cfg, p, letters, n, b))
+              for name, (p, n, b) in regimes.items()}
+    for o in others.values():
+        o["correlations"] = rank_correlations(o["rows"])
+    return dict(rows=main, correlations=rank_correlations(main), regimes=others,
+                remark=growth_with_k(letters[:6], letters, L, 5.0, cfg.best_of))
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2 and 3. The transformer.
+
+
+def kind_of(prover):
+    """'scripted-16' -> ('scripted', 16), 'best-of-4' -> ('best-of', 4)"""
+    kind, number = prover.rsplit("-", 1)
+    return kind, int(number)
+
+
+def verifier_name(prover):
+    """The stage of the comparison in pipeline.py that holds a learned verifier of this prover."""
+    kind, _ = key = kind_of(prover)
+    return "verifier_base" if kind == "best-of" else VERIFIERS[key]
+
+
+def build_stages(cfg, root, seed):
+    """Base policy and the verifiers that are missing, by their own scripts, in this process. -> the seed's folder."""
+    arm = {"verifier": "pav", "verifier_strong": "strong-prover", "verifier_base": "base-prover"}
+    wanted = {verifier_name(p) for p in cfg.learned_arms}
+    rl = train_rl.Config(task="planted", reward="outcome", seed=seed, run_dir=str(root), smoke=cfg.smoke,
+                         arms=[arm[v] for v in sorted(wanted)])
+    _, jobs = pipeline.plan(rl, given=set())
+    mains = {"train_sft.py": train_sft.main, "pav.py": pav.main}
+    for label, _, argv in jobs:
+        run = root / label
+        if Path(argv[0]).name in mains and not (run / "summary.json").exists():
+            print(f"  building {run}", flush=True)
+            with redirect_stdout(StringIO()):
+                mains[Path(argv[0]).name](argv[1:])
+    return root / f"seed{seed}"
+
+
+def get_verifier(home, task, tokenizer, source, prover):
+    kind, number = kind_of(prover)
+    if source == "exact":
+        return ExactVerifier(task, tokenizer, *((5.0, number) if kind == "best-of" else (number, 1)))
+    verifier = pav.load_verifier(home / verifier_name(prover), tokenizer)
+    verifier.k = number if kind == "best-of" else 1
+    return verifier
+
+
+def reinforce(cfg, root, stages, seed, source, prover, lr):
+    """One RL run (or the one that is there). -> dict(curve [evaluations], mean, end)"""
+    home, run = stages / f"seed{seed}", root / f"seed{seed}" / f"{source}_{prover}_lr{lr:g}"
+    config = train_rl.Config(
+        task="planted", seed=seed, policy=str(home / "sft"), run_dir=str(run), reward="outcome" if prover == "none" else "pav",
+        num_prompts=4, num_generations=32, steps=cfg.steps, learning_rate=lr, eval_problems=cfg.eval_problems, threads=1,
+        save_steps=cfg.steps, device="cpu", eval_split="val" if seed == TUNING else "test")
+    task = get_task(config)
+    verifier = None if prover == "none" else get_verifier(home, task, task.tokenizer(), source, prover)
+    with redirect_stdout(StringIO()):
+        train_rl.train(config, verifier)
+    curve = [r["eval/accuracy"] for r in read_metrics(run) if "eval/accuracy" in r]
+    return dict(curve=curve, mean=mean(curve[1:]), end=curve[-1])
+
+
+def advantage_correlation(home, task, prover, learned):
+    """Of the learned with the exact A^mu, over the steps of 512 solutions of the base."""
+    model, tokenizer = load_model(home / "sft")
+    problems = task.problems("test", 512, 0)
+    rolled = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=task.max_new_tokens,
+                      temperature=1.0, seed=derive(0, "advantage correlation"), stop_ids=tokenizer.eos_ids)
+    ends = boundaries(task, rolled, tokenizer)
+    A = [pav.step_values(v, rolled.tokens, ends).diff(dim=1).flatten()
+         for v in (learned, get_verifier(home, task, tokenizer, "exact", prover))]
+    return pav.correlation(*A)
+
+
+def transformer_part(cfg, root, stages):
+    arms = [("outcome", "none")] + [("exact", p) for p in cfg.exact_arms] + [("learned", p) for p in cfg.learned_arms]
+    task = get_task(train_rl.Config(task="planted"))
+    for seed in [TUNING, *range(cfg.seeds)]:
+        build_stages(cfg, stages, seed)
+    rows = []
+    for source, prover in arms:
+        tried = {lr: reinforce(cfg, root, stages, TUNING, source, prover, lr)["mean"] for lr in cfg.learning_rates}
+        lr = max(tried, key=tried.get)
+        runs = [reinforce(cfg, root, stages, seed, source, prover, lr) for seed in range(cfg.seeds)]
+        homes = [stages / f"seed{seed}" for seed in range(cfg.seeds)] if source == "learned" else []
+        corr = [advantage_correlation(h, task, prover, get_verifier(h, task, task.tokenizer(), source, prover)) for h in homes]
+        rows.append(dict(source=source, prover=prover, learning_rate=lr, tuning={f"{k:g}": round(v, 4) for k, v in tried.items()},
+                         mean=mean(r["mean"] for r in runs), mean_sd=spread(r["mean"] for r in runs),
+                         end=mean(r["end"] for r in runs), end_sd=spread(r["end"] for r in runs),
+                         per_seed=[round(r["mean"], 4) for r in runs], curves=[r["curve"] for r in runs], corr_advantage=corr))
+        print(f"  {source} {prover}: mean over the curve {rows[-1]['mean']:.3f} ({rows[-1]['mean_sd']:.3f}), end "
+              f"{rows[-1]['end']:.3f}", flush=True)
+    return rows
+
+
+def spread(values):
+    values = list(values)
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+# ----------------------------------------------------------------------------------------------------
+# Table, figure, claims.
+
+
+def number(x, digits=3):
+    return "" if x is None else f"{x:.{digits}g}"
+
+
+def exact_table(rows):
+    lines = ["| prover | its success from the prompt | distinguishability | alignment | predicted (sum) | measured: first "
+             "order | a step of size 1 | time to 50% |", "|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        cells = [number(r[k]) for k in ("success", "distinguishability", "alignment", "predicted", "first_order", "step_of_one",
+                                        "time_to_half")]
+        lines.append(f"| {r['prover']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def correlation_table(exact):
+    gains = {"first_order": "first order", "step_of_one": "a step of size 1", "flow": "speed to 50%"}
+    groups = {"six letters in 12, base 5": [exact["correlations"]]}
+    for name, o in exact["regimes"].items():
+        groups.setdefault("the same, repeated letters" if name.startswith("repeated") else name, []).append(o["correlations"])
+    lines = ["| task | measured gain | distinguishability alone | alignment alone | their sum |", "|---|---|---|---|---|"]
+    for name, found in groups.items():
+        for gain, label in gains.items():
+            cells = []
+            for term in ("distinguishability", "alignment", "predicted"):
+                values = [f[f"{term}/{gain}"] for f in found]
+                sd = f" ({spread(values):.2f}, {len(values)} patterns)" if len(values) > 1 else ""
+                cells.append(f"{mean(values):.2f}{sd}")
+            lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def remark_table(rows):
+    lines = ["| K | K^2 | distinguishability over that of K = 1, where K Q <= 0.3 | all states | alignment over that of K = 1, "
+             "where K Q <= 0.3 | all states |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        cells = [number(r[f"{term}_{where}"]) for term in ("distinguishability", "alignment") for where in ("small_q", "all")]
+        lines.append(f"| {r['K']} | {r['K'] ** 2} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def transformer_table(rows):
+    lines = ["| values | prover | learning rate | accuracy, mean over the curve (sd) | per seed | at the end (sd) | corr. of "
+             "learned with exact A (sd) |", "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        corr = f"{mean(r['corr_advantage']):.2f} ({spread(r['corr_advantage']):.2f})" if r["corr_advantage"] else ""
+        per_seed = " ".join(f"{v:.2f}" for v in r["per_seed"])
+        lines.append(f"| {r['source']} | {r['prover']} | {r['learning_rate']:g} | {r['mean']:.3f} ({r['mean_sd']:.3f}) | "
+                     f"{per_seed} | {r['end']:.3f} ({r['end_sd']:.3f}) | {corr} |")
+    return "\n".join(lines)
+
+
+def figure(exact, rows, path):
+    """Left: the two terms and the exact gain against the prover's success. Middle: prediction against the exact gain of one
+    step and the time to 50%. Right: accuracy of the transformer, exact and learned values."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = {"scripted": dict(marker="o", color="#0072B2"), "best-of": dict(marker="s", color="#D55E00")}
+    names = {"scripted": "scripted prover, strength", "best-of": "Best-of-K of the base, K"}
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
+    success = {r["prover"]: r["success"] for r in exact["rows"]}
+    for kind, look in kinds.items():
+        mine = [r for r in exact["rows"] if r["prover"].startswith(kind)]
+        x = [r["success"] for r in mine]
+        for key, style, label in (("distinguishability", "-", "distinguishability"), ("alignment", ":", "alignment"),
+                                  ("first_order", "--", "exact gain, first order")):
+            left.plot(x, [r[key] for r in mine], style, **look, markersize=4, label=f"{label}, {kind}")
+        middle.plot([r["predicted"] for r in mine], [r["time_to_half"] for r in mine], "-", **look, label=names[kind])
+        for r in mine:
+            middle.annotate(r["prover"].rsplit("-", 1)[1], (r["predicted"], r["time_to_half"]), fontsize=7, xytext=(4, 4),
+                            textcoords="offset points")
+        for source, face in (("exact", None), ("learned", "white")):
+            got = sorted((success[r["prover"]], r["mean"], r["mean_sd"], r["prover"].rsplit("-", 1)[1]) for r in rows
+                         if r["source"] == source and r["prover"].startswith(kind))
+            if got:
+                x, y, sd, tags = zip(*got)
+                right.errorbar(x, y, sd, linestyle="-" if face is None else ":", **look, markersize=6, capsize=3,
+                               markerfacecolor=face or look["color"], label=f"{source} values, {names[kind]}")
+                for a, b, tag in zip(x, y, tags):
+                    right.annotate(tag, (a, b), fontsize=7, xytext=(5, 5), textcoords="offset points")
+    plain = next(r for r in rows if r["source"] == "outcome")
+    right.axhline(plain["mean"], color="#000000", linewidth=1, label="outcome only (band: sd)")
+    right.axhspan(plain["mean"] - plain["mean_sd"], plain["mean"] + plain["mean_sd"], color="#000000", alpha=0.08, linewidth=0)
+    left.set(xscale="log", yscale="log", xlabel="success of the prover from the prompt", ylabel="per unit of eta",
+             title="The two terms, and the gain (exact)")
+    middle.axhline(exact["rows"][0]["time_to_half"], color="#000000", linewidth=1, label="outcome only")
+    middle.set(xscale="log", xlabel="predicted: distinguishability + alignment", ylabel="time to 50% (eta times steps)",
+               title="Exact natural gradient: stronger is faster")
+    right.set(xscale="log", xlabel="success of the prover from the prompt", ylabel="accuracy, mean over the run",
+              title="Transformer, sampled gradient (bars: sd over seeds)")
+    for axis in (left, middle, right):
+        axis.legend(frameon=False, fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def claims(exact, rows, command):
+    """The sentences for README's table of claims, filled with what was measured."""
+    by, easy = {r["prover"]: r for r in exact["rows"]}, next(iter(exact["regimes"].values()))
+    paid = [r for r in exact["rows"] if r["success"] is not None]
+    share = [r["first_order"] / r["predicted"] for r in paid]
+    gap = max(abs(r["first_order"] / (r["own_variance"] + r["alignment"]) - 1) for r in exact["rows"])
+    c, ec, top = exact["correlations"], easy["correlations"], exact["remark"][-1]
+    theory = dict(
+        claim="Theorem 3.1: one policy update improves by at least the order of distinguishability plus alignment.",
+        measured=f"Exact tabular update, {len(paid)} provers: the sum's rank correlation with the gain of a step of size 1 is "
+                 f"{c['predicted/step_of_one']:.2f}, with the speed to 50% {c['predicted/flow']:.2f}; to first order the gain "
+                 f"is Var[A^pi] + alignment (within {gap:.1%}) and distinguishability is not in it: gain over sum falls from "
+                 f"{max(share):.2f} to {min(share):.2f} with the prover's strength. The alignment's sign is plus.",
+        holds="partly",
+        fails_when=f"the task is easy (four letters in 30): the sum's rank correlation with the first-order gain is "
+                   f"{ec['predicted/first_order']:.2f}, alignment's alone {ec['alignment/first_order']:.2f}.")
+    of = {(r["source"], r["prover"]): r for r in rows}
+    show = lambda r: f"{r['mean']:.2f} ({r['mean_sd']:.2f})"  # noqa: E731
+    mine = [r for r in rows if r["source"] == "exact"]
+    scripts = [r for r in mine if r["prover"].startswith("scripted")]
+    best, strongest = max(scripts, key=lambda r: r["mean"]), max(scripts, key=lambda r: by[r["prover"]]["success"])
+    rho = spearman([by[r["prover"]]["predicted"] for r in mine], [r["mean"] for r in mine])
+    margin = 2 * ((best["mean_sd"] ** 2 + strongest["mean_sd"] ** 2) / len(best["per_seed"])) ** 0.5
+    easy_best = max((r for r in easy["rows"] if r["prover"].startswith("scripted")), key=lambda r: r["step_of_one"])
+    strength = dict(
+        claim="Provers of middle strength are best (planted sub-sequence: 8 to 15 with a base of 5), too strong ones help less.",
+        measured=f"Transformer, sampled gradients, exact values, accuracy averaged over the run (sd over {len(best['per_seed'])} "
+                 f"seeds): {best['prover']} {show(best)}, {strongest['prover']} {show(strongest)}, outcome only "
+                 f"{show(of['outcome', 'none'])}; rank correlation with theorem 3.1's sum {rho:.2f}. Learned verifiers: "
+                 + ", ".join(f"{r['prover']} {show(r)}" for r in rows if r["source"] == "learned") + ".",
+        holds="partly" if best["mean"] - strongest["mean"] > margin else False,
+        fails_when=f"the gradient is exact: time to 50% is then {by[strongest['prover']]['time_to_half']:.1f} with "
+                   f"{strongest['prover']}, {by[best['prover']]['time_to_half']:.1f} with {best['prover']}; only on the easy "
+                   f"task is a middle one ({easy_best['prover']}) the best.")
+    remark = dict(
+        claim="Remark 3.1: where Q^pi = O(1/K), Best-of-K raises distinguishability by K^2 and worsens alignment by at most K.",
+        measured=f"K = {top['K']} (K^2 = {top['K'] ** 2}), over states with K Q <= 0.3: distinguishability times "
+                 f"{number(top['distinguishability_small_q'])}, alignment times {number(top['alignment_small_q'])}: better, not "
+                 "worse, as Best-of-K is monotone in Q^pi. Exact, so without a spread.",
+        holds=abs((top["distinguishability_small_q"] or 0) / top["K"] ** 2 - 1) < 0.5,
+        fails_when=f"all states are counted: the letter that completes the sequence has Q = 1, which is not O(1/K), and K = "
+                   f"{top['K']} gives a factor of {number(top['distinguishability_all'])}.")
+    return [dict(paper="2410.08146", command=command) | c for c in (theory, strength, remark)]
+
+
+def write(cfg, exact, rows, seconds):
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    command = "python experiments/provers.py" + (" --smoke" if cfg.smoke else "")
+    text = "\n\n".join([
+        "Exact, base of strength 5, six hidden letters in 12 (no sampling, no spread). First order and the terms are per unit of "
+        "eta, summed over the base's visits; outcome: A^mu = 0.", exact_table(exact["rows"]),
+        "The same with four letters in 30:", exact_table(next(iter(exact["regimes"].values()))["rows"]),
+        "Rank correlation (Spearman) over provers of the terms with the gain (sd):", correlation_table(exact),
+        "Remark 3.1, Best-of-K of the base:", remark_table(exact["remark"]),
+        f"Transformer, {cfg.steps} RL steps of 128 solutions, {len(rows[0]['per_seed'])} seeds, learning rate of each arm from "
+        f"{cfg.learning_rates} on another seed:", transformer_table(rows)])
+    (out / "table.md").write_text(text + "\n")
+    write_json(out / "results.json", dict(claims=claims(exact, rows, command), command=command, machine=machine(),
+                                          torch=torch.__version__, settings=vars(cfg), exact=exact, transformer=rows,
+                                          cpu_seconds_of_this_call=round(seconds)))
+    figure(exact, rows, out / "curves.png")
+    print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+
+
+def main(argv=None):
+    cfg, clock = parse(Config, argv, __doc__), time.process_time()
+    root, stages = Path("runs/provers"), Path("runs/planted")
+    if cfg.smoke:
+        cfg.strengths, cfg.best_of, cfg.patterns, cfg.seeds, cfg.steps, cfg.eval_problems = [5, 16, 1000], [1, 4], 1, 2, 2, 16
+        cfg.exact_arms, cfg.learned_arms, cfg.learning_rates = ["scripted-16", "scripted-1000"], ["best-of-4"], [1e-3]
+        root, stages, cfg.out = (Path("runs/provers_smoke") / name for name in ("rl", "stages", "results"))
+        cfg.out = str(cfg.out)
+    exact = exact_part(cfg)
+    print(exact_table(exact["rows"]), flush=True)
+    rows = transformer_part(cfg, root, stages)
+    write(cfg, exact, rows, time.process_time() - clock)
+
+
+if __name__ == "__main__":
+    script(main)
