@@ -23,8 +23,8 @@ Measured on that task, which has a state of two numbers, (letters left, KMP stat
 
 What would have falsified it: rank correlation of prediction and gain about 0 or negative; the strongest prover not worse
 than a middle one. (The exact part does falsify the second half, see table.md.)
-Runs stay in runs/provers, the stages in runs/planted, where train_rl.py's own comparison finds them too. Killed, the same
-command goes on.
+Runs stay in runs/provers, cloned policies in runs/planted, where train_rl.py's own comparison has them too. Killed, the
+same command goes on.
 """
 
 import random
@@ -53,7 +53,6 @@ from planted_exact import (  # noqa: E402
 )
 
 import pav  # noqa: E402
-import pipeline  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from common import derive, mean, opt, parse, read_metrics, script, write_json  # noqa: E402
@@ -64,7 +63,7 @@ from sample import generate  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 TUNING = 1000  # the seed on which learning rates are chosen; the reported ones are 0, 1, ...
-VERIFIERS = {("scripted", 16): "verifier", ("scripted", 1000): "verifier_strong"}  # Best-of-K: verifier_base
+STAGES, SMOKE = Path("runs/planted"), Path("runs/lessons_smoke")  # policies are those of train_rl.py's own comparison
 
 
 @dataclass
@@ -75,6 +74,8 @@ class Config:
     exact_arms: list = opt(["scripted-5", "scripted-8", "scripted-16", "scripted-100", "scripted-1000", "best-of-4",
                             "best-of-16"], "provers whose exact values pay a transformer")
     learned_arms: list = opt(["scripted-16", "scripted-1000", "best-of-1", "best-of-4"], "provers with a learned verifier")
+    verifier_problems: int = opt(20000, "continuations that a learned verifier is trained on", low=1)
+    verifier_epochs: int = opt(3, "passes over them", low=1)
     learning_rates: list = opt([1e-3, 3e-3], "grid of every arm with a transformer")
     seeds: int = opt(5, "seeds of the reported numbers", low=2)
     steps: int = opt(100, "RL steps", low=1)
@@ -165,77 +166,73 @@ def kind_of(prover):
     return kind, int(number)
 
 
-def verifier_name(prover):
-    """The stage of the comparison in pipeline.py that holds a learned verifier of this prover."""
-    kind, _ = key = kind_of(prover)
-    return "verifier_base" if kind == "best-of" else VERIFIERS[key]
+def clone(seed, name, strength, smoke, **more):
+    """A policy that train_sft.py clones from the demonstrator (or finds): the stages of train_rl.py's own comparison."""
+    run = (SMOKE if smoke else STAGES) / f"seed{seed}" / name
+    size = dict(steps=20, num_examples=256) if smoke else dict(steps=400, num_examples=6000)
+    with redirect_stdout(StringIO()):
+        train_sft.train(train_sft.Config(task="planted", seed=seed, strength=float(strength), run_dir=str(run), threads=1,
+                                         **size | more))
+    return run
 
 
-def build_stages(cfg, root, seed):
-    """Base policy and the verifiers that are missing, by their own scripts, in this process. -> the seed's folder."""
-    arm = {"verifier": "pav", "verifier_strong": "strong-prover", "verifier_base": "base-prover"}
-    wanted = {verifier_name(p) for p in cfg.learned_arms}
-    rl = train_rl.Config(task="planted", reward="outcome", seed=seed, run_dir=str(root), smoke=cfg.smoke,
-                         arms=[arm[v] for v in sorted(wanted)])
-    _, jobs = pipeline.plan(rl, given=set())
-    mains = {"train_sft.py": train_sft.main, "pav.py": pav.main}
-    for label, _, argv in jobs:
-        run = root / label
-        if Path(argv[0]).name in mains and not (run / "summary.json").exists():
-            print(f"  building {run}", flush=True)
-            with redirect_stdout(StringIO()):
-                mains[Path(argv[0]).name](argv[1:])
-    return root / f"seed{seed}"
+def learn_verifier(run, seed, policy, prover, strength, problems, epochs, smoke):
+    """A verifier that pav.py trains (or finds), one continuation a problem."""
+    size = dict(num_problems=64, epochs=1, eval_problems=16, eval_mc=4) if smoke else dict(num_problems=problems, epochs=epochs)
+    with redirect_stdout(StringIO()):
+        pav.train(pav.Config(task="planted", seed=seed, policy=str(policy), prover=str(prover), prover_strength=float(strength),
+                             run_dir=str(run), threads=1, n_cov=1, cuts=1, n_mc=1, **size))
+    return run
 
 
-def get_verifier(home, task, tokenizer, source, prover):
-    kind, number = kind_of(prover)
+def get_verifier(cfg, root, seed, task, source, prover):
+    """Exact, or learned: of a scripted prover's clone, or of the base with Best-of-K by eq. 30."""
+    (kind, number), tokenizer = kind_of(prover), task.tokenizer()
+    k, strength = (number, 5) if kind == "best-of" else (1, number)
     if source == "exact":
-        return ExactVerifier(task, tokenizer, *((5.0, number) if kind == "best-of" else (number, 1)))
-    verifier = pav.load_verifier(home / verifier_name(prover), tokenizer)
-    verifier.k = number if kind == "best-of" else 1
+        return ExactVerifier(task, tokenizer, strength, k)
+    base = clone(seed, "sft", 5, cfg.smoke)
+    name = {5: "sft", 16: "prover", 1000: "strong"}.get(strength, f"scripted{strength}")  # as pipeline.py calls them
+    run = learn_verifier(root / f"seed{seed}" / f"verifier_{strength}", seed, base, clone(seed, name, strength, cfg.smoke),
+                         strength, cfg.verifier_problems, cfg.verifier_epochs, cfg.smoke)
+    verifier = pav.load_verifier(run, tokenizer)
+    verifier.k = k
     return verifier
 
 
-def reinforce(cfg, root, stages, seed, source, prover, lr):
+def reinforce(cfg, root, seed, source, prover, lr):
     """One RL run (or the one that is there). -> dict(curve [evaluations], mean, end)"""
-    home, run = stages / f"seed{seed}", root / f"seed{seed}" / f"{source}_{prover}_lr{lr:g}"
+    run = root / f"seed{seed}" / f"{source}_{prover}_lr{lr:g}"
     config = train_rl.Config(
-        task="planted", seed=seed, policy=str(home / "sft"), run_dir=str(run), reward="outcome" if prover == "none" else "pav",
-        num_prompts=4, num_generations=32, steps=cfg.steps, learning_rate=lr, eval_problems=cfg.eval_problems, threads=1,
-        save_steps=cfg.steps, device="cpu", eval_split="val" if seed == TUNING else "test")
-    task = get_task(config)
-    verifier = None if prover == "none" else get_verifier(home, task, task.tokenizer(), source, prover)
+        task="planted", seed=seed, policy=str(clone(seed, "sft", 5, cfg.smoke)), run_dir=str(run), num_prompts=4,
+        num_generations=32, reward="outcome" if prover == "none" else "pav", steps=cfg.steps, learning_rate=lr, threads=1,
+        eval_problems=cfg.eval_problems, save_steps=cfg.steps, device="cpu", eval_split="val" if seed == TUNING else "test")
+    verifier = None if prover == "none" else get_verifier(cfg, root, seed, get_task(config), source, prover)
     with redirect_stdout(StringIO()):
         train_rl.train(config, verifier)
     curve = [r["eval/accuracy"] for r in read_metrics(run) if "eval/accuracy" in r]
     return dict(curve=curve, mean=mean(curve[1:]), end=curve[-1])
 
 
-def advantage_correlation(home, task, prover, learned):
+def advantage_correlation(cfg, root, seed, task, prover):
     """Of the learned with the exact A^mu, over the steps of 512 solutions of the base."""
-    model, tokenizer = load_model(home / "sft")
+    model, tokenizer = load_model(clone(seed, "sft", 5, cfg.smoke))
     problems = task.problems("test", 512, 0)
     rolled = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=task.max_new_tokens,
-                      temperature=1.0, seed=derive(0, "advantage correlation"), stop_ids=tokenizer.eos_ids)
+                      temperature=1.0, seed=derive(seed, "advantage correlation"), stop_ids=tokenizer.eos_ids)
     ends = boundaries(task, rolled, tokenizer)
-    A = [pav.step_values(v, rolled.tokens, ends).diff(dim=1).flatten()
-         for v in (learned, get_verifier(home, task, tokenizer, "exact", prover))]
-    return pav.correlation(*A)
+    return pav.correlation(*(pav.step_values(get_verifier(cfg, root, seed, task, source, prover), rolled.tokens, ends).diff(dim=1)
+                             .flatten() for source in ("learned", "exact")))
 
 
-def transformer_part(cfg, root, stages):
+def transformer_part(cfg, root):
     arms = [("outcome", "none")] + [("exact", p) for p in cfg.exact_arms] + [("learned", p) for p in cfg.learned_arms]
-    task = get_task(train_rl.Config(task="planted"))
-    for seed in [TUNING, *range(cfg.seeds)]:
-        build_stages(cfg, stages, seed)
-    rows = []
+    task, rows = get_task(train_rl.Config(task="planted")), []
     for source, prover in arms:
-        tried = {lr: reinforce(cfg, root, stages, TUNING, source, prover, lr)["mean"] for lr in cfg.learning_rates}
+        tried = {lr: reinforce(cfg, root, TUNING, source, prover, lr)["mean"] for lr in cfg.learning_rates}
         lr = max(tried, key=tried.get)
-        runs = [reinforce(cfg, root, stages, seed, source, prover, lr) for seed in range(cfg.seeds)]
-        homes = [stages / f"seed{seed}" for seed in range(cfg.seeds)] if source == "learned" else []
-        corr = [advantage_correlation(h, task, prover, get_verifier(h, task, task.tokenizer(), source, prover)) for h in homes]
+        runs = [reinforce(cfg, root, seed, source, prover, lr) for seed in range(cfg.seeds)]
+        corr = [advantage_correlation(cfg, root, seed, task, prover) for seed in range(cfg.seeds) if source == "learned"]
         rows.append(dict(source=source, prover=prover, learning_rate=lr, tuning={f"{k:g}": round(v, 4) for k, v in tried.items()},
                          mean=mean(r["mean"] for r in runs), mean_sd=spread(r["mean"] for r in runs),
                          end=mean(r["end"] for r in runs), end_sd=spread(r["end"] for r in runs),
@@ -424,15 +421,14 @@ def write(cfg, exact, rows, seconds):
 
 def main(argv=None):
     cfg, clock = parse(Config, argv, __doc__), time.process_time()
-    root, stages = Path("runs/provers"), Path("runs/planted")
+    root = SMOKE / "provers" if cfg.smoke else Path("runs/provers")
     if cfg.smoke:
         cfg.strengths, cfg.best_of, cfg.patterns, cfg.seeds, cfg.steps, cfg.eval_problems = [5, 16, 1000], [1, 4], 1, 2, 2, 16
         cfg.exact_arms, cfg.learned_arms, cfg.learning_rates = ["scripted-16", "scripted-1000"], ["best-of-4"], [1e-3]
-        root, stages, cfg.out = (Path("runs/provers_smoke") / name for name in ("rl", "stages", "results"))
-        cfg.out = str(cfg.out)
+        cfg.out = str(root / "results")
     exact = exact_part(cfg)
     print(exact_table(exact["rows"]), flush=True)
-    rows = transformer_part(cfg, root, stages)
+    rows = transformer_part(cfg, root)
     write(cfg, exact, rows, time.process_time() - clock)
 
 
