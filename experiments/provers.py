@@ -1,6 +1,6 @@
 """Which prover? The two terms of PAV's theory, computed exactly, beside the improvement that is measured.
 
-    python experiments/provers.py              # about COST of one core, of which the exact part takes one minute
+    python experiments/provers.py              # about 20 minutes of one core; the exact part alone takes seconds
     python experiments/provers.py --smoke      # the same road in a few seconds
     -> docs/results/provers/: results.json, table.md, curves.png
 
@@ -423,7 +423,7 @@ def main(argv=None):
     cfg, clock = parse(Config, argv, __doc__), time.process_time()
     root = SMOKE / "provers" if cfg.smoke else Path("runs/provers")
     if cfg.smoke:
-        cfg.strengths, cfg.best_of, cfg.patterns, cfg.seeds, cfg.steps, cfg.eval_problems = [5, 16, 1000], [1, 4], 1, 2, 2, 16
+        cfg.strengths, cfg.best_of, cfg.patterns, cfg.seeds, cfg.steps, cfg.eval_problems = [5, 16, 1000], [1, 4], 1, 1, 2, 16
         cfg.exact_arms, cfg.learned_arms, cfg.learning_rates = ["scripted-16", "scripted-1000"], ["best-of-4"], [1e-3]
         cfg.out = str(root / "results")
     exact = exact_part(cfg)

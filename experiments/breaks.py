@@ -1,0 +1,251 @@
+"""What breaks: the classic mistakes with process rewards, each against the right way, same seeds, same everything else.
+
+    python experiments/breaks.py              # about 15 minutes of one core
+    python experiments/breaks.py --smoke      # the same road in a few seconds
+    -> docs/results/breaks/: results.json, table.md, curves.png
+
+The right way (Setlur et al. 2024, arXiv 2410.08146, eq. 5): a step is paid the outcome of its solution and its own progress
+A^mu = V^mu(after) - V^mu(before). The mistakes, each one flag of train_rl.py away from it:
+
+    q                 the value itself, V^mu(after): it pays for standing in a good place       --reward q
+    q_to_go           the same, summed over all later steps, as rewards usually are             --reward q --credit return-to-go
+    to_go             progress, summed over all later steps: V(end) - V(before), a baseline     --credit return-to-go
+    shaped            bonuses over the std of their group: noise at full size where it agrees   --scale-rewards shaped
+    unguarded         a verifier of few solutions that also judges the end                      --no-anchor
+    believed          no grader at all, only that verifier's score of the whole                 --reward orm
+
+Task: the planted sub-sequence (puzzles.py), V^mu of the scripted prover of strength 16. The first four are paid by its
+*exact* values, so what breaks is the reward and not the verifier. The last two show the verifier break: a Goodhart plot
+(its score of the solutions against the truth), from a policy that solves some problems, beside the same verifier with the
+anchor (`guarded`: the last value is the grader's) and the grader alone (`graded`).
+
+Claims: arXiv 2410.08146, section 3.1 and appendix G (Q as the reward is no use, RL on it collapses) and its discount 0; the
+telescoping is arithmetic (tests/test_advantages.py); over-optimisation of learned verifiers is Gao et al. 2022 (2210.10760).
+What would have falsified them: a mistake whose accuracy is within two standard errors of the right way. Where a mistake
+does not hurt is measured too: an easy task (four letters), and discount 0, under which q and progress have the same
+expected gradient, as V(before) is then only a baseline.
+Every arm gets the same grid of learning rates, on a seed that is not reported. Runs stay in runs/breaks: killed, the same
+command goes on.
+"""
+
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from planted_exact import ExactVerifier  # noqa: E402
+from provers import SMOKE, TUNING, clone, learn_verifier, spread  # noqa: E402
+
+import train_rl  # noqa: E402
+from common import mean, opt, parse, read_metrics, script, write_json  # noqa: E402
+from report import COLOURS, machine  # noqa: E402
+from tasks import get_task  # noqa: E402
+
+PROVER = 16
+# flags of train_rl.py beside the right way's; name in figures; colour
+ARMS = {
+    "pav": (dict(), "the right way: progress, own step", COLOURS["pav"]),
+    "outcome": (dict(reward="outcome"), "outcome only", COLOURS["outcome"]),
+    "q": (dict(reward="q"), "value instead of progress, own step", COLOURS["q"]),
+    "q_to_go": (dict(reward="q", credit="return-to-go"), "value, return-to-go", "#CC79A7"),
+    "to_go": (dict(credit="return-to-go"), "progress, return-to-go", COLOURS["orm"]),
+    "shaped": (dict(scale_rewards="shaped"), "group std over the bonus", COLOURS["constant"]),
+}
+LEARNED = {
+    "graded": (dict(reward="outcome"), "grader alone", COLOURS["outcome"]),
+    "guarded": (dict(), "weak verifier with the anchor", COLOURS["pav"]),
+    "unguarded": (dict(anchor=False), "weak verifier, no anchor", COLOURS["q"]),
+    "believed": (dict(reward="orm"), "weak verifier, no grader", "#CC79A7"),
+}
+PANELS = [("Value instead of progress", ("pav", "q", "q_to_go")), ("Return-to-go", ("pav", "to_go", "outcome")),
+          ("Group std over the bonus", ("pav", "shaped"))]
+
+
+@dataclass
+class Config:
+    learning_rates: list = opt([1e-3, 3e-3], "grid of every arm")
+    seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
+    steps: int = opt(100, "RL steps on six letters", low=1)
+    easy_letters: int = opt(4, "length of the hidden sequence in the easy regime", low=1, high=12)
+    easy_steps: int = opt(60, "RL steps there", low=1)
+    learned_steps: int = opt(150, "RL steps of the arms with the weak verifier", low=1)
+    weak_problems: int = opt(2000, "continuations that the weak verifier is trained on (train_rl.py's own: 40000)", low=1)
+    eval_problems: int = opt(256, "problems of an evaluation", low=1)
+    out: str = opt("docs/results/breaks", "where table, figure and numbers go")
+    smoke: bool = opt(False, "a few steps of everything")
+
+
+def reinforce(cfg, root, regime, arm, seed, lr):
+    """One RL run (or the one that is there) -> dict(accuracy, score: curves over evaluations; tokens)."""
+    letters = cfg.easy_letters if regime == "easy" else 6
+    more, start = dict(planted_length=letters), clone(seed, f"sft{letters}" if letters != 6 else "sft", 5, cfg.smoke,
+                                                      planted_length=letters)
+    flags, verifier = ARMS[arm][0] if regime != "learned" else LEARNED[arm][0], None
+    if regime == "learned":
+        base, start = start, clone(seed, "prover", PROVER, cfg.smoke)
+        weak = learn_verifier(root / f"seed{seed}" / "weak_verifier", seed, base, start, PROVER, cfg.weak_problems, 6, cfg.smoke)
+        more["verifier"] = str(weak)
+    run = root / f"seed{seed}" / f"{regime}_{arm}_lr{lr:g}"
+    steps = dict(main=cfg.steps, easy=cfg.easy_steps, learned=cfg.learned_steps)[regime]
+    config = train_rl.Config(**(dict(
+        task="planted", reward="pav", seed=seed, policy=str(start), run_dir=str(run), num_prompts=4, num_generations=32,
+        steps=steps, learning_rate=lr, eval_problems=cfg.eval_problems, eval_split="val" if seed == TUNING else "test",
+        eval_steps=max(1, steps // 10), save_steps=steps, threads=1, device="cpu") | flags | more))
+    if regime != "learned" and config.reward != "outcome":
+        task = get_task(config)
+        verifier = ExactVerifier(task, task.tokenizer(), PROVER)
+    with redirect_stdout(StringIO()):
+        train_rl.train(config, verifier)
+    rows = [r for r in read_metrics(run) if "eval/accuracy" in r]
+    return dict(accuracy=[r["eval/accuracy"] for r in rows], score=[r.get("eval/verifier_score") for r in rows],
+                tokens=[r["num_tokens"] for r in rows])
+
+
+def compare(cfg, root, regime, arms, given=None):
+    """Tune every arm on the tuning seed, run it on the others. -> {arm: dict}; given: learning rates instead of the search.
+    `minus` is the paired difference to the first arm, the right way, of accuracy averaged over the run."""
+    out = {}
+    for arm in arms:
+        tried = {}
+        if not given:
+            tried = {lr: mean(reinforce(cfg, root, regime, arm, TUNING, lr)["accuracy"][1:]) for lr in cfg.learning_rates}
+        lr = given[arm] if given else max(tried, key=tried.get)
+        runs = [reinforce(cfg, root, regime, arm, seed, lr) for seed in range(cfg.seeds)]
+        averaged, end = [mean(r["accuracy"][1:]) for r in runs], [r["accuracy"][-1] for r in runs]
+        right = out[arms[0]]["averaged"] if out else averaged
+        minus = [a - b for a, b in zip(averaged, right)]
+        out[arm] = dict(learning_rate=lr, tuning={f"{k:g}": round(v, 4) for k, v in tried.items()}, runs=runs, averaged=averaged,
+                        mean=mean(averaged), mean_sd=spread(averaged), start=mean(r["accuracy"][0] for r in runs), end=mean(end),
+                        end_sd=spread(end), minus=mean(minus), minus_sd=spread(minus))
+        print(f"  {regime} {arm}: averaged {mean(averaged):.3f} ({spread(averaged):.3f}), end {mean(end):.3f}", flush=True)
+    return out
+
+
+def table(results, names):
+    lines = ["| arm | learning rate | accuracy, averaged over the run (sd) | minus the first arm, paired (sd) | first evaluation "
+             "| last (sd) | last, per seed | verifier's score, first to last |", "|---|---|---|---|---|---|---|---|"]
+    for arm, r in results.items():
+        ends = " ".join(f"{x['accuracy'][-1]:.2f}" for x in r["runs"])
+        score = [[x["score"][i] for x in r["runs"]] for i in (0, -1)]
+        score = "" if None in score[0] + score[1] else f"{mean(score[0]):.2f} to {mean(score[1]):.2f}"
+        lines.append(f"| {names[arm][1]} | {r['learning_rate']:g} | {r['mean']:.3f} ({r['mean_sd']:.3f}) | {r['minus']:+.3f} "
+                     f"({r['minus_sd']:.3f}) | {r['start']:.3f} | {r['end']:.3f} ({r['end_sd']:.3f}) | {ends} | {score} |")
+    return "\n".join(lines)
+
+
+def draw_curves(axis, results, arms, names, title, weight=2.0):
+    for arm in arms:
+        runs = results[arm]["runs"]
+        x = [t / 1e3 for t in runs[0]["tokens"]]
+        y = torch.tensor([r["accuracy"] for r in runs])
+        axis.plot(x, y.mean(0), color=names[arm][2], label=names[arm][1], linewidth=weight)
+        axis.fill_between(x, y.min(0).values, y.max(0).values, color=names[arm][2], alpha=0.15, linewidth=0)
+    axis.set(title=title, xlabel="sampled tokens, thousands", ylabel="sampled accuracy", ylim=(-0.02, 1.02))
+    axis.legend(frameon=False, fontsize=7)
+
+
+def figure(main_runs, easy, learned, path):
+    """Small multiples: one mistake a panel, its easy regime, and the Goodhart plot with the accuracy of the same runs."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(2, 3, figsize=(14.5, 8), constrained_layout=True)
+    for axis, (title, arms) in zip(axes[0], PANELS):
+        draw_curves(axis, main_runs, arms, ARMS, title)
+    draw_curves(axes[1][0], easy, list(easy), ARMS, "Where they do not hurt: an easy task")
+    draw_curves(axes[1][1], learned, list(learned), LEARNED, "A weak verifier, guarded or not")
+    goodhart = axes[1][2]
+    for arm in ("guarded", "unguarded", "believed"):
+        for i, r in enumerate(learned[arm]["runs"]):
+            goodhart.plot(r["score"], r["accuracy"], color=LEARNED[arm][2], linewidth=1, alpha=0.7,
+                          label=None if i else LEARNED[arm][1])
+            goodhart.plot(r["score"][-1], r["accuracy"][-1], "o", color=LEARNED[arm][2], markersize=5)
+    goodhart.axline((0, 0), slope=1, color="#aaaaaa", linestyle=":", linewidth=1)
+    goodhart.set(title="Goodhart plot (a dot where a seed ends)", xlabel="verifier's mean score", ylabel="sampled accuracy",
+                 ylim=(-0.02, 1.02))
+    goodhart.legend(frameon=False, fontsize=7)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def hurts(row):
+    """Below the right way by more than two standard errors of the paired difference."""
+    return bool(row["minus"] < -2 * row["minus_sd"] / len(row["runs"]) ** 0.5)
+
+
+def claims(main_runs, easy, learned, command):
+    """The sentences for README's table of claims, filled with what was measured."""
+    n = len(main_runs["pav"]["runs"])
+    show = lambda r: f"{r['mean']:.2f} ({r['mean_sd']:.2f})"  # noqa: E731
+    score = lambda arm, i: mean(r["score"][i] for r in learned[arm]["runs"])  # noqa: E731
+    how = f"accuracy averaged over the run, {n} seeds (sd), exact values"
+    rows = [
+        dict(paper="2410.08146", claim="Process rewards must be progress, not Q: RL on Q^pi + Q^mu collapses (appendix G).",
+             measured=f"{how}: progress {show(main_runs['pav'])}, value {show(main_runs['q'])} paid to its own step, "
+                      f"{show(main_runs['q_to_go'])} as return-to-go.",
+             holds=(True if hurts(main_runs["q"]) else "partly") if hurts(main_runs["q_to_go"]) else False,
+             fails_when=f"a step is paid its own value only (discount 0): the expected gradient is that of progress; on four "
+                        f"letters value to go gives {show(easy['q_to_go'])} against {show(easy['pav'])}."),
+        dict(paper="2410.08146", claim="The bonus is paid to its own step (discount 0); summed to the right it telescopes into a "
+                                       "baseline.",
+             measured=f"{how}: own step {show(main_runs['pav'])}, return-to-go {show(main_runs['to_go'])}, outcome only "
+                      f"{show(main_runs['outcome'])}.",
+             holds=hurts(main_runs["to_go"]),
+             fails_when=f"the outcome alone is enough: four letters, return-to-go {show(easy['to_go'])}, outcome only "
+                        f"{show(easy['outcome'])}, progress {show(easy['pav'])}."),
+        dict(paper="2210.10760", claim="Optimised long enough, a learned reward rises while the truth falls (Goodhart).",
+             measured=f"A verifier of few solutions as the only reward: its score goes from {score('believed', 0):.2f} to "
+                      f"{score('believed', -1):.2f}, accuracy from {learned['believed']['start']:.2f} to "
+                      f"{learned['believed']['end']:.2f} ({learned['believed']['end_sd']:.2f}, {n} seeds); beside the grader "
+                      f"without the anchor {learned['unguarded']['end']:.2f} ({learned['unguarded']['end_sd']:.2f}), with it "
+                      f"{learned['guarded']['end']:.2f} ({learned['guarded']['end_sd']:.2f}), grader alone "
+                      f"{learned['graded']['end']:.2f} ({learned['graded']['end_sd']:.2f}).",
+             holds=score("believed", -1) > score("believed", 0) and learned["believed"]["end"] < learned["believed"]["start"],
+             fails_when="the verifier has seen enough: with 40000 continuations and the anchor PAV reaches 0.94 and is "
+                        "not fooled (docs/results/planted)."),
+        dict(paper="none (common practice)", claim="Dividing shaped rewards by their group's std makes phantom advantages.",
+             measured=f"{how}: bonus as it is {show(main_runs['pav'])}, over its group's std {show(main_runs['shaped'])}.",
+             holds=hurts(main_runs["shaped"]), fails_when="values are exact: a group that agrees has no noise to blow up."),
+    ]
+    return [r | dict(command=command) for r in rows]
+
+
+def main(argv=None):
+    cfg, clock = parse(Config, argv, __doc__), time.process_time()
+    root = SMOKE / "breaks" if cfg.smoke else Path("runs/breaks")
+    if cfg.smoke:
+        cfg.learning_rates, cfg.seeds, cfg.steps, cfg.easy_steps, cfg.learned_steps, cfg.eval_problems = [1e-3], 1, 2, 2, 2, 16
+        cfg.out = str(root / "results")
+    main_runs = compare(cfg, root, "main", list(ARMS))
+    easy = compare(cfg, root, "easy", ["pav", "outcome", "q_to_go", "to_go"],
+                   {arm: r["learning_rate"] for arm, r in main_runs.items()})
+    learned = compare(cfg, root, "learned", list(LEARNED))
+    out, command = Path(cfg.out), "python experiments/breaks.py" + (" --smoke" if cfg.smoke else "")
+    out.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join([f"Six letters, exact values, {cfg.seeds} seeds, {cfg.steps} steps of 128 solutions:",
+                        table(main_runs, ARMS), f"{cfg.easy_letters} letters, the same learning rates:", table(easy, ARMS),
+                        f"A verifier of {cfg.weak_problems} continuations, from a policy cloned from strength {PROVER}:",
+                        table(learned, LEARNED)])
+    (out / "table.md").write_text(text + "\n")
+    write_json(out / "results.json", dict(claims=claims(main_runs, easy, learned, command), command=command, machine=machine(),
+                                          torch=torch.__version__, settings=vars(cfg), main=main_runs, easy=easy, learned=learned,
+                                          cpu_seconds_of_this_call=round(time.process_time() - clock)))
+    figure(main_runs, easy, learned, out / "curves.png")
+    print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+
+
+if __name__ == "__main__":
+    script(main)
