@@ -85,8 +85,8 @@ class Config(MRTFlags, RunConfig):
     temperature: float = opt(1.0, "of the policy, in the sampler and in the loss", "optimization", above=0)
     loss_type: str = opt("dapo", "one weight per token (dapo), per solution (grpo), or per token by a constant (dr_grpo)",
                          "optimization", choices=["dapo", "grpo", "dr_grpo"])
-    scale_rewards: str = opt("none", "divide by the group's std: nothing, outcome advantages (group), or these and the bonus "
-                             "(shaped: a control)", "optimization", choices=["none", "group", "shaped"])
+    scale_rewards: str = opt("none", "divide outcome advantages by the group's std (group) or not", "optimization",
+                             choices=["none", "group"])
     num_iterations: int = opt(1, "optimizer steps on the same rollouts", "optimization", low=1)
     epsilon: float = opt(0.2, "clip range of the ratio; idle when --num-iterations is 1", "optimization", above=0)
     epsilon_high: float = opt(0.28, "its upper side (clip-higher)", "optimization", above=0)
@@ -113,11 +113,11 @@ class Config(MRTFlags, RunConfig):
 
 
 def outcome_advantage(reward, scale="none"):
-    """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; other scales also divide by its std
+    """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; "group" also divides by its std
     (floored at 1e-3: a group that agrees must not explode). A group that agrees gives exactly 0."""
     centred = reward - reward[:, :1]  # first, since the mean of three times 0.7 is not 0.7 in float32
     centred = centred - centred.mean(1, keepdim=True)
-    return centred / reward.std(1, keepdim=True).clamp(min=1e-3) if scale != "none" else centred
+    return centred / reward.std(1, keepdim=True).clamp(min=1e-3) if scale == "group" else centred
 
 
 def step_bonus(values, reward):
@@ -130,13 +130,6 @@ def spread_credit(bonus, credit):
     """bonus [B,S] -> [B,S]. "step": as it is, discount 0. "return-to-go": each step gets its own and all later bonuses;
     of progress that is V(end) - V_{h-1}, a baseline for the outcome and no more (kept to show it break)."""
     return bonus if credit == "step" else bonus.flip(1).cumsum(1).flip(1)
-
-
-def scale_in_group(bonus, real, G):
-    """bonus, real [B,S] -> bonus over the std of its group's real steps (floor 1e-3). Where a group agrees, what is left is the
-    verifier's noise, now at full size: phantom advantages (kept to show it break)."""
-    std = torch.stack([b[r].std() for b, r in zip(bonus.view(-1, G, bonus.shape[1]), real.view(-1, G, bonus.shape[1]))])
-    return bonus / std.clamp(min=1e-3).repeat_interleave(G)[:, None]
 
 
 def center_by_step(bonus, real):
@@ -209,12 +202,10 @@ def advantages(cfg, task, problems, rollouts, tokenizer, verifier, kl=None, laps
         elif cfg.alpha > 0:
             values, pay = guarded_values(cfg, task, problems, rollouts, tokenizer, values, ends, outcome)
             real = ends[:, 1:] > ends[:, :-1]
-            bonus = step_bonus(values, cfg.reward) * real * pay
+            bonus = spread_credit(step_bonus(values, cfg.reward) * real * pay, cfg.credit)
             logs["rewards/progress/mean"] = float(bonus.sum() / real.sum())
             logs["rewards/progress/large"] = float(((bonus.abs() > 0.1) & real).sum() / real.sum())
             logs["completions/mean_steps"] = float(real.sum(1).float().mean())
-            bonus = spread_credit(bonus, cfg.credit)
-            bonus = scale_in_group(bonus, real, G) if cfg.scale_rewards == "shaped" else bonus
             per_step = cfg.alpha * (center_by_step(bonus, real) if cfg.center_bonus else bonus)
     if kl is not None and cfg.kl_estimator == "k1":
         reward = reward - cfg.beta * kl  # (B,) sum over the completion of log pi - log ref

@@ -7,23 +7,25 @@
 The right way (Setlur et al. 2024, arXiv 2410.08146, eq. 5): a step is paid the outcome of its solution and its own progress
 A^mu = V^mu(after) - V^mu(before). The mistakes, each one flag of train_rl.py away from it:
 
-    q                 the value itself, V^mu(after): it pays for standing in a good place       --reward q
-    q_to_go           the same, summed over all later steps, as rewards usually are             --reward q --credit return-to-go
-    to_go             progress, summed over all later steps: V(end) - V(before), a baseline     --credit return-to-go
-    shaped            bonuses over the std of their group: noise at full size where it agrees   --scale-rewards shaped
-    unguarded         a verifier of few solutions that also judges the end                      --no-anchor
-    believed          no grader at all, only that verifier's score of the whole                 --reward orm
+    q           the value itself, V^mu(after): it pays for standing in a good place      --reward q
+    q_to_go     the same, summed over all later steps, as rewards usually are            --reward q --credit return-to-go
+    to_go       progress, summed over all later steps: V(end) - V(before), a baseline    --credit return-to-go
+    group       outcomes over the std of their group                                     --scale-rewards group
+    unguarded   a verifier of few solutions that also judges the end                     --no-anchor
+    believed    no grader at all, only that verifier's score of the whole                --reward orm
+    phantom     the same, over the group's std: a group that agrees has only the         --reward orm --scale-rewards group
+                verifier's noise left, and gets it at full size
 
 Task: the planted sub-sequence (puzzles.py), V^mu of the scripted prover of strength 16. The first four are paid by its
-*exact* values, so what breaks is the reward and not the verifier. The last two show the verifier break: a Goodhart plot
-(its score of the solutions against the truth), from a policy that solves some problems, beside the same verifier with the
-anchor (`guarded`: the last value is the grader's) and the grader alone (`graded`).
+*exact* values, so what breaks is the reward and not the verifier. The others show the verifier break: a Goodhart plot
+(its score of the solutions against the truth), beside the same verifier with the anchor (`guarded`: the value of the end
+is the grader's) and the grader alone (`graded`).
 
 Claims: arXiv 2410.08146, section 3.1 and appendix G (Q as the reward is no use, RL on it collapses) and its discount 0; the
 telescoping is arithmetic (tests/test_advantages.py); over-optimisation of learned verifiers is Gao et al. 2022 (2210.10760).
 What would have falsified them: a mistake whose accuracy is within two standard errors of the right way. Where a mistake
-does not hurt is measured too: an easy task (four letters), and discount 0, under which q and progress have the same
-expected gradient, as V(before) is then only a baseline.
+does not hurt is measured too: an easy task (four letters); discount 0, under which q and progress have the same expected
+gradient, as V(before) is then only a baseline; and the weak verifier with a policy that already solves a tenth (`able`).
 Every arm gets the same grid of learning rates, on a seed that is not reported. Runs stay in runs/breaks: killed, the same
 command goes on.
 """
@@ -54,16 +56,17 @@ ARMS = {
     "q": (dict(reward="q"), "value instead of progress, own step", COLOURS["q"]),
     "q_to_go": (dict(reward="q", credit="return-to-go"), "value, return-to-go", "#CC79A7"),
     "to_go": (dict(credit="return-to-go"), "progress, return-to-go", COLOURS["orm"]),
-    "shaped": (dict(scale_rewards="shaped"), "group std over the bonus", COLOURS["constant"]),
+    "group": (dict(scale_rewards="group"), "outcomes over their group's std", COLOURS["constant"]),
 }
 LEARNED = {
     "graded": (dict(reward="outcome"), "grader alone", COLOURS["outcome"]),
     "guarded": (dict(), "weak verifier with the anchor", COLOURS["pav"]),
     "unguarded": (dict(anchor=False), "weak verifier, no anchor", COLOURS["q"]),
     "believed": (dict(reward="orm"), "weak verifier, no grader", "#CC79A7"),
+    "phantom": (dict(reward="orm", scale_rewards="group"), "no grader, over the group's std", COLOURS["constant"]),
 }
 PANELS = [("Value instead of progress", ("pav", "q", "q_to_go")), ("Return-to-go", ("pav", "to_go", "outcome")),
-          ("Group std over the bonus", ("pav", "shaped"))]
+          ("Outcomes over the group's std", ("pav", "group"))]
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Config:
     steps: int = opt(100, "RL steps on six letters", low=1)
     easy_letters: int = opt(4, "length of the hidden sequence in the easy regime", low=1, high=12)
     easy_steps: int = opt(60, "RL steps there", low=1)
-    learned_steps: int = opt(150, "RL steps of the arms with the weak verifier", low=1)
+    learned_steps: int = opt(100, "RL steps of the arms with the weak verifier", low=1)
     weak_problems: int = opt(2000, "continuations that the weak verifier is trained on (train_rl.py's own: 40000)", low=1)
     eval_problems: int = opt(256, "problems of an evaluation", low=1)
     out: str = opt("docs/results/breaks", "where table, figure and numbers go")
@@ -82,21 +85,22 @@ class Config:
 
 def reinforce(cfg, root, regime, arm, seed, lr):
     """One RL run (or the one that is there) -> dict(accuracy, score: curves over evaluations; tokens)."""
-    letters = cfg.easy_letters if regime == "easy" else 6
+    letters, weak = cfg.easy_letters if regime == "easy" else 6, regime in ("learned", "able")
     more, start = dict(planted_length=letters), clone(seed, f"sft{letters}" if letters != 6 else "sft", 5, cfg.smoke,
                                                       planted_length=letters)
-    flags, verifier = ARMS[arm][0] if regime != "learned" else LEARNED[arm][0], None
-    if regime == "learned":
-        base, start = start, clone(seed, "prover", PROVER, cfg.smoke)
-        weak = learn_verifier(root / f"seed{seed}" / "weak_verifier", seed, base, start, PROVER, cfg.weak_problems, 6, cfg.smoke)
-        more["verifier"] = str(weak)
+    flags, verifier = (LEARNED if weak else ARMS)[arm][0], None
+    if weak:
+        prover = clone(seed, "prover", PROVER, cfg.smoke)
+        more["verifier"] = str(learn_verifier(root / f"seed{seed}" / "weak_verifier", seed, start, prover, PROVER,
+                                              cfg.weak_problems, 6, cfg.smoke))
+        start = prover if regime == "able" else start
     run = root / f"seed{seed}" / f"{regime}_{arm}_lr{lr:g}"
-    steps = dict(main=cfg.steps, easy=cfg.easy_steps, learned=cfg.learned_steps)[regime]
+    steps = dict(main=cfg.steps, easy=cfg.easy_steps, learned=cfg.learned_steps, able=cfg.learned_steps)[regime]
     config = train_rl.Config(**(dict(
         task="planted", reward="pav", seed=seed, policy=str(start), run_dir=str(run), num_prompts=4, num_generations=32,
         steps=steps, learning_rate=lr, eval_problems=cfg.eval_problems, eval_split="val" if seed == TUNING else "test",
         eval_steps=max(1, steps // 10), save_steps=steps, threads=1, device="cpu") | flags | more))
-    if regime != "learned" and config.reward != "outcome":
+    if not weak and config.reward != "outcome":
         task = get_task(config)
         verifier = ExactVerifier(task, task.tokenizer(), PROVER)
     with redirect_stdout(StringIO()):
@@ -149,7 +153,7 @@ def draw_curves(axis, results, arms, names, title, weight=2.0):
     axis.legend(frameon=False, fontsize=7)
 
 
-def figure(main_runs, easy, learned, path):
+def figure(main_runs, easy, learned, able, path):
     """Small multiples: one mistake a panel, its easy regime, and the Goodhart plot with the accuracy of the same runs."""
     try:
         import matplotlib
@@ -165,11 +169,12 @@ def figure(main_runs, easy, learned, path):
     draw_curves(axes[1][0], easy, list(easy), ARMS, "Where they do not hurt: an easy task")
     draw_curves(axes[1][1], learned, list(learned), LEARNED, "A weak verifier, guarded or not")
     goodhart = axes[1][2]
-    for arm in ("guarded", "unguarded", "believed"):
-        for i, r in enumerate(learned[arm]["runs"]):
-            goodhart.plot(r["score"], r["accuracy"], color=LEARNED[arm][2], linewidth=1, alpha=0.7,
-                          label=None if i else LEARNED[arm][1])
-            goodhart.plot(r["score"][-1], r["accuracy"][-1], "o", color=LEARNED[arm][2], markersize=5)
+    for runs, style, where in ((learned, "-", "base"), (able, ":", "able policy")):
+        for arm in ("guarded", "unguarded", "believed"):
+            for i, r in enumerate(runs[arm]["runs"]):
+                goodhart.plot(r["score"], r["accuracy"], style, color=LEARNED[arm][2], linewidth=1, alpha=0.7,
+                              label=None if i else f"{LEARNED[arm][1]}, {where}")
+                goodhart.plot(r["score"][-1], r["accuracy"][-1], "o", color=LEARNED[arm][2], markersize=5)
     goodhart.axline((0, 0), slope=1, color="#aaaaaa", linestyle=":", linewidth=1)
     goodhart.set(title="Goodhart plot (a dot where a seed ends)", xlabel="verifier's mean score", ylabel="sampled accuracy",
                  ylim=(-0.02, 1.02))
@@ -186,18 +191,19 @@ def hurts(row):
     return bool(row["minus"] < -2 * row["minus_sd"] / len(row["runs"]) ** 0.5)
 
 
-def claims(main_runs, easy, learned, command):
+def claims(main_runs, easy, learned, able, command):
     """The sentences for README's table of claims, filled with what was measured."""
     n = len(main_runs["pav"]["runs"])
     show = lambda r: f"{r['mean']:.2f} ({r['mean_sd']:.2f})"  # noqa: E731
-    score = lambda arm, i: mean(r["score"][i] for r in learned[arm]["runs"])  # noqa: E731
-    how = f"accuracy averaged over the run, {n} seeds (sd), exact values"
+    last = lambda r: f"{r['end']:.2f} ({r['end_sd']:.2f})"  # noqa: E731
+    score = lambda r, i: mean(x["score"][i] for x in r["runs"])  # noqa: E731
+    how, fooled = f"accuracy averaged over the run (sd over {n} seeds), exact values", learned["believed"]
     rows = [
         dict(paper="2410.08146", claim="Process rewards must be progress, not Q: RL on Q^pi + Q^mu collapses (appendix G).",
              measured=f"{how}: progress {show(main_runs['pav'])}, value {show(main_runs['q'])} paid to its own step, "
                       f"{show(main_runs['q_to_go'])} as return-to-go.",
              holds=(True if hurts(main_runs["q"]) else "partly") if hurts(main_runs["q_to_go"]) else False,
-             fails_when=f"a step is paid its own value only (discount 0): the expected gradient is that of progress; on four "
+             fails_when=f"a step is paid its own value only (discount 0), as its expected gradient is that of progress; on four "
                         f"letters value to go gives {show(easy['q_to_go'])} against {show(easy['pav'])}."),
         dict(paper="2410.08146", claim="The bonus is paid to its own step (discount 0); summed to the right it telescopes into a "
                                        "baseline.",
@@ -206,19 +212,21 @@ def claims(main_runs, easy, learned, command):
              holds=hurts(main_runs["to_go"]),
              fails_when=f"the outcome alone is enough: four letters, return-to-go {show(easy['to_go'])}, outcome only "
                         f"{show(easy['outcome'])}, progress {show(easy['pav'])}."),
-        dict(paper="2210.10760", claim="Optimised long enough, a learned reward rises while the truth falls (Goodhart).",
-             measured=f"A verifier of few solutions as the only reward: its score goes from {score('believed', 0):.2f} to "
-                      f"{score('believed', -1):.2f}, accuracy from {learned['believed']['start']:.2f} to "
-                      f"{learned['believed']['end']:.2f} ({learned['believed']['end_sd']:.2f}, {n} seeds); beside the grader "
-                      f"without the anchor {learned['unguarded']['end']:.2f} ({learned['unguarded']['end_sd']:.2f}), with it "
-                      f"{learned['guarded']['end']:.2f} ({learned['guarded']['end_sd']:.2f}), grader alone "
-                      f"{learned['graded']['end']:.2f} ({learned['graded']['end_sd']:.2f}).",
-             holds=score("believed", -1) > score("believed", 0) and learned["believed"]["end"] < learned["believed"]["start"],
-             fails_when="the verifier has seen enough: with 40000 continuations and the anchor PAV reaches 0.94 and is "
-                        "not fooled (docs/results/planted)."),
-        dict(paper="none (common practice)", claim="Dividing shaped rewards by their group's std makes phantom advantages.",
-             measured=f"{how}: bonus as it is {show(main_runs['pav'])}, over its group's std {show(main_runs['shaped'])}.",
-             holds=hurts(main_runs["shaped"]), fails_when="values are exact: a group that agrees has no noise to blow up."),
+        dict(paper="2210.10760", claim="Optimised far enough, a learned reward rises while the truth does not (Goodhart).",
+             measured=f"A verifier of few solutions, {n} seeds, last evaluation: as the only reward its score goes "
+                      f"from {score(fooled, 0):.2f} to {score(fooled, -1):.2f}, accuracy from {fooled['start']:.2f} to "
+                      f"{last(fooled)}; "
+                      f"beside the grader without the anchor {last(learned['unguarded'])}, with it {last(learned['guarded'])}, "
+                      f"grader alone {last(learned['graded'])}.",
+             holds=score(fooled, -1) > score(fooled, 0) and fooled["end"] < learned["guarded"]["end"],
+             fails_when=f"the policy already solves a tenth: the same verifier as the only reward then leads "
+                        f"from {able['believed']['start']:.2f} to {last(able['believed'])}, the grader to {last(able['graded'])}."),
+        dict(paper="common practice", claim="Dividing dense rewards by their group's std makes phantom advantages.",
+             measured=f"Verifier's score as the reward, last evaluation: as it is {last(fooled)}, over the group's std "
+                      f"{last(learned['phantom'])}; {how}: outcomes over the group's std {show(main_runs['group'])}, as they are "
+                      f"{show(main_runs['pav'])}.",
+             holds=hurts(main_runs["group"]) or learned["phantom"]["end"] + 2 * learned["phantom"]["end_sd"] < fooled["end"],
+             fails_when="rewards are the grader's: a group that agrees then gets exactly nothing, scaled or not."),
     ]
     return [r | dict(command=command) for r in rows]
 
@@ -233,17 +241,20 @@ def main(argv=None):
     easy = compare(cfg, root, "easy", ["pav", "outcome", "q_to_go", "to_go"],
                    {arm: r["learning_rate"] for arm, r in main_runs.items()})
     learned = compare(cfg, root, "learned", list(LEARNED))
+    able = compare(cfg, root, "able", ["graded", "guarded", "unguarded", "believed"],
+                   {arm: r["learning_rate"] for arm, r in learned.items()})
     out, command = Path(cfg.out), "python experiments/breaks.py" + (" --smoke" if cfg.smoke else "")
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join([f"Six letters, exact values, {cfg.seeds} seeds, {cfg.steps} steps of 128 solutions:",
                         table(main_runs, ARMS), f"{cfg.easy_letters} letters, the same learning rates:", table(easy, ARMS),
-                        f"A verifier of {cfg.weak_problems} continuations, from a policy cloned from strength {PROVER}:",
-                        table(learned, LEARNED)])
+                        f"A verifier of {cfg.weak_problems} continuations, from the base:", table(learned, LEARNED),
+                        f"The same, from a policy cloned from strength {PROVER} (`able`):", table(able, LEARNED)])
     (out / "table.md").write_text(text + "\n")
-    write_json(out / "results.json", dict(claims=claims(main_runs, easy, learned, command), command=command, machine=machine(),
-                                          torch=torch.__version__, settings=vars(cfg), main=main_runs, easy=easy, learned=learned,
-                                          cpu_seconds_of_this_call=round(time.process_time() - clock)))
-    figure(main_runs, easy, learned, out / "curves.png")
+    write_json(out / "results.json", dict(
+        claims=claims(main_runs, easy, learned, able, command), command=command, machine=machine(), torch=torch.__version__,
+        settings=vars(cfg), main=main_runs, easy=easy, learned=learned, able=able,
+        cpu_seconds_of_this_call=round(time.process_time() - clock)))
+    figure(main_runs, easy, learned, able, out / "curves.png")
     print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
 
 

@@ -15,7 +15,6 @@ from train_rl import (
     k2_loss,
     outcome_advantage,
     policy_loss,
-    scale_in_group,
     spread_credit,
     step_bonus,
     token_weights,
@@ -56,17 +55,6 @@ def test_return_to_go_over_progress_is_outcome_minus_a_baseline():
     assert spread_credit(progress, "step") is progress
     close(spread_credit(progress, "return-to-go"), values[:, -1:] - values[:, :-1])
     close(spread_credit(step_bonus(values, "q"), "return-to-go")[0], torch.tensor([2.9, 2.4, 2.0, 1.0]))  # pays for staying
-
-
-def test_a_group_that_agrees_is_scaled_up_to_phantoms():
-    """Groups of 2: one whose bonuses are noise of size 0.01, one with real ones; after scaling both have std 1. Steps that
-    do not exist are not counted, and a group that agrees exactly stays at 0."""
-    bonus = torch.tensor([[0.01, -0.01, 9.0], [-0.01, 0.01, 9.0], [0.5, -0.5, 0.0], [-0.5, 0.5, 0.0], [0.0] * 3, [0.0] * 3])
-    real = torch.tensor([[True, True, False]] * 6)
-    scaled = scale_in_group(bonus, real, 2)[:, :2]
-    close(scaled[:2], scaled[2:4])
-    close(scaled[:4].reshape(2, 4).std(1), torch.ones(2))
-    assert (scaled[4:] == 0).all()
 
 
 def test_centring_leaves_the_sample_itself_out():
