@@ -219,8 +219,8 @@ def claims(main_runs, easy, learned, able, command):
                       f"beside the grader without the anchor {last(learned['unguarded'])}, with it {last(learned['guarded'])}, "
                       f"grader alone {last(learned['graded'])}.",
              holds=score(fooled, -1) > score(fooled, 0) and fooled["end"] < learned["guarded"]["end"],
-             fails_when=f"the policy already solves a tenth: the same verifier as the only reward then leads "
-                        f"from {able['believed']['start']:.2f} to {last(able['believed'])}, the grader to {last(able['graded'])}."),
+             fails_when=f"the policy already solves a tenth: from {able['believed']['start']:.2f} that verifier alone leads to "
+                        f"{last(able['believed'])}, the grader alone to {last(able['graded'])}."),
         dict(paper="common practice", claim="Dividing dense rewards by their group's std makes phantom advantages.",
              measured=f"Verifier's score as the reward, last evaluation: as it is {last(fooled)}, over the group's std "
                       f"{last(learned['phantom'])}; {how}: outcomes over the group's std {show(main_runs['group'])}, as they are "
