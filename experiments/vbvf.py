@@ -35,6 +35,7 @@ the paper's GPT-2 and MATH experiments. Results of each cell stay in runs/vbvf: 
 """
 
 import copy
+import functools
 import itertools
 import json
 import sys
@@ -50,7 +51,7 @@ from vbvf_report import BUDGETS, MIXTURES, claims, figure, tables  # noqa: E402
 
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
-from common import derive, opt, parse, script, shuffled, write_json  # noqa: E402
+from common import derive, generator, opt, parse, script, shuffled, write_json  # noqa: E402
 from contextual import Contextual  # noqa: E402
 from model import load_model, token_logprobs, write_model  # noqa: E402
 from pav import Verifier, value_loss  # noqa: E402
@@ -66,19 +67,21 @@ class Config:
     horizons: list = opt([8, 16, 32], "H: tokens of a trace")
     sizes: list = opt([64, 256, 1000], "n: problems, a trace each")
     planted: int = opt(4, "letters that a trace must hold", low=1)
-    base_steps: int = opt(400, "optimizer steps of the mixed base policy; other mixtures go on from it for half as many", low=1)
+    base_steps: int = opt(400, "optimizer steps of the mixed base policy; other mixtures go on from it for a quarter as many",
+                          low=4)
     base_learning_rate: float = opt(5e-3, "of the base policy", above=0)
-    batch_size: int = opt(64, "traces a step, in every fit", low=1)
-    learning_rates: list = opt([1e-3, 3e-3], "grid of VF and of the verifiers")
-    steps: list = opt([60, 200], "grid of VF and of the verifiers: steps at most")
-    rl_learning_rates: list = opt([3e-4, 1e-3], "grid of RL")
+    base_batch_size: int = opt(64, "demonstrations a step of the base policy", low=1)
+    batch_size: int = opt(32, "traces a step of VF and of the verifiers", low=1)
+    learning_rates: list = opt([3e-4, 1e-3, 3e-3], "grid of VF and of the verifiers")
+    steps: list = opt([10, 30, 60, 120], "grid of VF and of the verifiers: optimizer steps, in rising order")
+    rl_learning_rates: list = opt([5e-4, 2e-3], "grid of RL")
     betas: list = opt([0.01, 0.1], "grid of RL: KL coefficient")
-    rl_steps: int = opt(40, "optimizer steps of RL", low=1)
-    rl_prompts: int = opt(16, "prompts a step of RL, out of the n problems (P)", low=1)
+    rl_steps: list = opt([10, 20, 40], "grid of RL: optimizer steps, in rising order")
+    rl_prompts: int = opt(8, "prompts a step of RL, out of the n problems (P)", low=1)
     rl_samples: int = opt(8, "samples a prompt (G)", low=2)
     pessimism: float = opt(1.0, "lambda of the score", low=0)
-    tries: int = opt(16, "base traces a problem at most in VF's rejection sampling", low=1)
-    test_problems: int = opt(150, "prompts of an evaluation, 32 base traces each", low=1)
+    tries: int = opt(8, "base traces a problem at most in VF's rejection sampling", low=1)
+    test_problems: int = opt(100, "prompts of an evaluation, 32 base traces each", low=1)
     out: str = opt("docs/results/vbvf", "where table, figure and numbers go")
     smoke: bool = opt(False, "a few steps of everything")
 
@@ -87,32 +90,21 @@ class Config:
 # One training loop for the base policy, VF and the verifiers.
 
 
-def fit(model, loss, n, steps, learning_rate, batch_size, seed, eval_steps=20, patience=3):
-    """Adam on loss(rows) for rows out of n. A fifth is held out (256 rows at most are looked at) and the weights with the
-    lowest held-out loss are kept, the first ones among them. Stops after `patience` evaluations without gain. Returns the
-    step of the kept weights."""
-    cfg = train_sft.Config(learning_rate=learning_rate, steps=steps, warmup_steps=min(20, steps // 4))
+def fit(model, loss, n, stops, learning_rate, batch_size, seed, warmup_steps=10):
+    """AdamW on loss(rows), rows drawn out of n; the rate is constant after a warm-up. Yields at each of the rising numbers
+    of steps in `stops`: one run thus tries them all, and choosing among them is early stopping."""
+    cfg = train_sft.Config(learning_rate=learning_rate)
     optimizer, params = train_sft.adamw(model, cfg)
-    order = shuffled(n, seed, "held out")
-    held, rows = order[: min(n // 5, 256)], order[n // 5 :]
-    best, at, kept = float("inf"), 0, None
-    for step in range(steps + 1):
-        if step % eval_steps == 0 or step == steps:
-            with torch.no_grad():
-                value = loss(held).item()
-            if value < best:
-                best, at, kept = value, step, copy.deepcopy(model.state_dict())
-            elif step - at >= patience * eval_steps:
-                break
-        batch = [rows[derive(seed, "row", step, i) % len(rows)] for i in range(batch_size)]
+    rng = generator(seed, "rows")
+    for step in range(1, stops[-1] + 1):
         for group in optimizer.param_groups:
-            group["lr"] = train_sft.learning_rate(step + 1, cfg)
-        loss(batch).backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+            group["lr"] = learning_rate * min(1.0, step / warmup_steps)
+        loss(torch.randint(n, (batch_size,), generator=rng)).backward()
+        torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    model.load_state_dict(kept)
-    return at
+        if step in stops:
+            yield step
 
 
 def imitation(model, tokens, prompt_len):
@@ -164,11 +156,15 @@ def labels(times, H):
     return (torch.arange(1, H + 1) >= times[:, None]).float()
 
 
-def score(verifiers, tokens, prompt_len, pessimism):
-    """Mean predicted reward of each trace, by every verifier, then mean - pessimism * std over them. -> [B] float32."""
+def predicted(verifiers, tokens, prompt_len):
+    """What every verifier thinks that each trace earns: the mean over its prefixes of the chance of label 1. [3,B]."""
     with torch.no_grad():
-        each = torch.stack([v(tokens)[:, prompt_len:].sigmoid().mean(1) for v in verifiers])
-    return each.mean(0) - pessimism * each.std(0)
+        return torch.stack([v(tokens)[:, prompt_len:].sigmoid().mean(1) for v in verifiers])
+
+
+def pessimistic(each, weight):
+    """[3,B] -> mean over the verifiers minus weight times their standard deviation, [B]."""
+    return each.mean(0) - weight * each.std(0)
 
 
 def best_of(scores, value, N):
@@ -210,7 +206,8 @@ class World:
         pool, _ = sample(self.base, self.task, self.tokenizer, self.problems, cfg.tries, self.H, derive(seed, "pool"))
         self.pool, self.pool_times = pool.tokens, self.times(self.problems, pool.tokens)
         held, _ = sample(self.base, self.task, self.tokenizer, self.test, max(BUDGETS), self.H, derive(seed, "test"))
-        self.held, self.held_times = held.tokens, self.times(self.test, held.tokens)
+        self.held = held.tokens.view(len(self.test), -1, held.tokens.shape[1])
+        self.held_times = self.times(self.test, held.tokens)
 
     def times(self, problems, tokens):
         return solve_times(self.task, self.tokenizer, problems, tokens)
@@ -227,12 +224,13 @@ class World:
             mixed = Contextual(self.seed, planted=cfg.planted, length=self.H, mixture=MIXTURES["mixed"])
             other = World.__new__(World)
             other.cfg, other.seed, other.H, other.task = cfg, self.seed, self.H, mixed
-            (model, tokenizer), steps = other.policy(root, "mixed"), cfg.base_steps // 2
-        config = train_sft.Config(task="contextual", seed=self.seed, num_examples=(steps * cfg.batch_size * 5) // 4)
+            (model, tokenizer), steps = other.policy(root, "mixed"), cfg.base_steps // 4
+        config = train_sft.Config(task="contextual", seed=self.seed, num_examples=steps * cfg.base_batch_size)
         examples = train_sft.build_examples(self.task, tokenizer, self.task.problems("train", None, self.seed), config)
         tokens = torch.tensor([p + c for p, c in examples])
-        fit(model, imitation(model, tokens, self.task.planted), len(tokens), steps, cfg.base_learning_rate,
-            cfg.batch_size, derive(self.seed, "base", mixture), patience=10**6)
+        for _ in fit(model, imitation(model, tokens, self.task.planted), len(tokens), [steps], cfg.base_learning_rate,
+                     cfg.base_batch_size, derive(self.seed, "base", mixture)):
+            pass
         temporary = folder.with_name(f".tmp-{folder.name}")
         temporary.mkdir(parents=True, exist_ok=True)
         write_model(temporary, model, tokenizer)
@@ -255,42 +253,44 @@ class World:
 # The arms. Each gets a World, n, H and its setting.
 
 
-def vf(world, n, H, setting):
-    """SFT on n right traces -> policy, what it cost."""
-    tokens, drawn = world.correct(n, H)
-    model, at = copy.deepcopy(world.base), 0
-    if len(tokens) >= 5:  # fewer cannot be split: the base stays as it is
-        at = fit(model, imitation(model, tokens, world.k), len(tokens), setting["steps"], setting["learning_rate"],
-                 world.cfg.batch_size, derive(world.seed, "vf", n, H))
-    return model, dict(traces=len(tokens), base_traces=drawn, stopped_at=at)
+def vf(world, n, H, learning_rate, stops):
+    """SFT on n right traces -> yields (steps, policy)."""
+    tokens, _ = world.correct(n, H)
+    model = copy.deepcopy(world.base)
+    if not len(tokens):  # nothing to imitate: the base stays as it is
+        yield from ((s, model) for s in stops)
+        return
+    for step in fit(model, imitation(model, tokens, world.k), len(tokens), stops, learning_rate, world.cfg.batch_size,
+                    derive(world.seed, "vf", n, H)):
+        yield step, model
 
 
-def vb(world, n, H, setting, seeds=3):
-    """Verifiers on n annotated traces; they differ in what they hold out and in the order of the rest."""
+def vb(world, n, H, learning_rate, stops, seeds=3):
+    """Verifiers on n annotated traces -> yields (steps, [three verifiers]); they differ in the order of the traces."""
     tokens, label = world.annotated(n, H)
-    out = []
-    for i in range(seeds):
-        verifier = Verifier(copy.deepcopy(world.base))
-        fit(verifier, verification(verifier, tokens, world.k, label), n, setting["steps"], setting["learning_rate"],
-            world.cfg.batch_size, derive(world.seed, "verifier", n, H, i))
-        out.append(verifier.requires_grad_(False))
-    return out
+    verifiers = [Verifier(copy.deepcopy(world.base)) for _ in range(seeds)]
+    runs = [fit(v, verification(v, tokens, world.k, label), n, stops, learning_rate, world.cfg.batch_size,
+                derive(world.seed, "verifier", n, H, i)) for i, v in enumerate(verifiers)]
+    for step, *_ in zip(*runs):
+        yield step, verifiers
 
 
-def reinforce(world, verifiers, n, H, setting):
-    """REINFORCE from the base on the n problems: the pessimistic score minus its group's mean, KL to the base."""
-    cfg, model = world.cfg, copy.deepcopy(world.base).requires_grad_(True)
-    rl = train_rl.Config(beta=setting["beta"], learning_rate=setting["learning_rate"], num_generations=cfg.rl_samples)
+def reinforce(world, verifiers, n, H, learning_rate, beta, stops):
+    """REINFORCE from the base on the n problems: the pessimistic score minus its group's mean, KL to the base.
+    Yields (steps, policy, what it believes and how far it is)."""
+    cfg, model = world.cfg, copy.deepcopy(world.base)
+    rl = train_rl.Config(beta=beta, learning_rate=learning_rate, num_generations=cfg.rl_samples)
     params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr=rl.learning_rate)
-    for step in range(cfg.rl_steps):
+    optimizer = torch.optim.Adam(params, lr=learning_rate)
+    for step in range(1, stops[-1] + 1):
         rows = shuffled(n, world.seed, "rl", step)[: cfg.rl_prompts]
         out, _ = sample(model, world.task, world.tokenizer, [world.problems[i] for i in rows], cfg.rl_samples, H,
                         derive(world.seed, "rl", n, H, step))
-        reward = score(verifiers, out.tokens, world.k, cfg.pessimism).view(-1, cfg.rl_samples)
+        reward = pessimistic(predicted(verifiers, out.tokens, world.k), cfg.pessimism).view(-1, cfg.rl_samples)
         adv = train_rl.outcome_advantage(reward).view(-1, 1) * out.mask()
         logs = train_rl.update(model, world.base, optimizer, params, out, adv, rl, H, "cpu")
-    return model, dict(kl=logs["kl"] * H, believed=float(reward.mean()))  # nats a trace
+        if step in stops:
+            yield step, model, dict(kl=logs["kl"] * H, believed=float(reward.mean()))  # kl: nats a trace
 
 
 def judge(world, model, H, each):
@@ -302,13 +302,16 @@ def judge(world, model, H, each):
     return summary(times, H) | dict(greedy=summary(world.times(world.test, greedy.tokens), H), likeliest=likely)
 
 
-def search(world, verifiers, H, pessimism):
-    """Best-of-N of the base's own traces by score -> {N: J}, accuracy at the largest N, correlation of score and reward."""
-    cut, times = world.held[:, : world.k + H], world.held_times
-    s, r = score(verifiers, cut, world.k, pessimism).view(times.shape).double(), rewards(times, H)
-    accuracy = best_of(s, (times <= H).double(), 16)
+def search(world, verifiers, H, weight, each=BUDGETS[-1]):
+    """Best-of-N of the base's own traces by score -> {N: J}, the same by the plain mean of the verifiers, accuracy at 16,
+    correlation of score and reward."""
+    cut, times = world.held[:, :each, : world.k + H].flatten(0, 1), world.held_times[:, :each]
+    predictions, r = predicted(verifiers, cut, world.k), rewards(times, H)
+    s, plain = (pessimistic(predictions, w).view(times.shape).double() for w in (weight, 0.0))
     corr = float(np.corrcoef(s.flatten(), r.flatten())[0, 1]) if s.std() > 0 and r.std() > 0 else 0.0
-    return dict(J={N: best_of(s, r, N) for N in BUDGETS}, accuracy=accuracy, correlation=corr)
+    at = [N for N in BUDGETS if each >= N]
+    return dict(J={N: best_of(s, r, N) for N in at}, J_mean={N: best_of(plain, r, N) for N in at}, correlation=corr,
+                accuracy=best_of(s, (times <= H).double(), 16))
 
 
 def cell(world, n, H, setting):
@@ -318,11 +321,13 @@ def cell(world, n, H, setting):
         given_right=float(r[r > 0].mean()) if (r > 0).any() else 0.0, oracle={N: best_of(r, r, N) for N in BUDGETS})
     greedy, _ = sample(world.base, world.task, world.tokenizer, world.test, 1, H, 0, temperature=0)
     base["greedy"] = summary(world.times(world.test, greedy.tokens), H)
-    model, cost = vf(world, n, H, setting["vf"])
-    verifiers = vb(world, n, H, setting["vb"])
-    policy, logs = reinforce(world, verifiers, n, H, setting["rl"])
-    return dict(base=base, vf=judge(world, model, H, 16) | cost, rl=judge(world, policy, H, 8) | logs,
-                bon=search(world, verifiers, H, world.cfg.pessimism), bon_mean=search(world, verifiers, H, 0.0),
+    traces, drawn = world.correct(n, H)
+    (_, model), = vf(world, n, H, setting["vf"]["learning_rate"], [setting["vf"]["steps"]])
+    (_, verifiers), = vb(world, n, H, setting["vb"]["learning_rate"], [setting["vb"]["steps"]])
+    (_, policy, logs), = reinforce(world, verifiers, n, H, setting["rl"]["learning_rate"], setting["rl"]["beta"],
+                                   [setting["rl"]["steps"]])
+    return dict(base=base, vf=judge(world, model, H, 16) | dict(traces=len(traces), base_traces=drawn),
+                rl=judge(world, policy, H, 16) | logs, bon=search(world, verifiers, H, world.cfg.pessimism),
                 labelled_right=float((world.pool_times[:n, 0] <= H).double().mean()),
                 cpu_seconds=round(time.process_time() - clock, 1))
 
@@ -334,45 +339,46 @@ def kept(path, make):
     return json.loads(path.read_text())
 
 
-def tune(cfg, root, n, H):
-    """The settings at n: four tried for each arm on the tuning seed, all at the middle H with the mixed base."""
-    world = None
+def tune(root, n, H, world):
+    """The settings at n: as many tried for each arm on the tuning seed, at the middle H with the mixed base."""
+    best, tried = {}, {}
+    for name in ("vf", "vb", "rl"):
+        tried[name] = kept(root / f"tuning_{name}_n{n}.json", lambda: list(trials(world(), name, n, H, best)))  # noqa: B023
+        best[name] = {k: v for k, v in max(tried[name], key=lambda row: row["J"]).items() if k != "J"}
+        print(f"tuning, n = {n}, {name}: {best[name]}", flush=True)
+    return best, tried
 
-    def tried(name, grid, run):
-        def make():
-            nonlocal world
-            world = world or World(cfg, root, TUNING, "mixed", max(cfg.sizes))
-            return [dict(setting, J=run(world, setting)) for setting in grid]
 
-        rows = kept(root / f"tuning_{name}_n{n}.json", make)
-        best = max(rows, key=lambda row: row["J"])
-        return {k: v for k, v in best.items() if k != "J"}, rows
-
-    grid = [dict(learning_rate=lr, steps=s) for lr, s in itertools.product(cfg.learning_rates, cfg.steps)]
-    best, rows = {}, {}
-    best["vf"], rows["vf"] = tried("vf", grid, lambda w, s: judge(w, vf(w, n, H, s)[0], H, 16)["J"])
-    best["vb"], rows["vb"] = tried("vb", grid, lambda w, s: search(w, vb(w, n, H, s), H, cfg.pessimism)["J"][16])
-    grid = [dict(learning_rate=lr, beta=b) for lr, b in itertools.product(cfg.rl_learning_rates, cfg.betas)]
-    best["rl"], rows["rl"] = tried(
-        "rl", grid, lambda w, s: judge(w, reinforce(w, vb(w, n, H, best["vb"]), n, H, s)[0], H, 16)["J"])
-    return best, rows
+def trials(world, name, n, H, best):
+    """Every setting of an arm's grid -> its J on `val`: VF and RL by samples, the verifiers by best-of-16."""
+    cfg = world.cfg
+    if name == "rl":
+        (_, verifiers), = vb(world, n, H, best["vb"]["learning_rate"], [best["vb"]["steps"]])
+        for lr, beta in itertools.product(cfg.rl_learning_rates, cfg.betas):
+            for step, policy, _ in reinforce(world, verifiers, n, H, lr, beta, cfg.rl_steps):
+                yield dict(learning_rate=lr, beta=beta, steps=step, J=judge(world, policy, H, 8)["J"])
+        return
+    for lr in cfg.learning_rates:
+        for step, found in (vf if name == "vf" else vb)(world, n, H, lr, cfg.steps):
+            J = judge(world, found, H, 8)["J"] if name == "vf" else search(world, found, H, cfg.pessimism, 16)["J"][16]
+            yield dict(learning_rate=lr, steps=step, J=J)
 
 
 def run_all(cfg, root):
-    """-> rows (one per seed, mixture, n, H), tuning. Every cell is a file."""
-    middle, n_middle = cfg.horizons[len(cfg.horizons) // 2], cfg.sizes[len(cfg.sizes) // 2]
-    tuning = {n: tune(cfg, root, n, middle) for n in cfg.sizes}
-    rows = []
+    """-> rows (one per seed, mixture, n, H), tuning. Every cell is a file; a World is made where one is missing."""
+    make = lambda *of: functools.cache(lambda: World(cfg, root, *of))  # noqa: E731
+    middle, n_middle = (x[len(x) // 2] for x in (cfg.horizons, cfg.sizes))
+    world = make(TUNING, "mixed", max(cfg.sizes))
+    tuning, rows = {n: tune(root, n, middle, world) for n in cfg.sizes}, []
     for seed, mixture in itertools.product(range(cfg.seeds), MIXTURES):
-        world = None
         sizes = cfg.sizes if mixture == "mixed" else [n_middle]
+        world = make(seed, mixture, max(sizes))
         for n, H in itertools.product(sizes, cfg.horizons):
             path = root / f"{mixture}_n{n}_H{H}_seed{seed}.json"
-            if not path.exists():
-                world = world or World(cfg, root, seed, mixture, max(sizes))
-                print(f"{path.stem} ...", flush=True)
-            row = kept(path, lambda: cell(world, n, H, tuning[n][0]))  # noqa: B023 (called at once)
+            row = kept(path, lambda: cell(world(), n, H, tuning[n][0]))  # noqa: B023 (called at once)
             rows.append(dict(seed=seed, mixture=mixture, n=n, H=H) | row)
+            print(f"seed {seed}, {mixture}, n = {n}, H = {H}: J of base {row['base']['J']:.3f}, VF {row['vf']['J']:.3f}, VB-RL "
+                  f"{row['rl']['J']:.3f}, best-of-16 {row['bon']['J']['16']:.3f}, {row['cpu_seconds']:.0f} s", flush=True)
     return rows, {str(n): dict(chosen=best, tried=tried) for n, (best, tried) in tuning.items()}
 
 
@@ -381,8 +387,8 @@ def main(argv=None):
     torch.set_num_threads(1)
     root, out = Path("runs/vbvf_smoke" if cfg.smoke else "runs/vbvf"), Path(cfg.out)
     if cfg.smoke:
-        cfg.planted, cfg.seeds, cfg.horizons, cfg.sizes, cfg.base_steps, cfg.rl_steps = 2, 2, [8, 12], [16, 24], 4, 1
-        cfg.learning_rates, cfg.rl_learning_rates, cfg.betas, cfg.steps, cfg.tries = [1e-3], [1e-3], [0.1], [2], 8
+        cfg.planted, cfg.seeds, cfg.horizons, cfg.sizes, cfg.base_steps, cfg.rl_steps = 2, 2, [8, 12], [16, 24], 4, [1]
+        cfg.learning_rates, cfg.rl_learning_rates, cfg.betas, cfg.steps, cfg.tries = [1e-3], [1e-3], [0.1], [1, 2], 8
         cfg.batch_size, cfg.test_problems = 16, 8
         out = root / "results"
     root.mkdir(parents=True, exist_ok=True)

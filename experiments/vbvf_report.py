@@ -78,7 +78,7 @@ def tables(rows, cfg):
     for N in map(str, BUDGETS):
         at = lambda f: f"{mean(f(r).get(N, float('nan')) for r in mine):.3f}"  # noqa: B023, E731
         out.append(f"| {N} | {at(lambda r: r['vf']['likeliest'])} | {at(lambda r: r['bon']['J'])} | "
-                   f"{at(lambda r: r['bon_mean']['J'])} | {at(lambda r: r['base']['oracle'])} |")
+                   f"{at(lambda r: r['bon']['J_mean'])} | {at(lambda r: r['base']['oracle'])} |")
     return "\n".join(out).replace("nan", "")
 
 

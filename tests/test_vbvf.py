@@ -127,10 +127,10 @@ class Constant(torch.nn.Module):
 
 def test_score_is_pessimistic_where_verifiers_differ():
     tokens, half = torch.zeros(2, 5, dtype=torch.int64), Constant(0.0)
-    assert vbvf.score([half, half], tokens, 2, 1.0).tolist() == [0.5, 0.5]
-    far = [Constant(-20.0), half, Constant(20.0)]  # 0, 1/2, 1: standard deviation 1/2
-    assert vbvf.score(far, tokens, 2, 1.0) == pytest.approx([0.0, 0.0], abs=1e-6)
-    assert vbvf.score(far, tokens, 2, 0.0) == pytest.approx([0.5, 0.5], abs=1e-6)
+    assert vbvf.pessimistic(vbvf.predicted([half, half], tokens, 2), 1.0).tolist() == [0.5, 0.5]
+    far = vbvf.predicted([Constant(-20.0), half, Constant(20.0)], tokens, 2)  # 0, 1/2, 1: standard deviation 1/2
+    assert vbvf.pessimistic(far, 1.0) == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert vbvf.pessimistic(far, 0.0) == pytest.approx([0.5, 0.5], abs=1e-6)
 
 
 def test_heterogeneity_of_known_rewards():
@@ -139,19 +139,20 @@ def test_heterogeneity_of_known_rewards():
     assert found["c_1"] == pytest.approx((0.25 + 0.25 + 1) / 3)  # a constant reward is at its mean, always
 
 
-def test_fit_keeps_the_weights_of_the_lowest_held_out_loss():
-    """Rows out of training pull a number towards 1, the held-out ones want 0.3: passing by is the best."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    order = vbvf.shuffled(10, 3, "held out")
-    want = torch.ones(10)
-    want[order[:2]] = 0.3
+def test_fit_is_one_run_however_many_stops():
+    """Plain regression to the mean of the rows; what is yielded at a stop is what a run of so many steps ends with."""
+    want = torch.tensor([0.2, 0.4])
 
-    def loss(rows):
-        return (model.weight[0, 0] - want[rows]).square().mean()
+    def run(stops):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        loss = lambda rows: (model.weight[0, 0] - want[rows]).square().mean()  # noqa: E731
+        return [(step, model.weight.item()) for step in vbvf.fit(model, loss, 2, stops, 0.02, 32, 3)]
 
-    at = vbvf.fit(model, loss, 10, 100, 0.05, 4, 3, eval_steps=2)
-    assert 0 < at < 100 and abs(float(model.weight.detach()) - 0.3) < 0.06
+    found = run([2, 60])
+    assert [step for step, _ in found] == [2, 60]
+    assert found[:1] == run([2]) and found[1:] == run([60])
+    assert found[1][1] == pytest.approx(0.3, abs=0.03) and found[0][1] < 0.1
 
 
 class Fixed:
@@ -184,7 +185,7 @@ def test_claims_follow_from_the_rows():
             J, each = 0.2 + seed / 100, dict.fromkeys(map(str, vbvf.BUDGETS), 0.1)
             arm = dict(J=J, accuracy=0.5, greedy=dict(J=0.5, accuracy=0.5), likeliest=each, base_traces=1, kl=0.0)
             out.append(dict(seed=seed, mixture=mixture, H=H, n=n, vf=arm, rl=arm | dict(J=J + gap(H, mixture) / H + seed / 1e4),
-                            bon=dict(J=each, correlation=0.0), bon_mean=dict(J=each),
+                            bon=dict(J=each, J_mean=each, correlation=0.0),
                             base=arm | dict(sigma=0.1, c_1=0.2, oracle=each)))
         return out
 
