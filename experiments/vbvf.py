@@ -81,7 +81,7 @@ class Config:
     rl_samples: int = opt(8, "samples a prompt (G)", low=2)
     pessimism: float = opt(1.0, "lambda of the score", low=0)
     tries: int = opt(8, "base traces a problem at most in VF's rejection sampling", low=1)
-    test_problems: int = opt(100, "prompts of an evaluation, 32 base traces each", low=1)
+    test_problems: int = opt(100, "prompts of an evaluation, 16 base traces each", low=1)
     out: str = opt("docs/results/vbvf", "where table, figure and numbers go")
     smoke: bool = opt(False, "a few steps of everything")
 
@@ -193,7 +193,7 @@ def summary(times, H):
 
 
 class World:
-    """Base policy, its traces of the training problems [P,tries] and of the evaluation problems [P,32], all as long as the
+    """Base policy, its traces of the training problems [P,tries] and of the evaluation problems [P,16], all as long as the
     longest H: a shorter budget cuts them."""
 
     def __init__(self, cfg, root, seed, mixture, n):
@@ -371,9 +371,10 @@ def run_all(cfg, root):
     world = make(TUNING, "mixed", max(cfg.sizes))
     tuning, rows = {n: tune(root, n, middle, world) for n in cfg.sizes}, []
     for seed, mixture in itertools.product(range(cfg.seeds), MIXTURES):
-        sizes = cfg.sizes if mixture == "mixed" else [n_middle]
+        mixed = mixture == "mixed"  # the others: one n, shortest and longest H
+        sizes, horizons = cfg.sizes if mixed else [n_middle], cfg.horizons if mixed else [cfg.horizons[0], cfg.horizons[-1]]
         world = make(seed, mixture, max(sizes))
-        for n, H in itertools.product(sizes, cfg.horizons):
+        for n, H in itertools.product(sizes, horizons):
             path = root / f"{mixture}_n{n}_H{H}_seed{seed}.json"
             row = kept(path, lambda: cell(world(), n, H, tuning[n][0]))  # noqa: B023 (called at once)
             rows.append(dict(seed=seed, mixture=mixture, n=n, H=H) | row)
