@@ -60,16 +60,17 @@ def tables(rows, cfg):
                    + f" | {find('gap', c, 2)} | {find('gap_bon', c, 2)} |")
     out += ["\nThe same cells, what lies behind: sigma (tokens; root of the median variance of a trace's reward), "
             "anti-concentration c = Pr[r >= mean + sd], accuracy, greedy decoding, the verifier's correlation with the true "
-            "reward, base traces that VF's n right ones took, KL of the RL policy to the base in nats a trace.\n",
+            "reward, VF's right traces and the base traces drawn for them, KL of the RL policy to the base in nats a trace.\n",
             "| base | n | H | sigma | c | accuracy base / VF / VB-RL | greedy J base / VF / VB-RL | correlation | "
-            "base traces of VF | KL |",
+            "traces of VF | KL |",
             "|---|---|---|---|---|---|---|---|---|---|"]
     for c in cells:
         mine = [r for r in rows if (r["mixture"], r["n"], r["H"]) == c]
         trio = lambda f: " / ".join(f"{mean(f(r[a]) for r in mine):.2f}" for a in ("base", "vf", "rl"))  # noqa: E731, B023
         out.append(f"| {c[0]} | {c[1]} | {c[2]} | {find('sigma', c, 2)} | {find('c', c, 2)} | {trio(lambda a: a['accuracy'])} | "
                    f"{trio(lambda a: a['greedy']['J'])} | {mean(r['bon']['correlation'] for r in mine):.2f} | "
-                   f"{mean(r['vf']['base_traces'] for r in mine):.0f} | {mean(r['rl']['kl'] for r in mine):.1f} |")
+                   f"{mean(r['vf']['traces'] for r in mine):.0f} of {mean(r['vf']['base_traces'] for r in mine):.0f} | "
+                   f"{mean(r['rl']['kl'] for r in mine):.1f} |")
     n, H = cfg.sizes[-1], cfg.horizons[-1]
     mine = [r for r in rows if (r["mixture"], r["n"], r["H"]) == ("mixed", n, H)]
     out += [f"\nJ against N (mixed, n = {n}, H = {H}); lambda = {cfg.pessimism:g} is the pessimistic score.\n",

@@ -183,7 +183,7 @@ def test_claims_follow_from_the_rows():
         out = []
         for seed, (mixture, H, n) in itertools.product(range(3), itertools.product(vbvf.MIXTURES, (8, 32), (10, 20))):
             J, each = 0.2 + seed / 100, dict.fromkeys(map(str, vbvf.BUDGETS), 0.1)
-            arm = dict(J=J, accuracy=0.5, greedy=dict(J=0.5, accuracy=0.5), likeliest=each, base_traces=1, kl=0.0)
+            arm = dict(J=J, accuracy=0.5, greedy=dict(J=0.5, accuracy=0.5), likeliest=each, traces=1, base_traces=1, kl=0.0)
             out.append(dict(seed=seed, mixture=mixture, H=H, n=n, vf=arm, rl=arm | dict(J=J + gap(H, mixture) / H + seed / 1e4),
                             bon=dict(J=each, J_mean=each, correlation=0.0),
                             base=arm | dict(sigma=0.1, c_1=0.2, oracle=each)))
