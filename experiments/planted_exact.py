@@ -59,8 +59,10 @@ def two_terms(policy, visited, A_mu, A_pi):
     return float((visited * (policy * centred**2).sum(-1)).sum()), float((visited * (policy * A_mu * A_pi).sum(-1)).sum())
 
 
-def natural_gradient(step, policy, bonus, eta, steps):
+def natural_gradient(step, policy, bonus, eta, steps, kl=None):
     """eq. 13, `steps` times: pi <- pi exp(eta (A^pi + bonus)) / Z, A^pi anew each time (A^pi for Q^pi: V(s) cancels in Z).
+    With kl, eta is chosen anew at every step so that the solutions' distribution moves by that many nats (to second order:
+    KL = eta^2 / 2 E_s Var[A^pi + bonus]): the scale of the bonus no longer counts, only its direction.
     -> success from the prompt before, between and after, [steps+1]."""
     logits, success = np.log(policy), []
     for _ in range(steps + 1):
@@ -68,7 +70,10 @@ def natural_gradient(step, policy, bonus, eta, steps):
         policy /= policy.sum(-1, keepdims=True)
         V = state_values(step, policy)
         success.append(V[-1, 0])
-        logits = np.log(np.maximum(policy, 1e-300)) + eta * (progress(step, V) + bonus)
+        A = progress(step, V) + bonus
+        if kl:
+            eta = np.sqrt(2 * kl / max(two_terms(policy, visits(step, policy), A, A)[0], 1e-12))
+        logits = np.log(np.maximum(policy, 1e-300)) + eta * A
     return np.array(success)
 
 

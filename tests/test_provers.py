@@ -65,6 +65,21 @@ def test_the_first_order_gain_is_own_variance_plus_alignment():
     assert gains["against"] < gains["none"] < gains["prover"]
 
 
+def test_steps_of_equal_kl_do_not_see_the_scale_of_the_reward():
+    """With bonus = A^pi * 9 the first step is that of A^pi alone; its KL, by enumeration of all solutions, is the one asked
+    for; and an eta that is asked for is taken."""
+    step, policy, V = world()
+    A = exact.progress(step, V)
+    plain, scaled = (exact.natural_gradient(step, policy, b, None, 1, kl=1e-4) for b in (0 * A, 9 * A))
+    np.testing.assert_allclose(plain, scaled, rtol=1e-9)
+    eta = np.sqrt(2e-4 / exact.two_terms(policy, exact.visits(step, policy), A, A)[0])
+    np.testing.assert_allclose(plain, exact.natural_gradient(step, policy, 0 * A, eta, 1), rtol=1e-9)
+    moved = policy * np.exp(eta * A)
+    moved /= moved.sum(-1, keepdims=True)
+    kl = (exact.visits(step, moved)[..., None] * moved * np.log(moved / policy)).sum()
+    assert kl == pytest.approx(1e-4, rel=0.05)
+
+
 def test_the_base_as_prover_has_both_terms_alike():
     step, policy, V = world()
     A = exact.progress(step, V)
