@@ -15,23 +15,40 @@ Two functions, by who knows the gradient when:
                          of rows has its log-probs, while their z is still there. 2NDV + 4NDV = 6NDV
 
 What both save is memory: z is never whole. A chunk of rows is made, reduced to three numbers a row and
-overwritten, so the peak is CHUNK_BYTES (twice that with the probabilities) rather than 4NV bytes, and the chunk stays
-near the cache, where the exponentials find it.
+overwritten, so the peak is CHUNK_BYTES rather than 4NV bytes. A chunk has the rows that the product needs to be fast; what
+follows the product goes over it in blocks of BLOCK_BYTES, so that four of its five passes find the block in the cache.
+Probabilities are made twice, for the sums and for dz: as fast as fetching them back, and no second chunk.
 
 Everything behind the dot product is float32: a bfloat16 logit of size 20 has steps of 0.125, which
-would move a probability ratio by 13%. So is the sum over chunks in the weight's gradient.
+would move a probability ratio by 13%. So is the sum over chunks in the weight's gradient. That sum is
+made by addmm_ in place: another product would be faster on some processors (product.py), and lose more than that to
+writing and fetching V x D numbers twice a chunk.
 """
 
 import torch
 
 from kernels.product import matmul_nt
 
-CHUNK_BYTES = 25_000_000  # one chunk of float32 logits; larger falls out of the cache, smaller starves the product
-SUM_ROWS = 4096  # rows of the weight's gradient that are multiplied, then added, while they are in the cache
+CHUNK_BYTES = 24 * 2**20  # one chunk of float32 logits: 128 rows of V = 49152, fewer starve the product
+CHUNK_ROWS, SMALL_BYTES = 128, 2 * 2**20  # more rows than that only as long as the chunk is small
+BLOCK_BYTES = 800_000  # rows of a chunk that are reduced together: they and their exponentials stay in the L2 cache
 
 
 def _chunk_rows(vocab):
-    return max(16, CHUNK_BYTES // (4 * vocab))
+    return max(16, min(CHUNK_BYTES // (4 * vocab), max(CHUNK_ROWS, SMALL_BYTES // (4 * vocab))))
+
+
+def _chunks(rows, vocab):
+    """`rows` rows in chunks of equal size, as slices: a short last one would cost nearly as much as a whole one."""
+    count = max(1, -(-rows // _chunk_rows(vocab)))
+    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+
+
+def _blocks(z):
+    """z [n,V] -> pairs of a slice of rows that fits the cache and scratch memory of that shape."""
+    n = max(1, BLOCK_BYTES // (4 * z.shape[1]))
+    scratch = torch.empty_like(z[:n])
+    return [(slice(i, i + n), scratch[: min(n, len(z) - i)]) for i in range(0, len(z), n)]
 
 
 def scaled_logits(hidden, weight, temperature, softcap=None):
@@ -46,21 +63,34 @@ def scaled_logits(hidden, weight, temperature, softcap=None):
 
 
 def _reduce(z, target):
-    """z [n,V], target [n] -> logprob, logsumexp, entropy, total [n] and p [n,V] = exp(z - max), which sums to total.
-    z itself becomes z - max."""
-    top = z.amax(-1)
-    z -= top[:, None]
-    p = z.exp()
-    total = p.sum(-1)
+    """z [n,V], target [n] -> logprob, logsumexp, entropy, total [n]. z itself becomes z - max, whose exp sums to total."""
+    top, total, mean = (z.new_empty(len(z)) for _ in range(3))
+    for rows, p in _blocks(z):
+        block = z[rows]
+        torch.amax(block, -1, out=top[rows])
+        block -= top[rows, None]
+        torch.sum(torch.exp(block, out=p), -1, out=total[rows])
+        mean[rows] = torch.linalg.vecdot(p, block)
     log_total = total.log()
     logprob = z.gather(1, target[:, None])[:, 0] - log_total
-    return logprob, log_total + top, log_total - torch.linalg.vecdot(p, z) / total, total, p
+    return logprob, log_total + top, log_total - mean / total, total
 
 
-def _add_product(d_weight, dz, hidden):
-    """d_weight [V,D] += dz [n,V].T @ hidden [n,D]."""
-    for v in range(0, len(d_weight), SUM_ROWS):
-        d_weight[v : v + SUM_ROWS] += matmul_nt(dz[:, v : v + SUM_ROWS].t(), hidden.t())
+def _times_exp(z, a, b):
+    """z [n,V] <- (a z + b) exp z, in place; a [n], or None where it is zero, b [n]."""
+    for rows, p in _blocks(z):
+        block = z[rows]
+        torch.exp(block, out=p)
+        if a is None:
+            torch.mul(p, b[rows, None], out=block)
+        else:
+            block.mul_(a[rows, None]).add_(b[rows, None]).mul_(p)
+    return z
+
+
+def _cap_slope(z, temperature, softcap):
+    """d softcap(x) / dx = 1 - tanh(x / softcap)^2 from z = softcap(x) / temperature; None without a cap."""
+    return None if softcap is None else 1 - (z * (temperature / softcap)).square_()
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -69,10 +99,9 @@ class _LinearLogprob(torch.autograd.Function):
         N, V = hidden.shape[0], weight.shape[0]
         logprob, logsumexp, entropy = (torch.empty(N, device=hidden.device) for _ in range(3))
         weight32 = weight.float()
-        for i in range(0, N, _chunk_rows(V)):
-            rows = slice(i, i + _chunk_rows(V))
+        for rows in _chunks(N, V):
             z = scaled_logits(hidden[rows], weight32, temperature, softcap)  # (n, V)
-            logprob[rows], logsumexp[rows], entropy[rows], _, _ = _reduce(z, target[rows])
+            logprob[rows], logsumexp[rows], entropy[rows], _ = _reduce(z, target[rows])
         ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
         ctx.temperature, ctx.softcap = temperature, softcap
         return logprob, logsumexp, entropy
@@ -86,21 +115,20 @@ class _LinearLogprob(torch.autograd.Function):
         d_weight = torch.zeros_like(weight32)
         # Rows without a gradient (clipped tokens, groups in which all samples agree) cost nothing.
         busy = ((d_logprob != 0) | (d_logsumexp != 0) | (d_entropy != 0)).nonzero()[:, 0]
-        for rows in busy.split(_chunk_rows(V)):
-            h = hidden[rows].float()
+        for chunk in _chunks(len(busy), V):
+            rows = busy[chunk]
+            h, d_logp, d_lse, d_ent = hidden[rows].float(), d_logprob[rows], d_logsumexp[rows], d_entropy[rows]
             z = scaled_logits(h, weight32, ctx.temperature, ctx.softcap)  # (n, V)
-            log_p = z - logsumexp[rows, None]
+            slope = _cap_slope(z, ctx.temperature, ctx.softcap)
+            z -= logsumexp[rows, None]
             # dlogprob/dz = 1[target] - p,  dlogsumexp/dz = p,  dentropy/dz = -p (log p + entropy)
-            dz = log_p + entropy[rows, None]
-            dz *= -d_entropy[rows, None]
-            dz += (d_logsumexp - d_logprob)[rows, None]
-            dz *= log_p.exp_()
-            dz.scatter_add_(1, target[rows, None], d_logprob[rows, None])
-            if ctx.softcap is not None:  # d tanh
-                dz *= 1 - (z * (ctx.temperature / ctx.softcap)).square_()
+            dz = _times_exp(z, -d_ent if d_ent.any() else None, d_lse - d_logp - d_ent * entropy[rows])
+            dz.scatter_add_(1, target[rows, None], d_logp[:, None])
+            if slope is not None:
+                dz *= slope
             dz /= ctx.temperature
             d_hidden[rows] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
-            _add_product(d_weight, dz, h)
+            d_weight.addmm_(dz.t(), h)
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
@@ -135,15 +163,11 @@ def token_derivatives(loss_fn, logprob, entropy, per_token, rows):
     return loss.detach(), *(torch.zeros_like(logprob) if g is None else g for g in found)
 
 
-def _d_logits(z, p, total, d_logprob, d_entropy, target, entropy):
-    """What _reduce left of a chunk, and the loss's derivatives [n] -> dloss/dz [n,V], written over p (or over z, where
-    the entropy pulls)."""
-    if d_entropy.any():  # dentropy/dz = -p (log p + entropy), and log p = z - log total
-        z.mul_((-d_entropy / total)[:, None])
-        z.add_(((d_entropy * (total.log() - entropy) - d_logprob) / total)[:, None])
-        dz = z.mul_(p)
-    else:  # dlogprob/dz = 1[target] - p
-        dz = p.mul_((-d_logprob / total)[:, None])
+def _d_logits(z, total, d_logprob, d_entropy, target, entropy):
+    """What _reduce left of a chunk, and the loss's derivatives [n] -> dloss/dz [n,V], written over z."""
+    # dlogprob/dz = 1[target] - p, dentropy/dz = -p (log p + entropy); p = exp(z) / total, log p = z - log total
+    a = -d_entropy / total if d_entropy.any() else None
+    dz = _times_exp(z, a, (d_entropy * (total.log() - entropy) - d_logprob) / total)
     return dz.scatter_add_(1, target[:, None], d_logprob[:, None])
 
 
@@ -154,28 +178,25 @@ def _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_toke
     logprob, entropy = torch.empty(N, device=hidden.device), torch.empty(N, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if gradients else None
     d_weight = torch.zeros_like(weight32) if gradients else None
-    for i in range(0, N, _chunk_rows(V)):
-        rows = slice(i, i + _chunk_rows(V))
+    for rows in _chunks(N, V):
         h, chosen = hidden[rows].float(), target[rows]
         z = scaled_logits(h, weight32, temperature, softcap)  # (n, V)
-        slope = None
-        if gradients and softcap is not None:  # d softcap(x) / dx = 1 - tanh(x / cap)^2, while z is still whole
-            slope = 1 - (z * (temperature / softcap)).square_()
-        logprob[rows], _, entropy[rows], total, p = _reduce(z, chosen)
+        slope = _cap_slope(z, temperature, softcap) if gradients else None
+        logprob[rows], _, entropy[rows], total = _reduce(z, chosen)
         part, d_logprob, d_entropy = token_derivatives(loss_fn, logprob[rows], entropy[rows], per_token, rows)
         loss += part
         # Rows without a gradient (clipped tokens, groups in which all samples agree) cost no further product.
         busy = ((d_logprob != 0) | (d_entropy != 0)).nonzero()[:, 0]
         if not gradients or not len(busy):
             continue
-        chunk = [z, p, total, d_logprob / temperature, d_entropy / temperature, chosen, entropy[rows]]
+        chunk = [z, total, d_logprob / temperature, d_entropy / temperature, chosen, entropy[rows]]
         if len(busy) < len(h):
             h, chunk, slope = h[busy], [x[busy] for x in chunk], None if slope is None else slope[busy]
         dz = _d_logits(*chunk)
         if slope is not None:
             dz *= slope
-        d_hidden[busy + i] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
-        _add_product(d_weight, dz, h)
+        d_hidden[busy + rows.start] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
+        d_weight.addmm_(dz.t(), h)
     return loss, logprob, entropy, d_hidden, d_weight
 
 

@@ -77,6 +77,9 @@ def test_softcap_acts_before_the_temperature(softcap, temperature):
 def test_rows_that_cross_a_chunk(N, monkeypatch):
     monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 1)
     assert logprob_file._chunk_rows(33) == 16
+    chunks = logprob_file._chunks(N, 33)
+    assert max(c.stop - c.start for c in chunks) <= 16 and [i for c in chunks for i in range(N)[c]] == list(range(N))
+    monkeypatch.setattr(logprob_file, "BLOCK_BYTES", 4 * 33 * 3)  # and blocks of three rows inside
     check_against_reference(N, 33, 8, temperature=0.9)
     check_against_reference(N, 33, 8, temperature=0.9, softcap=2.0)
 
@@ -155,7 +158,7 @@ def check_loss_against_reference(N, V, D, function=linear_logprob_loss, scale=1.
 def test_the_loss_and_its_gradients(N, V, D, temperature, softcap, entropy, monkeypatch):
     check_loss_against_reference(N, V, D, temperature=temperature, softcap=softcap, entropy=entropy, tolerance=5e-5)
     monkeypatch.setattr(logprob_file, "CHUNK_BYTES", 1)  # 16 rows a chunk
-    monkeypatch.setattr(logprob_file, "SUM_ROWS", 7)
+    monkeypatch.setattr(logprob_file, "BLOCK_BYTES", 4 * V * 3)  # 3 rows a block
     check_loss_against_reference(N, V, D, temperature=temperature, softcap=softcap, entropy=entropy, tolerance=5e-5)
 
 
@@ -172,7 +175,7 @@ def test_the_loss_is_called_once_a_chunk_and_never_sees_others(monkeypatch):
         return logprob.sum()
 
     loss, logprob, entropy = linear_logprob_loss(hidden, weight, torch.zeros(37).long(), 1.0, loss_fn, torch.arange(37))
-    assert seen == [list(range(16)), list(range(16, 32)), list(range(32, 37))] and not loss.requires_grad
+    assert sum(seen, []) == list(range(37)) and [len(rows) for rows in seen] == [12, 12, 13] and not loss.requires_grad
     expected = linear_logprob(hidden, weight, torch.zeros(37).long(), 1.0)
     assert torch.equal(logprob, expected[0]) and torch.equal(entropy, expected[2])
 
