@@ -21,8 +21,8 @@ Probabilities are made twice, for the sums and for dz: as fast as fetching them 
 
 Everything behind the dot product is float32: a bfloat16 logit of size 20 has steps of 0.125, which
 would move a probability ratio by 13%. So is the sum over chunks in the weight's gradient. That sum is
-made by addmm_ in place: another product would be faster on some processors (product.py), and lose more than that to
-writing and fetching V x D numbers twice a chunk.
+made in place by addmm_: where oneDNN's product is faster (product.py), writing V x D numbers and adding them costs
+more than it gains.
 """
 
 import torch
@@ -30,7 +30,7 @@ import torch
 from kernels.product import matmul_nt
 
 CHUNK_BYTES = 24 * 2**20  # one chunk of float32 logits: 128 rows of V = 49152, fewer starve the product
-CHUNK_ROWS, SMALL_BYTES = 128, 2 * 2**20  # more rows than that only as long as the chunk is small
+CHUNK_ROWS, SMALL_BYTES = 128, 4 * 2**20  # more rows than that only as long as the chunk is small
 BLOCK_BYTES = 800_000  # rows of a chunk that are reduced together: they and their exponentials stay in the L2 cache
 
 
@@ -40,7 +40,7 @@ def _chunk_rows(vocab):
 
 def _chunks(rows, vocab):
     """`rows` rows in chunks of equal size, as slices: a short last one would cost nearly as much as a whole one."""
-    count = max(1, -(-rows // _chunk_rows(vocab)))
+    count = -(-rows // _chunk_rows(vocab))
     return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 
@@ -195,7 +195,8 @@ def _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_toke
         dz = _d_logits(*chunk)
         if slope is not None:
             dz *= slope
-        d_hidden[busy + rows.start] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
+        where = rows if len(busy) == rows.stop - rows.start else busy + rows.start
+        d_hidden[where] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
         d_weight.addmm_(dz.t(), h)
     return loss, logprob, entropy, d_hidden, d_weight
 
