@@ -21,8 +21,7 @@ from importlib.util import find_spec
 
 import torch
 
-from kernels import attention, layer, sampling
-from kernels.logprob import linear_logprob, linear_logprob_loss
+from kernels import attention, layer, logprob, sampling
 from kernels.product import Linear, linear, packed_weights
 
 HAVE_TRITON = find_spec("triton") is not None  # it has no Windows or macOS wheels; the references run everywhere
@@ -40,6 +39,8 @@ def _either(reference, module):
     return pick
 
 
+linear_logprob = _either(logprob.linear_logprob, "logprob_triton")
+linear_logprob_loss = _either(logprob.linear_logprob_loss, "logprob_triton")
 philox_uniform = _either(sampling.philox_uniform, "sampling_triton")
 linear_draw = _either(sampling.linear_draw, "sampling_triton")
 linear_draw_filtered = _either(sampling.linear_draw_filtered, "sampling_triton")

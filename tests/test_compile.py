@@ -60,3 +60,28 @@ else:
 
         (launch,) = record(arch, sampling_triton.group_stats, meta(B, D), meta(V, D), 0.7)
         check(launch, MMA[arch], "LDGSTS")
+
+    @pytest.mark.parametrize("V, D, dtype, softcap", [
+        (49152, 576, torch.bfloat16, None), (256000, 3584, torch.bfloat16, 30.0), (49152, 576, torch.float32, None),
+    ])
+    @pytest.mark.parametrize("arch", [80, 90])
+    def test_logprob(arch, V, D, dtype, softcap, monkeypatch):
+        from kernels import logprob_triton as file
+
+        monkeypatch.setattr(file, "has_tma", lambda x: arch >= 90)
+        N, small = 4096, torch.float16 if dtype == torch.bfloat16 else torch.float32
+        hidden, weight, target = meta(N, D, dtype=dtype), meta(V, D, dtype=dtype), meta(N, dtype=torch.int64)
+        row, kept, out = meta(N, dtype=torch.float32), meta(N, V, dtype=small), meta(N, V, dtype=dtype)
+        products = [
+            record(arch, file.tile_statistics, hidden, weight, target, 0.7, softcap),
+            record(arch, file.tile_statistics, hidden, weight, target, 0.7, softcap, kept),
+            record(arch, file.d_logits, hidden, weight, target, [row] * 3, [row] * 3, 0.7, softcap, out),
+        ]
+        for (launch,) in products:
+            need = [MMA[arch]] if dtype == torch.bfloat16 else []
+            assert check(launch, *need, "UTMALDG" if arch == 90 else "LDGSTS").stack == 0
+        part = meta(3, triton.cdiv(V, file.TILES[dtype][1]), N, dtype=torch.float32)
+        rest = [record(arch, file.combine, part, row)]
+        rest += [record(arch, file.turn, kept, part[0], target, row, [row] * 3, [row] * 2, 0.7, softcap, out, 128)]
+        for (launch,) in rest:
+            check(launch)

@@ -44,17 +44,22 @@ def both_gradients(function, hidden, weight, target, coefficients, **options):
     return [o.detach().double() for o in out], hidden.grad.double(), weight.grad.double()
 
 
-def check_against_reference(N, V, D, scale=1.0, tolerance=2e-5, **options):
+def check_against_reference(N, V, D, function=linear_logprob, scale=1.0, tolerance=2e-5, dtype=torch.float32, device="cpu",
+                            **options):
     g = torch.Generator().manual_seed(N + V)
     hidden, weight = torch.randn(N, D, generator=g) * scale, torch.randn(V, D, generator=g)
     target = torch.randint(V, (N,), generator=g)
+    target[: N // 3], target[N // 3 : N // 2] = 0, V - 1  # both ends
     coefficients = torch.randn(3, N, generator=g)
     coefficients[:, 1::3] = 0  # rows without any gradient are skipped; the others must not notice
     coefficients[0, ::4] = 0  # and rows that only entropy or logsumexp pull
-    ours = both_gradients(linear_logprob, hidden, weight, target, coefficients, **options)
+    hidden, weight, target, coefficients = (x.to(device) for x in (hidden.to(dtype), weight.to(dtype), target, coefficients))
+    ours = both_gradients(function, hidden, weight, target, coefficients, **options)
     exact = both_gradients(reference, hidden, weight, target, coefficients, **options)
     for a, b in zip(ours[0], exact[0]):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    if dtype == torch.bfloat16:
+        tolerance = 0.01  # of the largest: what the gradients themselves are rounded to
     for a, b in zip(ours[1:], exact[1:]):
         largest = max(1.0, b.abs().amax().item() if b.numel() else 0.0)
         torch.testing.assert_close(a, b, atol=tolerance * largest, rtol=0)
@@ -86,12 +91,17 @@ def test_rows_that_cross_a_chunk(N, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 5.0])
 def test_logits_of_ten_thousand(temperature):
+    check_logits_of_ten_thousand(linear_logprob, temperature)
+
+
+def check_logits_of_ten_thousand(function, temperature, device="cpu"):
     """Nothing overflows, and float32 rounds no more than it must: z / temperature by 2^-24 of its size, and
     logsumexp, which backward reads again, as much; that is a relative error of every probability."""
     hidden, weight = torch.tensor([[1.0], [-1.0], [1.0], [1.0]]), torch.tensor([[1e4], [-1e4], [9999.0], [1e4], [0.0]])
     target, coefficients = torch.tensor([0, 1, 1, 2]), torch.ones(3, 4)
+    hidden, weight, target, coefficients = (x.to(device) for x in (hidden, weight, target, coefficients))
     largest = 1e4 / temperature  # |z|, and |dz/dhidden|
-    ours = both_gradients(linear_logprob, hidden, weight, target, coefficients, temperature=temperature)
+    ours = both_gradients(function, hidden, weight, target, coefficients, temperature=temperature)
     exact = both_gradients(reference, hidden, weight, target, coefficients, temperature=temperature)
     for a, b in zip(ours[0], exact[0]):
         torch.testing.assert_close(a, b, atol=largest * 2.0**-23, rtol=1e-6)
@@ -145,7 +155,7 @@ def check_loss_against_reference(N, V, D, function=linear_logprob_loss, scale=1.
     torch.testing.assert_close(logprob.double(), exact_logprob, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(entropies.double(), exact_entropy, atol=tolerance, rtol=tolerance)
     if dtype == torch.bfloat16:
-        tolerance = 0.01  # of the largest: what the gradient itself is rounded to
+        tolerance = 0.01
     for x, y in zip(ours, exact):
         largest = max(1.0, y.grad.abs().amax().item() if y.grad.numel() else 0.0)
         torch.testing.assert_close(x.grad.double(), y.grad.double(), atol=tolerance * largest, rtol=0)

@@ -1,0 +1,157 @@
+"""The Triton log-prob kernels against float64: on the GPU where there is one, else interpreted."""
+
+import os
+
+import pytest
+import torch
+from test_kernels import (
+    both_gradients,
+    check_against_reference,
+    check_logits_of_ten_thousand,
+    check_loss_against_reference,
+)
+from test_kernels import reference as exact_logprob
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before the imports below
+pytest.importorskip("triton", reason="triton has no wheel for this machine")
+
+from kernels import logprob_triton, sampling_triton  # noqa: E402
+from kernels.logprob_triton import linear_logprob, linear_logprob_loss  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1, 1, 3), (1, 33, 7), (5, 2, 1), (70, 150, 40), (0, 33, 4)]  # rows, tokens, width: never whole tiles
+OPTIONS = [dict(temperature=0.1), dict(temperature=1.0), dict(temperature=5.0), dict(temperature=0.7, softcap=3.0)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("N, V, D", SHAPES)
+def test_logprob_and_both_gradients(N, V, D, options, monkeypatch):
+    monkeypatch.setattr(logprob_triton, "CHUNK_BYTES", 1)  # 128 tokens at once
+    check_against_reference(N, V, D, linear_logprob, device=DEVICE, tolerance=5e-5, **options)
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("N, V, D", SHAPES)
+def test_the_loss_and_both_gradients(N, V, D, options, entropy):
+    check_loss_against_reference(N, V, D, linear_logprob_loss, entropy=entropy, device=DEVICE, tolerance=5e-5, **options)
+
+
+def test_a_softcap_and_probabilities_too_small_to_keep():
+    check_loss_against_reference(9, 40, 8, linear_logprob_loss, device=DEVICE, scale=20.0, temperature=0.1, softcap=30.0,
+                                 tolerance=2e-4)
+    check_loss_against_reference(9, 40, 8, linear_logprob_loss, dtype=torch.bfloat16, device=DEVICE, scale=20.0,
+                                 temperature=0.1, softcap=30.0, tolerance=2e-4)
+
+
+def test_the_loss_in_several_chunks(monkeypatch):
+    monkeypatch.setattr(logprob_triton, "CHUNK_BYTES", 1)  # 128 rows at once
+    check_loss_against_reference(130, 9, 5, linear_logprob_loss, device=DEVICE, temperature=0.7)
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.7), dict(temperature=1.0, softcap=3.0)], ids=str)
+@pytest.mark.parametrize("N, V, D", [(1, 1, 3), (9, 140, 72)])
+def test_bfloat16_products_are_summed_in_float32(N, V, D, options):
+    bf16 = dict(dtype=torch.bfloat16, device=DEVICE)
+    check_against_reference(N, V, D, linear_logprob, **bf16, **options)
+    check_loss_against_reference(N, V, D, linear_logprob_loss, **bf16, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 5.0])
+def test_logits_of_ten_thousand(temperature):
+    check_logits_of_ten_thousand(linear_logprob, temperature, DEVICE)
+    check_logits_of_ten_thousand(loss_as_logprob, temperature, DEVICE)
+
+
+def loss_as_logprob(hidden, weight, target, temperature):
+    """linear_logprob by the other function: coefficients 1 of log-prob and entropy, 1 of logsumexp from the first."""
+    loss, logprob, entropy = linear_logprob_loss(hidden, weight, target, temperature, lambda lp, h: lp.sum() + h.sum())
+    _, logsumexp, _ = linear_logprob(hidden, weight, target, temperature)
+    return logprob + (loss - loss.detach()) / len(target), logsumexp, entropy
+
+
+def example(N=70, V=300, D=40, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(N, D, generator=g).to(DEVICE, dtype), torch.randn(V, D, generator=g).to(DEVICE, dtype)
+    return hidden, weight, torch.randint(V, (N,), generator=g).to(DEVICE)
+
+
+def test_a_row_knows_nothing_of_the_others():
+    """Bits, not only digits: the same row in any batch and at any place of it."""
+    hidden, weight, target = example()
+    whole = linear_logprob(hidden, weight, target, 0.8)
+    order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for rows in (order, order[:1], order[:65]):
+        again = linear_logprob(hidden[rows], weight, target[rows], 0.8)
+        for a, b in zip(whole, again):
+            if DEVICE == "cuda":
+                assert torch.equal(a[rows], b)
+            else:
+                torch.testing.assert_close(a[rows], b, atol=2e-6, rtol=2e-6)  # numpy's products differ by shape
+    assert torch.equal(linear_logprob(hidden, weight, target, 0.8)[0], whole[0])
+
+
+def test_another_tile_gives_the_same_numbers():
+    """The products bit for bit on a GPU (the sums along D do not know the tile); sums over tokens to rounding."""
+    hidden, weight, target = example(dtype=torch.bfloat16)
+    whole = logprob_triton.tile_statistics(hidden, weight, target, 0.8)
+    for tile in [(64, 128, 64, dict(num_warps=4)), (128, 64, 64, dict(num_warps=4)), (64, 32, 64, dict(num_warps=4))]:
+        other = logprob_triton.tile_statistics(hidden, weight, target, 0.8, tile=tile)
+        if DEVICE == "cuda":
+            assert torch.equal(whole[1], other[1])
+        for a, b in zip(logprob_triton.combine(*whole), logprob_triton.combine(*other)):
+            torch.testing.assert_close(a, b, atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sampler_and_the_trainer_agree(dtype):
+    hidden, weight, _ = example(9, dtype=dtype)
+    uniform = torch.rand(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    for softcap in (None, 4.0):
+        token, sampled = sampling_triton.linear_draw(hidden, weight, 0.7, uniform, softcap)
+        trained, _, _ = linear_logprob(hidden, weight, token, 0.7, softcap)
+        torch.testing.assert_close(sampled, trained, atol=5e-6, rtol=5e-6)
+
+
+def test_log_probs_are_never_positive_and_certainty_is_zero():
+    weight = torch.zeros(130, 1, device=DEVICE)
+    weight[129] = 1e4
+    logprob, _, entropy = linear_logprob(torch.ones(2, 1, device=DEVICE), weight, torch.tensor([129, 0], device=DEVICE), 1.0)
+    assert float(logprob[0]) == 0.0 and float(logprob[1]) == -1e4 and entropy.tolist() == [0.0, 0.0]
+
+
+def test_rows_without_a_gradient_cost_no_products(monkeypatch):
+    hidden, weight, target = example(9)
+    rows, original = [], logprob_triton.d_logits
+    monkeypatch.setattr(logprob_triton, "d_logits", lambda h, *rest, **kw: (rows.append(len(h)), original(h, *rest, **kw)))
+    coefficients = torch.zeros(3, 9, device=DEVICE)
+    _, d_hidden, d_weight = both_gradients(linear_logprob, hidden, weight, target, coefficients, temperature=1.0)
+    assert not rows and not d_hidden.any() and not d_weight.any()
+    coefficients[0, 4] = 1.0
+    both_gradients(linear_logprob, hidden, weight, target, coefficients, temperature=1.0)
+    assert rows == [1]
+
+
+def test_without_gradients_only_the_numbers_are_kept():
+    hidden, weight, target = example(9)
+    logprob, logsumexp, entropy = linear_logprob(hidden, weight.requires_grad_(), target, 1.0)
+    assert logprob.requires_grad
+    with torch.no_grad():
+        again = linear_logprob(hidden, weight, target, 1.0)
+        loss, *books = linear_logprob_loss(hidden, weight, target, 1.0, lambda lp, h: lp.sum())
+    assert all(torch.equal(a, b) and b.grad_fn is None for a, b in zip((logprob, logsumexp, entropy), again))
+    assert torch.equal(books[0], again[0]) and torch.equal(books[1], again[2]) and not loss.requires_grad
+    exact, _, _ = exact_logprob(hidden, weight.detach(), target, 1.0)
+    torch.testing.assert_close(loss.double(), exact.sum(), atol=1e-3, rtol=1e-6)
+
+
+def test_what_is_refused():
+    hidden, weight, target = example(3)
+    with pytest.raises(ValueError, match="one dtype"):
+        linear_logprob(hidden.bfloat16(), weight, target, 1.0)
+    with pytest.raises(ValueError, match="float16"):
+        linear_logprob(hidden.half(), weight.half(), target, 1.0)
+    with pytest.raises(ValueError, match="temperature"):
+        linear_logprob_loss(hidden, weight, target, 0.0, lambda lp, h: lp.sum())
+    assert linear_logprob(hidden, weight, torch.full_like(target, 300), 1.0)[0].isnan().all()  # outside the vocabulary
