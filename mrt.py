@@ -319,9 +319,10 @@ def star_round(model, tokenizer, task, cfg, number, device):
     good = {k: [a for a, r in zip(texts, row) if r] for k, texts, row in zip(asked, answers, right.tolist())}
     examples = choose(out, ends, pooled(asked, right), good, G, cfg.keep, limit)
     if not examples:
-        raise UserError("no solution made progress to a right answer; take a better --policy, or raise --num-generations")
-    optimizer, params = adamw(model, cfg)
-    for step in range(cfg.steps):
+        print(f"round {number + 1}: no solution made progress to a right answer, the policy stays as it is; take a better "
+              "--policy, or raise --num-generations")
+    (optimizer, params), nll = adamw(model, cfg), float("nan")
+    for step in range(cfg.steps if examples else 0):
         batch = []
         for i in range(step * cfg.batch_size, (step + 1) * cfg.batch_size):
             epoch, at = divmod(i, len(examples))

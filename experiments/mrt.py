@@ -1,0 +1,317 @@
+"""Meta reinforcement fine-tuning against outcome rewards: what is the answer worth when the thinking is stopped early?
+
+    python experiments/mrt.py              # about 30 minutes of one core
+    python experiments/mrt.py --smoke      # the same road in 20 seconds
+    -> docs/results/mrt/: results.json, table.md, curves.png
+
+The claim (Setlur et al. 2025, arXiv 2503.07572): rewarding the progress of each episode beside the outcome gives the same
+or better accuracy, lower regret, and 1.5 times the token efficiency of outcome-reward RL (GRPO). Here, on the task `probe`
+(probe.py), whose base policy repeats itself and idles in six of ten episodes but is nearly always right in the end:
+
+    base           SFT on the demonstrator
+    outcome        RL with the outcome alone
+    outcome_long   the same for three times the steps: about as many sampled tokens as MRT with its meta-prover's. Not tuned.
+    length         a right solution of n tokens earns 1 - lambda * n / limit: the plain way to shorter thinking
+    mrt            progress of each episode, credited to its own tokens (train_rl.py --reward mrt)
+    mrt_scalar     one number for all that follows a random cut, as in the paper
+    star           the STaR form (mrt.py): as many solutions in three rounds
+
+All arms of a seed start from one base policy and sample equally many solutions (outcome_long: three times as many). Four
+settings an arm are tried on a tuning seed and `val`, chosen by regret; other seeds and `test` are reported. The meta-prover's
+tokens are counted beside the policy's.
+
+Measured: accuracy when stopped after t tokens (stepwise: episodes finished by then; J from 4 answers of the policy itself),
+normalised regret (comparator constant 1, linear between episode ends, over the task's limit of tokens), the same with the
+exact J of one who believes the written tests (no policy can talk it up), and token efficiency: tokens at which the curve
+reaches 95% of outcome-only's accuracy, outcome-only's over the arm's.
+
+What would have falsified the claim: regret or efficiency of MRT not better than outcome-only's by more than the spread of the
+paired differences; the length penalty or outcome_long as good, as then progress is not what helps. Where it should fail, and
+is measured: a budget so short that the outcome itself punishes idling (--max-completion-length 24, seven episodes), at the
+chosen settings.
+
+Runs stay in runs/mrt: killed, the same command goes on. --only 3 4 builds these seeds alone, beside another process.
+"""
+
+import itertools
+import json
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import mrt  # noqa: E402
+import train_rl  # noqa: E402
+import train_sft  # noqa: E402
+from common import mean, opt, parse, script, write_json  # noqa: E402
+from model import load_model  # noqa: E402
+from report import COLOURS, machine  # noqa: E402
+from tasks import get_task  # noqa: E402
+
+NAMES = {"base": "base (SFT)", "outcome": "outcome only", "outcome_long": "outcome only, 3x the steps",
+         "length": "outcome, length penalty", "mrt": "MRT, per episode", "mrt_scalar": "MRT, scalar after a random cut",
+         "star": "MRT (STaR)"}
+COLOUR = {"base": "#aaaaaa", "outcome": COLOURS["outcome"], "outcome_long": COLOURS["outcome-long"], "length": "#E69F00",
+          "mrt": COLOURS["mrt"], "mrt_scalar": "#56B4E9", "star": "#009E73"}
+TUNING = 1000  # this seed chooses settings, on val; those below are reported, on test
+LONG = 3
+SHORT = 24  # tokens: seven episodes and the answer
+
+
+@dataclass
+class Config:
+    seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
+    sft_steps: int = opt(600, "optimizer steps of the base policies, 64 demonstrations each", low=1)
+    rl_steps: int = opt(30, "RL steps; STaR samples as many solutions", low=1)
+    num_prompts: int = opt(16, "prompts a step, with 4 solutions each", low=1)
+    learning_rates: list = opt([5e-4, 1e-3, 2e-3, 4e-3], "grid; the arms with a second dial take the inner two")
+    penalties: list = opt([0.3, 1.0], "grid of the length penalty")
+    alphas: list = opt([1.0, 3.0], "grid of both MRT arms: weight of the progress")
+    star_steps: list = opt([10, 30], "grid of STaR: optimizer steps a round")
+    star_rounds: int = opt(3, "rounds of STaR", low=1)
+    test_problems: int = opt(512, "problems of a measurement", low=1)
+    only: list = opt([-1], "build the runs of these seeds and stop (1000: the tuning)")
+    out: str = opt("docs/results/mrt", "where table, figure and numbers go")
+    smoke: bool = opt(False, "a few steps of everything")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Runs: a directory each, its measurement beside it.
+
+
+def measured(cfg, run, seed, train, config, limit=0):
+    """Train (or find) one run -> its measurement on val (tuning) or test, tokens sampled and processor seconds."""
+    path = Path(run) / f"measured{limit or ''}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    clock = time.process_time()
+    with redirect_stdout(StringIO()):
+        summary = train(config)
+        model, tokenizer = load_model(run)
+    spent = time.process_time() - clock
+    task = get_task("probe")
+    problems = task.problems("val" if seed == TUNING else "test", cfg.test_problems, 0)
+    row = mrt.measure(model, tokenizer, task, problems, mrt.Config(task="probe", max_completion_length=limit), 0)
+    row |= dict(train_tokens=summary.get("num_tokens", 0), mu_tokens=summary.get("mrt_tokens", summary.get("mu_tokens", 0)),
+                train_seconds=round(spent, 1), cpu_seconds=round(time.process_time() - clock, 1))
+    write_json(path, row)
+    return row
+
+
+def run_arm(cfg, root, name, seed, setting, limit=0):
+    """One arm at one seed and setting -> its row. limit: tokens of a completion (0: the task's own)."""
+    base = root / f"seed{seed}" / "base"
+    shared = dict(task="probe", seed=seed, threads=1, device="cpu")
+    if name == "base":
+        config = train_sft.Config(**shared, run_dir=str(base), steps=cfg.sft_steps, batch_size=64,
+                                  num_examples=min(20000, 64 * cfg.sft_steps), learning_rate=4e-3, save_steps=10**6,
+                                  eval_problems=32)
+        return measured(cfg, base, seed, train_sft.train, config, limit)
+    run = root / f"seed{seed}" / name / "_".join([f"{k}{v:g}" for k, v in setting.items()] + ["short"] * bool(limit))
+    shared |= dict(policy=str(base), run_dir=str(run), max_completion_length=limit, num_generations=4, eval_problems=8) | setting
+    if name == "star":
+        config = mrt.Config(**shared, rounds=cfg.star_rounds, num_prompts=cfg.rl_steps * cfg.num_prompts // cfg.star_rounds)
+        return measured(cfg, run, seed, mrt.train, config, limit)
+    shared |= dict(mrt=dict(reward="mrt"), mrt_scalar=dict(reward="mrt", mrt_credit="scalar")).get(name, dict(reward="outcome"))
+    steps = cfg.rl_steps * (LONG if name == "outcome_long" else 1)
+    config = train_rl.Config(**shared, num_prompts=cfg.num_prompts, steps=steps, eval_steps=steps, save_steps=10**6)
+    return measured(cfg, run, seed, train_rl.train, config, limit)
+
+
+def grids(cfg):
+    """Four settings an arm."""
+    inner = cfg.learning_rates[len(cfg.learning_rates) // 2 - 1 :][:2]
+    pairs = lambda key, values: [dict(learning_rate=a, **{key: b}) for a, b in itertools.product(inner, values)]  # noqa: E731
+    return {"outcome": [dict(learning_rate=a) for a in cfg.learning_rates], "length": pairs("length_penalty", cfg.penalties),
+            "mrt": pairs("alpha", cfg.alphas), "mrt_scalar": pairs("alpha", cfg.alphas), "star": pairs("steps", cfg.star_steps)}
+
+
+def tune(cfg, root):
+    """-> ({arm: setting of least regret on the tuning seed}, {arm: all that was tried})."""
+    tried = {"base": [dict(run_arm(cfg, root, "base", TUNING, {}))]}
+    for name, settings in grids(cfg).items():
+        tried[name] = []
+        for setting in settings:
+            row = run_arm(cfg, root, name, TUNING, setting)
+            tried[name].append(setting | {k: round(row[k], 4) for k in ("regret", "accuracy", "tokens")})
+            print(f"tuning {name:<11} {tried[name][-1]}", flush=True)
+    del tried["base"]
+    best = {name: grids(cfg)[name][int(np.argmin([t["regret"] for t in rows]))] for name, rows in tried.items()}
+    return best | dict(base={}, outcome_long=best["outcome"]), tried
+
+
+# ----------------------------------------------------------------------------------------------------
+# Numbers.
+
+
+def reach(curve, level):
+    """First number of tokens at which the curve is at the level; None if never."""
+    return next((t for t, v in enumerate(curve) if v >= level), None)
+
+
+def spread(values):
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def summarise(runs):
+    """{arm: rows, one a seed} -> {arm: means, spreads, paired differences to outcome-only, token efficiency}."""
+    keys = ("accuracy", "tokens", "regret", "regret_exact", "J0", "J_bias", "clipped", "train_tokens", "mu_tokens",
+            "train_seconds")
+    out = {}
+    for name, rows in runs.items():
+        pairs = list(zip(rows, runs["outcome"]))
+        times = [(reach(o["curve"], 0.95 * o["accuracy"]), reach(r["curve"], 0.95 * o["accuracy"])) for r, o in pairs]
+        efficiency = [a / b if a and b else None for a, b in times]
+        known = [e for e in efficiency if e is not None]
+        gain = [o["regret"] - r["regret"] for r, o in pairs]
+        out[name] = {k: mean(r[k] for r in rows) for k in keys}
+        out[name] |= dict(accuracy_sd=spread([r["accuracy"] for r in rows]), regret_sd=spread([r["regret"] for r in rows]),
+                          regret_per_seed=[r["regret"] for r in rows], accuracy_per_seed=[r["accuracy"] for r in rows],
+                          gain=mean(gain), gain_sd=spread(gain), efficiency=mean(known) if known else None,
+                          efficiency_sd=spread(known), efficiency_per_seed=efficiency,
+                          curve=np.mean([r["curve"] for r in rows], 0).round(4).tolist(),
+                          curve_low=np.min([r["curve"] for r in rows], 0).tolist(),
+                          curve_high=np.max([r["curve"] for r in rows], 0).tolist())
+    return out
+
+
+def table(rows, best):
+    lines = ["| arm | setting | accuracy (sd) | tokens a solution | stopped at 1/4 | at 1/2 | regret (sd) | with exact J | "
+             "less regret than outcome only, paired (sd) | token efficiency (sd) | sampled in training | by mu |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    for name, r in rows.items():
+        setting = ", ".join(f"{k.replace('learning_rate', 'lr')} {v:g}" for k, v in best[name].items())
+        n = len(r["curve"]) - 1
+        gain = "" if name == "outcome" else f"{r['gain']:+.3f} ({r['gain_sd']:.3f})"
+        factor = f"{r['efficiency']:.2f} ({r['efficiency_sd']:.2f})" if r["efficiency"] else "not reached"
+        if None in r["efficiency_per_seed"] and r["efficiency"]:
+            factor += f", {r['efficiency_per_seed'].count(None)} seeds not reached"
+        lines.append(f"| {NAMES[name]} | {setting} | {r['accuracy']:.3f} ({r['accuracy_sd']:.3f}) | {r['tokens']:.1f} | "
+                     f"{r['curve'][n // 4]:.3f} | {r['curve'][n // 2]:.3f} | {r['regret']:.3f} ({r['regret_sd']:.3f}) | "
+                     f"{r['regret_exact']:.3f} | {gain} | {factor} | {r['train_tokens'] / 1e3:.0f}k | "
+                     f"{r['mu_tokens'] / 1e3:.0f}k |")
+    return "\n".join(lines)
+
+
+def claims(rows, short, seeds):
+    """For README's table. Holds: regret and tokens both better than outcome-only's by more than one sd of the paired
+    differences; "partly" if a plainer rival (length penalty, more steps) is within that."""
+    m, o = rows["mrt"], rows["outcome"]
+    sure = lambda gain, sd: gain > sd  # noqa: E731
+    better = sure(m["gain"], m["gain_sd"]) and m["efficiency"] and sure(m["efficiency"] - 1, m["efficiency_sd"])
+    rivals = {n: [a - b for a, b in zip(rows[n]["regret_per_seed"], m["regret_per_seed"])] for n in ("length", "outcome_long")}
+    close = [NAMES[n] for n, d in rivals.items() if not sure(mean(d), spread(d))]
+    efficiency = f"{m['efficiency']:.2f} (sd {m['efficiency_sd']:.2f})" if m["efficiency"] else "undefined"
+    s = short["mrt"]
+    scalar = rows["mrt_scalar"]
+    return [dict(
+        paper="2503.07572", claim="MRT has lower cumulative regret than outcome-reward RL and 1.5 times its token efficiency.",
+        measured=f"Regret {m['regret']:.3f} (sd {m['regret_sd']:.3f}) against {o['regret']:.3f} ({o['regret_sd']:.3f}), accuracy "
+                 f"{m['accuracy']:.3f} against {o['accuracy']:.3f}, token efficiency {efficiency}, {seeds} seeds; length penalty "
+                 f"{rows['length']['regret']:.3f}, outcome-only for {LONG} times the steps {rows['outcome_long']['regret']:.3f}"
+                 + (f". Within the spread of MRT: {', '.join(close)}." if close else "."),
+        holds=False if not better else "partly" if close else True, command="python experiments/mrt.py",
+        fails_when=f"Limit of {SHORT} tokens, where idling costs the outcome itself: regret lower by {s['gain']:+.3f} "
+                   f"(sd {s['gain_sd']:.3f}). Where the meta-prover's tokens count, "
+                   f"{m['mu_tokens'] / m['train_tokens']:.1f} times the policy's own."), dict(
+        paper="2503.07572", claim="A single progress bonus after a random cut is enough (the paper's RL form).",
+        measured=f"Regret {scalar['regret']:.3f} (sd {scalar['regret_sd']:.3f}), {scalar['gain']:+.3f} "
+                 f"({scalar['gain_sd']:.3f}) less than outcome-only's, paired, {seeds} seeds; per episode {m['gain']:+.3f} "
+                 f"({m['gain_sd']:.3f}).",
+        holds=sure(scalar["gain"], scalar["gain_sd"]), command="python experiments/mrt.py",
+        fails_when="The outcome is nearly always right: one number then says little of which episode was useful."
+                   if not sure(scalar["gain"], scalar["gain_sd"]) else "")]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Figure and files.
+
+
+def figure(rows, short, path):
+    """Left: accuracy when stopped. Middle: regret against what was sampled in training. Right: regret, both limits."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
+    for name, r in rows.items():
+        x, label = range(len(r["curve"])), f"{NAMES[name]} (n={len(r['regret_per_seed'])})"
+        left.plot(x, r["curve"], color=COLOUR[name], label=label, linewidth=2, drawstyle="steps-post")
+        left.fill_between(x, r["curve_low"], r["curve_high"], color=COLOUR[name], alpha=0.12, linewidth=0, step="post")
+        total = (r["train_tokens"] + r["mu_tokens"]) / 1e3
+        middle.errorbar(total, r["regret"], r["regret_sd"], color=COLOUR[name], marker="o", capsize=3)
+        if r["mu_tokens"]:
+            middle.plot([r["train_tokens"] / 1e3, total], [r["regret"]] * 2, color=COLOUR[name], linestyle=":", linewidth=1)
+            middle.plot(r["train_tokens"] / 1e3, r["regret"], marker="o", markerfacecolor="white", color=COLOUR[name])
+        middle.annotate(NAMES[name], (total, r["regret"]), fontsize=7, xytext=(6, 5), textcoords="offset points")
+    left.set(xlabel="tokens of thinking before the time is up", ylabel="accuracy of the answer given then", ylim=(0, 1.02),
+             title="Budget curves (band: worst to best seed)")
+    left.legend(frameon=False, fontsize=8, loc="lower right")
+    middle.set(xlabel="sampled in training, thousands of tokens (hollow: without mu's)", ylabel="normalised regret",
+               title="Regret and its price (bars: sd over seeds)")
+    middle.set_ylim(bottom=0)
+    middle.margins(x=0.25)
+    for i, name in enumerate(short):
+        for offset, group, face in ((-0.12, rows, COLOUR[name]), (0.12, short, "white")):
+            values = group[name]["regret_per_seed"]
+            right.plot([i + offset] * len(values), values, "o", color=COLOUR[name], markerfacecolor=face, alpha=0.8, markersize=5)
+    right.set_xticks(range(len(short)), [NAMES[n].replace(", ", ",\n") for n in short], fontsize=8)
+    right.set(ylabel="normalised regret, a dot a seed", title=f"Limit of 63 tokens (full) and of {SHORT} (hollow)")
+    right.set_ylim(bottom=0)
+    for axis in (left, middle, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def write(cfg, root, best, tried, runs, short_runs):
+    out = root / "results" if cfg.smoke else Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows, short = summarise(runs), summarise(short_runs)
+    tables = [f"Limit of {runs['base'][0]['budget']} tokens (20 episodes), {cfg.seeds} seeds, {cfg.test_problems} test problems:",
+              table(rows, best), f"Limit of {SHORT} tokens (7 episodes), same settings:", table(short, best)]
+    (out / "table.md").write_text("\n\n".join(tables) + "\n")
+    seconds = sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("seed*/**/measured*.json"))
+    write_json(out / "results.json", dict(
+        command="python experiments/mrt.py" + " --smoke" * cfg.smoke, claims=claims(rows, short, cfg.seeds), machine=machine(),
+        torch=torch.__version__, settings=vars(cfg),
+        regret="1 - area under J(tokens) / limit; comparator 1; linear between episode ends",
+        chosen=best, rows=rows, short=short, tuning=tried, cpu_seconds=round(seconds),
+        details={n: [{k: v for k, v in r.items() if "curve" not in k} for r in rs] for n, rs in runs.items()}))
+    figure(rows, short, out / "curves.png")
+    print("\n" + "\n\n".join(tables))
+    print(f"\nfigure: {out}/curves.png   numbers: {out}/results.json   {seconds / 60:.0f} CPU minutes")
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    root = Path("runs/mrt_smoke" if cfg.smoke else "runs/mrt")
+    if cfg.smoke:
+        cfg.seeds, cfg.sft_steps, cfg.rl_steps, cfg.num_prompts, cfg.test_problems = 2, 10, 1, 4, 8
+        cfg.learning_rates, cfg.penalties, cfg.alphas, cfg.star_steps, cfg.star_rounds = [1e-3], [0.3], [1.0], [2], 1
+    best, tried = tune(cfg, root)
+    seeds = cfg.only if cfg.only != [-1] else range(cfg.seeds)
+    runs, short = {n: [] for n in NAMES}, {n: [] for n in ("base", "outcome", "length", "mrt")}
+    for seed in seeds if TUNING not in seeds else []:
+        for name, rows in runs.items():
+            rows.append(run_arm(cfg, root, name, seed, best[name]))
+        for name, rows in short.items():
+            rows.append(run_arm(cfg, root, name, seed, best[name], SHORT))
+        print(f"seed {seed}: regret " + "  ".join(f"{NAMES[n]} {r[-1]['regret']:.3f}" for n, r in runs.items()), flush=True)
+    if cfg.only == [-1]:
+        write(cfg, root, best, tried, runs, short)
+
+
+if __name__ == "__main__":
+    script(main)
