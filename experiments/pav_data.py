@@ -19,7 +19,7 @@ On `planted`: 4 prompts, hidden sequences of 5 letters, others for every seed. P
 players (strength 5 and 16), seed solutions come from the policy. The scripted prover's advantage is known exactly, and
 the verdict is the correlation with it on 512 steps of the policy; Brier score and AUC against fresh rollouts stand beside it.
 A budget counts the tokens of seeds and continuations, to within one shard. RL (train_rl.py --reward pav, default settings)
-runs on the verifiers of --rl-arms at the middle budget.
+runs on the verifiers of --rl-arms at the largest budget.
 
 Tuning: every arm and budget chooses among the same --steps of the fit (at least one pass over its data), on a seed that is
 not reported. The threshold and the shares of first_pit are not tuned, nor is anything else.
@@ -74,9 +74,9 @@ METRICS = ("corr_advantage_exact", "corr_value_exact", "corr_advantage", "brier"
 @dataclass
 class Config:
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
-    budgets: list = opt([12500, 50000, 200000], "tokens of seed solutions and continuations", low=1)
-    steps: list = opt([60, 300], "grid of the fits: optimizer steps of 128 sequences", low=1)
-    rl_arms: list = opt(["mc1", "mc16", "first_pit"], "whose verifiers at the middle budget train a policy", choices=list(ARMS))
+    budgets: list = opt([17000, 170000], "tokens of seed solutions and continuations", low=1)
+    steps: list = opt([60, 240], "grid of the fits: optimizer steps of 128 sequences", low=1)
+    rl_arms: list = opt(["mc1", "mc16"], "whose verifiers at the largest budget train a policy", choices=list(ARMS))
     rl_steps: int = opt(60, "RL steps of 4 prompts x 32 samples", low=1)
     out: str = opt("docs/results/pav_data", "where table, figure and numbers go")
     smoke: bool = opt(False, "a few steps of everything")
@@ -123,14 +123,14 @@ def sign(gains):
 
 
 def policies(cfg, home, seed):
-    shape = dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else dict(steps=300, num_examples=6000)
+    shape = dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else dict(steps=200, num_examples=6000)
     for name, strength in STRENGTH.items():
         config = train_sft.Config(**TINY, seed=seed, strength=strength, run_dir=str(home / name), **shape)
         kept(home / f"{name}.json", lambda: train_sft.train(config))  # noqa: B023
 
 
 def verifier_config(cfg, home, seed, run="", **more):
-    shape = dict(eval_problems=16, eval_mc=2) if cfg.smoke else dict(eval_problems=512, eval_mc=4)
+    shape = dict(eval_problems=16, eval_mc=2) if cfg.smoke else dict(eval_problems=512, eval_mc=2)
     return VerifierConfig(**TINY, seed=seed, policy=str(home / "sft"), prover=str(home / "prover"), run_dir=str(run),
                           prover_strength=STRENGTH["prover"], **shape, **more)
 
@@ -208,7 +208,7 @@ def compare(cfg, root):
                 if seed == TUNING:
                     mine = [r for r in tried if r["arm"] == arm and r["budget"] == budget]
                     chosen[arm, budget] = max(mine, key=lambda r: r["corr_advantage_exact"])["steps"]
-                elif arm in cfg.rl_arms and budget == cfg.budgets[len(cfg.budgets) // 2]:
+                elif arm in cfg.rl_arms and budget == cfg.budgets[-1]:
                     rl.append(dict(arm=arm, seed=seed) | reinforce(cfg, home, seed, arm, run))
         if seed != TUNING:
             print(f"seed {seed}: " + "; ".join(f"{b} tokens: " + ", ".join(
@@ -243,7 +243,7 @@ def table(rows, rl, cfg):
             lines.append(f"| {r['spent'] / 1e3:.1f}k | {NAMES[r['arm']]} | {r['seeds']:.0f} | {r['labels']:.0f} | {r['steps']} | "
                          f"{r['corr_advantage_exact']:.3f} ({r['corr_advantage_exact_sd']:.3f}) | {r['corr_advantage']:.2f} | "
                          f"{r['brier']:.4f} | {r['auc']:.3f} |")
-    lines += ["", f"RL on the verifiers of the middle budget, {cfg.rl_steps} steps:", "",
+    lines += ["", f"RL on the verifiers of the largest budget, {cfg.rl_steps} steps:", "",
               "| data | accuracy at the end (sd) | mean over the curve (sd) |", "|---|---|---|"]
     for r in rl:
         lines.append(f"| {NAMES[r['arm']]} | {mean(r['accuracy']):.3f} ({spread(r['accuracy']):.3f}) | "
@@ -305,7 +305,7 @@ def figure(summary, rl, cfg, path):
         right.plot([j] * len(r["accuracy"]), r["accuracy"], "o", color=COLOURS[r["arm"]], markersize=5)
     right.set_xticks(range(len(rl)), [NAMES[r["arm"]] for r in rl], fontsize=8)
     right.set(ylabel=f"accuracy after {cfg.rl_steps} RL steps", ylim=(0, 1.03),
-              title=f"RL on verifiers of {cfg.budgets[len(cfg.budgets) // 2] // 1000}k tokens (dots: seeds)")
+              title=f"RL on verifiers of {cfg.budgets[-1] // 1000}k tokens (dots: seeds)")
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
