@@ -399,6 +399,9 @@ def figure(results, cfg, path):
             mid, sd = np.array(a["accuracy"]), np.array(a["sd"])
             left.fill_between(a["tokens"], mid - sd, mid + sd, color=COLOURS[name], alpha=0.12, linewidth=0)
         left.set_xscale("log", base=2)
+        ticks = r["arms"]["orm"]["tokens"]
+        left.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
+        left.minorticks_off()
         left.set(xlabel="tokens generated a problem", ylabel="accuracy", ylim=(0, 1.03),
                  title=f"{task} (band: sd of {cfg.seeds} seeds)")
         left.legend(frameon=False, fontsize=8)
@@ -420,8 +423,8 @@ def figure(results, cfg, path):
         right.set_xscale("log", base=2)
         right.set_xticks(cfg.sizes, cfg.sizes)
         right.minorticks_off()
-        right.set(xlabel="N", ylabel="accuracy minus best-of-N with the ORM",
-                  title=f"Gain, same seed (diamond: 1/{cfg.weak} of the rollouts, square: T={cfg.cold:g})")
+        right.set(xlabel=f"N (diamonds: verifiers from 1/{cfg.weak} of the rollouts; squares: temperature {cfg.cold:g})",
+                  ylabel="accuracy minus best-of-N with the ORM", title="Gain, paired by seed (bars: sd)")
         for axis in (left, middle, right):
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.2)
