@@ -74,8 +74,8 @@ METRICS = ("corr_advantage_exact", "corr_value_exact", "corr_advantage", "brier"
 @dataclass
 class Config:
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
-    budgets: list = opt([17000, 170000], "tokens of seed solutions and continuations", low=1)
-    steps: list = opt([60, 240], "grid of the fits: optimizer steps of 128 sequences", low=1)
+    budgets: list = opt([12500, 50000, 200000], "tokens of seed solutions and continuations", low=1)
+    steps: list = opt([60, 300], "grid of the fits: optimizer steps of 128 sequences", low=1)
     rl_arms: list = opt(["mc1", "mc16"], "whose verifiers at the largest budget train a policy", choices=list(ARMS))
     rl_steps: int = opt(60, "RL steps of 4 prompts x 32 samples", low=1)
     out: str = opt("docs/results/pav_data", "where table, figure and numbers go")
@@ -123,14 +123,14 @@ def sign(gains):
 
 
 def policies(cfg, home, seed):
-    shape = dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else dict(steps=200, num_examples=6000)
+    shape = dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else dict(steps=300, num_examples=6000)
     for name, strength in STRENGTH.items():
         config = train_sft.Config(**TINY, seed=seed, strength=strength, run_dir=str(home / name), **shape)
         kept(home / f"{name}.json", lambda: train_sft.train(config))  # noqa: B023
 
 
 def verifier_config(cfg, home, seed, run="", **more):
-    shape = dict(eval_problems=16, eval_mc=2) if cfg.smoke else dict(eval_problems=512, eval_mc=2)
+    shape = dict(eval_problems=16, eval_mc=2) if cfg.smoke else dict(eval_problems=512, eval_mc=4)
     return VerifierConfig(**TINY, seed=seed, policy=str(home / "sft"), prover=str(home / "prover"), run_dir=str(run),
                           prover_strength=STRENGTH["prover"], **shape, **more)
 
