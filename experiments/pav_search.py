@@ -81,7 +81,7 @@ class Config:
     alphas: list = opt([0.2, 0.5, 1.0, 2.0], "grid of beam_pav", low=0)
     prover_ks: list = opt([1, 2, 4, 8, 16], "beside K=4, shown only", low=1)
     children: list = opt([2, 3, 6, 12], "grid of beam_q", low=1)
-    orm_epochs: list = opt([1, 2, 4, 8], "grid of orm", low=1)
+    orm_epochs: list = opt([2, 4, 8, 16], "grid of orm", low=1)
     tuning_sizes: list = opt([6, 12], "N of the tuning, its mean counts", low=3)
     rollouts: int = opt(8000, "problems that Q^pi's rollouts start from; the ORM gets as many tokens", low=8)
     epochs: int = opt(4, "passes of Q^pi over its rollouts", low=1)
