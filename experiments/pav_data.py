@@ -21,7 +21,7 @@ the verdict is the correlation with it on 512 steps of the policy; Brier score a
 A budget counts the tokens of seeds and continuations, to within one shard. RL (train_rl.py --reward pav, default settings)
 runs on the verifiers of --rl-arms at the largest budget.
 
-Tuning: every arm and budget chooses among the same --steps of the fit (at least one pass over its data), on a seed that is
+Tuning: every arm and budget chooses among the same --steps of the fit (rounded up to whole passes), on a seed that is
 not reported. The threshold and the shares of first_pit are not tuned, nor is anything else.
 
 What would have falsified the claims: mc16 not below mc1 at the lowest budget, or not above it at the highest; first_pit not
@@ -74,7 +74,7 @@ METRICS = ("corr_advantage_exact", "corr_value_exact", "corr_advantage", "brier"
 @dataclass
 class Config:
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
-    budgets: list = opt([12500, 50000, 200000], "tokens of seed solutions and continuations", low=1)
+    budgets: list = opt([12500, 100000], "tokens of seed solutions and continuations", low=1)
     steps: list = opt([60, 300], "grid of the fits: optimizer steps of 128 sequences", low=1)
     rl_arms: list = opt(["mc1", "mc16"], "whose verifiers at the largest budget train a policy", choices=list(ARMS))
     rl_steps: int = opt(60, "RL steps of 4 prompts x 32 samples", low=1)
@@ -166,7 +166,7 @@ def verify(cfg, home, seed, arm, budget, steps, shards):
         data = concatenate([d for _, d in shards[:n]])
         data = data if ARMS[arm][1] else labels_at_cuts(data)
         config = verifier_config(cfg, home, seed, run)
-        config.epochs = max(1, round(steps * config.batch_size / len(data["tokens"])))
+        config.epochs = math.ceil(steps * config.batch_size / len(data["tokens"]))
         base, tokenizer = load_model(home / "sft")
         prover, _ = load_model(home / "prover")
         verifier = Verifier(load_model(home / "sft")[0], fingerprint=tokenizer.fingerprint)
