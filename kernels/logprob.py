@@ -9,7 +9,7 @@ What it computes, for every row n of hidden [N,D] and the head's weight [V,D]:
 
 Two functions, by who knows the gradient when:
 
-    linear_logprob       any function of the three may come after: backward has to make z again. 2NDV multiply-adds
+    linear_logprob       any function of the three may come after: backward has to make z again. 2NDV operations
                          forward, 2NDV for z once more, 4NDV for the two gradients: 8NDV
     linear_logprob_loss  the loss is a sum over tokens, given as a function: its derivatives are known as soon as a chunk
                          of rows has its log-probs, while their z is still there. 2NDV + 4NDV = 6NDV

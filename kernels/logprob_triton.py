@@ -1,45 +1,45 @@
 """Fused linear log-prob on a GPU: kernels/logprob.py says what is computed; here is how, without the logits.
 
-    tile       rows x tokens: a tile of logits in registers -> largest, mass, moment of each row in it; the target's logit
-    combine    those [V/128,N] numbers of a row -> log-prob, logsumexp, entropy
-    d_logits   backward of linear_logprob: a tile of logits again -> a tile of dloss/dlogits
-    keep_tile  as tile for linear_logprob_loss, whose loss is known a moment later: also keeps 2^(z - largest), 2 bytes a logit
+    tile       rows x tokens: a tile of logits in registers -> each row's largest, mass and moment in it; the target's logit
+    combine    those of all tiles of a row -> its log-prob, logsumexp, entropy
+    d_logits   backward of linear_logprob: a tile of logits once more -> a tile of dloss/dlogits
+    keep_tile  as tile, for linear_logprob_loss: also keeps 2^(z - largest), 2 bytes a logit, for the loss is a moment away
     turn       those -> dloss/dlogits, over the same bytes
 
-The gradients themselves are plain products of dloss/dlogits with weight and hidden, which cuBLAS does best.
+The gradients are plain products of dloss/dlogits with weight and with hidden: cuBLAS. Sums are float32 throughout.
 
-Counted. Forward: 2NDV multiply-adds; it reads hidden and weight, from the L2 cache mostly, and writes 12 bytes for every
-128 logits: 0.1 byte a logit where whole float32 logits would be written and read at 4 each, several times. At 800 TFLOP/s
-and 4 TB/s the processor does 200 multiply-adds in the time of a byte; a logit takes D of them. So the products are the
-bill, and the art is to keep them running while the exponentials are taken: 1 to 2 a logit on units that do one for every
-32 multiply-adds of... the tensor cores' thousand. Two thread blocks fit a multiprocessor: one multiplies
-while the other takes exponentials.
+Counted, in bfloat16. Forward: 2NDV operations, on tiles that come from the L2 cache mostly; 12 bytes are written for every
+128 or 256 logits, where logits in memory would be 4 bytes each, written once and read several times. A GPU of 800 TFLOP/s
+and 4 TB/s does 200 operations in the time of one byte, and a logit is 2D of them (1152 for SmolLM2, 8192 for an 8B model).
+So the products are the bill, and the art is to keep them running meanwhile: an exponential takes as long as
+200 operations of the tensor cores. Where D is small that is a sixth, so there two blocks share a multiprocessor, and one
+multiplies while the other takes exponentials.
 
-    linear_logprob        2NDV + 2NDV (logits again) + 4NDV, and 2 bytes a logit written, then read twice: 6 bytes
-    linear_logprob_loss   2NDV + 4NDV, and 2 bytes a logit written, read and written over, then read twice: 10 bytes
+    linear_logprob        2NDV + 2NDV (logits again) + 4NDV;  dloss/dlogits written once, read twice: 6 bytes a logit
+    linear_logprob_loss   2NDV + 4NDV;                        2 bytes written, read, written, read twice: 10 bytes a logit
 
-At D = 576 these bytes are a quarter and a half of the time of the products, at D = 4096 a thirtieth and a twelfth
-(computed, not measured); the quarter less arithmetic is worth more than they cost from D = 600 or so.
+If nothing overlapped, these bytes would add 24% and 53% to the products at D = 576, 3% and 8% at D = 4096, and the second
+would be the faster one from D = 370 on. (Counted like all of this; bench/kernels.py measures.)
 
-Why tiles that know nothing of each other, and a second kernel, when one block could walk along the vocabulary with running
-sums: any order of tiles will do then. Blocks that run at the same time take 16 x 8 neighbours, which share their rows and
-columns in the cache; no atomics, no locks, so the same bits every time; and a row's numbers depend on no other row, so
-the same bits in any batch.
+Why tiles that know nothing of each other and a second kernel, where one block could walk along the vocabulary with running
+sums: tiles may then run in any order. Those that run together share 16 row tiles and a few columns, which stay in the
+cache. No atomics, no locks: the same bits every time. And a row's numbers are made of that row alone: the same bits in any
+batch.
 
-Why backward walks along the vocabulary: logsumexp is known by then, so a slice of the vocabulary sees all rows at once: its
-d_weight is complete in one product, rounded once to its type; only d_hidden is added up, in float32. linear_logprob_loss
-cannot: it walks along the rows and adds up d_weight [V,D] in float32. Rows whose coefficients are all 0 are left out first.
+Why backward walks along the vocabulary: logsumexp is known by then. A slice of the vocabulary sees all rows at once, so its
+d_weight is complete after one product and is rounded once; only d_hidden [N,D] is added up. linear_logprob_loss
+must walk along the rows, and adds up d_weight [V,D]. Both work through CHUNK_BYTES of dloss/dlogits at a time. Rows whose
+coefficients are all 0 are taken out before (backward) or after (loss) the logits.
 
-The tiles. 128 x 128: the float32 sums take 64 registers of each of 256 threads, two blocks a multiprocessor; 128 rows and
-128 columns of 64 products each: (128 + 128) x 64 x 2 bytes, 96 KB in three stages, twice that fits Hopper's 227. A Hopper
-warpgroup multiplies 64 rows in one instruction; more columns (256) would read shared memory a quarter less and leave
-only one block. 64 elements along D are 128 bytes, a whole line. Rows and columns beyond the edge read the last one
-again instead of nothing: no masks in the loop, and what comes of it is not written. A table, no tuning at run time:
-the bits do not depend on what a tuner measured.
+The tiles. A float32 sum takes a register, so 128 x 128 are 64 registers of each of 256 threads; a thread may use 128 if two
+blocks are to fit, and 3 stages of (128 + 128) x 64 numbers, 96 KB a block, fit Hopper's 227 KB twice. Where D is
+large, exponentials hardly count, but every tile is read through the L2 cache: 128 x 256 reads a quarter less for the
+same products, and one block with 4 stages (192 KB) has the multiprocessor for itself. 64 numbers along D are 128
+bytes, one line. A table and no tuner: the bits must not depend on what somebody measured.
 
-Base 2 throughout, as in sampling_triton.py, whose squash() is used: sampler and trainer make a logit in one way. The largest
-logit goes first, then the logarithm of the mass: z - top - log(mass) cannot be positive, and at logits of 1e4
-loses less than z - (top + log(mass)) would.
+Base 2 throughout, with squash() of sampling_triton.py: sampler and trainer turn a product into a logit by the same line. The
+log-prob is (z - largest) - log2(mass), which cannot be positive, and at logits of 1e4 does not round the small second
+term away.
 """
 
 import torch
@@ -53,11 +53,14 @@ from kernels.sampling_triton import LN2, LOG2E, NEG, UPCAST, squash
 
 CHUNK_BYTES = 2**30  # what keep_tile keeps, or d_logits makes, at once; cuBLAS wants some thousand rows
 
-# By type of the weight: BLOCK_N, BLOCK_V, BLOCK_D, and how to compile.
+# BLOCK_N, BLOCK_V, BLOCK_D, and how to compile. None spills a register (tests/test_compile.py).
 TILES = {
-    torch.bfloat16: (128, 128, 64, dict(num_warps=8, num_stages=3)),
-    torch.float32: (64, 64, 32, dict(num_warps=8, num_stages=3)),
+    "float32": (64, 64, 32, dict(num_warps=8, num_stages=3)),  # exact products, so no tensor cores
+    "plain": (128, 128, 64, dict(num_warps=8, num_stages=3)),
+    "narrow": (128, 128, 64, dict(num_warps=8, num_stages=3, maxnreg=128)),
+    "wide": (128, 256, 64, dict(num_warps=8, num_stages=4)),
 }
+NARROW = 1024  # D up to which exponentials count
 GROUP = 16  # row tiles that are finished before the next ones begin
 COMBINE = (32, 64)  # rows, tiles of the vocabulary at once
 TURN = 1024  # logits of one row
@@ -153,14 +156,14 @@ def keep_tile_kernel(hidden, weight, target_ptr, top_ptr, mass_ptr, moment_ptr, 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
 def combine_kernel(top_ptr, mass_ptr, moment_ptr, chosen_ptr, logprob_ptr, logsumexp_ptr, entropy_ptr, row_top_ptr,
-                   log_mass_ptr, N, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
+                   log_mass_ptr, N, tiles, ROWS: tl.constexpr, SPAN: tl.constexpr):
     """top, mass, moment [tiles,N], chosen [N] -> logprob, logsumexp, entropy [N] in nats; row_top, log_mass [N] in base 2,
     with which backward makes log p = z - row_top - log_mass."""
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), N - 1)  # the last one twice does no harm
     top = tl.full((ROWS,), NEG, tl.float32)
     mass, moment = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    for first in range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES)
+    for first in range(0, tiles, SPAN):
+        tile = first + tl.arange(0, SPAN)
         at = tile.to(tl.int64)[:, None] * N + row[None, :]
         mask = (tile < tiles)[:, None]
         one = tl.load(top_ptr + at, mask=mask, other=NEG)
@@ -222,27 +225,41 @@ def turn_kernel(kept_ptr, top_ptr, target_ptr, logprob_ptr, row_top_ptr, log_mas
 # Their launches. cap and scale: base-2 logits are squash(raw, scale, cap).
 
 
-def _check(hidden, weight):
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: give both in one dtype")
-    if weight.dtype not in TILES:
-        raise ValueError(f"log-probs on a GPU come from bfloat16 or float32 weights, not {weight.dtype}")
-    pad = -weight.shape[1] % (16 // weight.element_size())  # tiles are copied in units of 16 bytes
-    hidden, weight = (F.pad(x, (0, pad)) if pad else x.contiguous() for x in (hidden, weight))
-    return hidden, weight
+def generation(x):
+    """8: A100 and its like (and what the interpreter plays). From 9 on an engine copies tiles; 9 and 10 have 227 KB of shared
+    memory, of which the larger tiles make use."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 8
 
 
-def has_tma(x):
-    """Whether the GPU of x copies tiles by itself (Hopper and later)."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+def tile_for(weight, heavy=False):
+    """A row of the table, by type, GPU and D, never by N. heavy: what follows the product needs many registers itself."""
+    if weight.dtype == torch.float32:
+        return TILES["float32"]
+    if heavy or generation(weight) not in (9, 10):
+        return TILES["plain"]
+    return TILES["narrow" if weight.shape[1] <= NARROW else "wide"]
 
 
 def described(hidden, weight, block):
-    """-> whether both are given as descriptors for the copy engine, made here; if not, the kernel makes its own, which
-    become ordinary asynchronous copies on an A100."""
-    if not has_tma(weight):
-        return False, hidden, weight
-    return True, *(TensorDescriptor.from_tensor(x, [rows, block[2]]) for x, rows in zip((hidden, weight), block))
+    """hidden, weight as the kernels want them, and whether they are descriptors for the copy engine. Where there is none, a
+    kernel describes them itself, and the compiler makes asynchronous copies of that (the other way round each is slow)."""
+    if generation(weight) < 9:
+        return hidden, weight, False
+    return *(TensorDescriptor.from_tensor(x, [rows, block[2]]) for x, rows in zip((hidden, weight), block)), True
+
+
+def _aligned(x, pad):
+    x = F.pad(x, (0, pad)) if pad else x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _check(hidden, weight):
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: give both in one dtype")
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"log-probs on a GPU come from bfloat16 or float32 weights, not {weight.dtype}")
+    pad = -weight.shape[1] % (16 // weight.element_size())  # tiles are copied in units of 16 bytes; zeros add nothing
+    return _aligned(hidden, pad), _aligned(weight, pad)
 
 
 def _grid(N, V, block_n, block_v):
@@ -253,11 +270,11 @@ def tile_statistics(hidden, weight, target, temperature, softcap=None, kept=None
     """hidden [N,D], weight [V,D], target [N] -> (top, mass, moment) [3,tiles,N], chosen [N], of tile_kernel; fills kept
     [N,V] if given. tile: another row of the table, for tests."""
     (N, D), V = hidden.shape, weight.shape[0]
-    *block, options = tile or TILES[weight.dtype]
+    *block, options = tile or tile_for(weight)
     part = torch.empty(3, triton.cdiv(V, block[1]), N, device=hidden.device)
     chosen = torch.full((N,), torch.nan, device=hidden.device)  # a target outside the vocabulary shows
     if N:
-        tma, hidden, weight = described(hidden, weight, block)
+        hidden, weight, tma = described(hidden, weight, block)
         kernel, more = (tile_kernel, ()) if kept is None else (keep_tile_kernel, (kept,))
         kernel[_grid(N, V, *block[:2])](hidden, weight, target, *part, chosen, *more, N, V, LOG2E / temperature, softcap or 1.0,
                                         D, softcap is not None, tma, *block, GROUP, **options)
@@ -276,8 +293,8 @@ def combine(part, chosen):
 def d_logits(hidden, weight, target, rows, coefficients, temperature, softcap, out, tile=None):
     """rows: row_top, log_mass, entropy [N]; coefficients: of logprob, logsumexp, entropy [N]. -> out [N,V]."""
     (N, D), V = hidden.shape, weight.shape[0]
-    *block, options = tile or TILES[weight.dtype]
-    tma, hidden, weight = described(hidden, weight, block)
+    *block, options = tile or tile_for(weight, heavy=softcap is not None)
+    hidden, weight, tma = described(hidden, weight, block)
     d_logits_kernel[_grid(N, V, *block[:2])](hidden, weight, target, *rows, *(c / temperature for c in coefficients), out, N, V,
                                              LOG2E / temperature, softcap or 1.0, D, softcap is not None, tma, *block, GROUP,
                                              **options)
@@ -380,7 +397,7 @@ def _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_toke
         chosen, logprob, row_top, log_mass, entropy, *coefficients = numbers
         dz = kept.view(weight.dtype)
         turn(kept, top, chosen, logprob, (row_top, log_mass, entropy), coefficients, temperature, softcap, dz,
-             TILES[weight.dtype][1])
+             tile_for(weight)[1])
         d_hidden[busy + i] = product(dz, weight).to(hidden.dtype)
         add_product(d_weight, dz.t(), h)
     return loss, *books, d_hidden, d_weight

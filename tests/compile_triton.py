@@ -35,6 +35,7 @@ class Code:
 
     def __init__(self, compiled, arch, options):
         self.name, self.shared, self.ptx = compiled.metadata.name, compiled.metadata.shared, compiled.asm["ptx"]
+        self.scratch = compiled.metadata.global_scratch_size  # memory the launcher must find (triton.set_allocator)
         tools = Path(triton.__file__).parent / "backends/nvidia/bin"
         run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: E731
         with tempfile.NamedTemporaryFile(suffix=".bin") as f:
