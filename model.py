@@ -71,11 +71,29 @@ def rope_tables(cfg, length, device):
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
+def turn(x, cos, sin):
+    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the last axis, in three operations."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """turn(), whose gradient is the turn back: two operations where autograd would make eight."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return turn(dy, cos, -sin), None, None
+
+
 def rotate(x, cos, sin):
     """Rotary embedding, "rotate half" layout. x [B,T,heads,head_dim]; cos, sin of rope_tables broadcast to
-    [B,T,1,head_dim]. (a, b) -> (a cos - b sin, b cos + a sin), three operations instead of seven."""
-    a, b = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
+    [B,T,1,head_dim]."""
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
 
 
 class OffsetNorm(nn.RMSNorm):
@@ -83,6 +101,40 @@ class OffsetNorm(nn.RMSNorm):
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) * up of one tensor [...,2F]; both gradients are written into one tensor, where autograd makes three."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        silu = F.silu(gate)
+        ctx.save_for_backward(gate_up, silu)
+        return silu * up
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate_up, silu = ctx.saved_tensors
+        (gate, up), d_gate_up = gate_up.chunk(2, -1), torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, -1)
+        torch.mul(dy, silu, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=d_gate)
+        return d_gate_up
+
+
+def gated_silu(gate_up):
+    """SwiGLU: gate_up [...,2F], gate first -> silu(gate) * up [...,F]."""
+    if torch.is_grad_enabled():
+        return _GatedSilu.apply(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def gated_gelu(gate_up):
+    """Gemma's: the same with GELU in its tanh form."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 class Layer(nn.Module):
@@ -104,7 +156,7 @@ class Layer(nn.Module):
         self.gate_up = Linear(D, 2 * cfg.intermediate_size)
         self.down = Linear(cfg.intermediate_size, D)
         self.post_mlp_norm = norm(D, eps=cfg.rms_norm_eps) if family.gemma else None
-        self.activation = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}[family.activation]
+        self.gated = {"silu": gated_silu, "gelu_pytorch_tanh": gated_gelu}[family.activation]
 
     def forward(self, x, cos, sin, attend):
         """x [B,T,D] -> [B,T,D]; attend(q [B,T,H,d], k [B,T,K,d], v [B,T,K,d]) -> [B,T,H*d]."""
@@ -113,15 +165,13 @@ class Layer(nn.Module):
         qkv = self.qkv(self.attn_norm(x))
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias
-        qkv = qkv.view(B, T, H + 2 * K, d)
-        qk = qkv[:, :, : H + K]
+        qk, v = qkv.view(B, T, H + 2 * K, d).split([H + K, K], 2)  # a split's gradient is one cat; slices' are padded sums
         if self.q_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], 2)
-        qk = rotate(qk, cos, sin)
-        attended = self.out(attend(qk[:, :, :H], qk[:, :, H:], qkv[:, :, H + K :]))
+        q, k = rotate(qk, cos, sin).split([H, K], 2)
+        attended = self.out(attend(q, k, v))
         x = x + (attended if self.post_attn_norm is None else self.post_attn_norm(attended))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        y = self.down(self.activation(gate) * up)
+        y = self.down(self.gated(self.gate_up(self.mlp_norm(x))))
         return x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
 
 
@@ -165,24 +215,29 @@ class Transformer(nn.Module):
         """One token for each of the cache's first B rows: tokens [B], length [B] (tokens already there),
         longest = length.max() as an int. Returns hidden [B,D]; the caller adds 1 to length."""
         B = tokens.shape[0]
+        K, d, room = cache.k.shape[2], cache.k.shape[4], cache.k.shape[3]
         cos, sin = self._rope_tables(longest + 1, tokens.device)
-        rows, t = torch.arange(B, device=tokens.device), torch.arange(longest + 1, device=tokens.device)
-        visible = near = t <= length[:, None]  # (B, t)
-        if self.cfg.sliding_window is not None:
-            near = visible & (t > length[:, None] - self.cfg.sliding_window)
+        place = torch.arange(B * K, device=tokens.device) * room + length.repeat_interleave(K)  # in a layer's [R*K*max_len,d]
+        visible = near = None  # equal lengths see all of what there is
+        window = self.cfg.sliding_window
+        if window is not None or bool((length < longest).any()):
+            t = torch.arange(longest + 1, device=tokens.device)
+            visible = near = t <= length[:, None]  # (B, t)
+            if window is not None:
+                near = visible & (t > length[:, None] - window)
 
         def attend(layer):
             k_cache, v_cache = cache.k[layer], cache.v[layer]
             seen = visible if self.cfg.window(layer) is None else near
 
             def write_and_attend(q, k, v):
-                k_cache[rows, :, length] = k[:, 0]
-                v_cache[rows, :, length] = v[:, 0]
+                k_cache.view(-1, d).index_copy_(0, place, k.reshape(B * K, d))
+                v_cache.view(-1, d).index_copy_(0, place, v.reshape(B * K, d))
                 return cached_attention(q, k_cache[:B, :, : longest + 1], v_cache[:B, :, : longest + 1], seen, **self.scoring)
 
             return write_and_attend
 
-        here = (cos[length][:, None, None], sin[length][:, None, None])  # (B, 1, 1, d)
+        here = tuple(table.index_select(0, length)[:, None, None] for table in (cos, sin))  # (B, 1, 1, d)
         return self._run(tokens[:, None], here, attend)[:, 0]
 
     def _run(self, tokens, rope, attend):
@@ -239,14 +294,15 @@ def causal_attention(q, k, v, window=None, scale=None, softcap=None):
 
 
 def cached_attention(q, k, v, visible, scale=None, softcap=None):
-    """One query per row over its own past. q [B,1,H,d], k, v [B,K,t,d], visible [B,t] -> [B,1,H*d].
+    """One query per row over its own past. q [B,1,H,d], k, v [B,K,t,d], visible [B,t] (None: all) -> [B,1,H*d].
 
     The H/K query heads that share a key head stand as so many queries of that head, so that grouped
     keys are read once and never repeated in memory.
     """
     B, _, H, d = q.shape
     K = k.shape[1]
-    q, visible = q.view(B, K, H // K, d), visible[:, None, None]
+    q = q.reshape(B, K, H // K, d)
+    visible = None if visible is None else visible[:, None, None]
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     else:
@@ -256,10 +312,11 @@ def cached_attention(q, k, v, visible, scale=None, softcap=None):
 
 def capped_attention(q, k, v, visible, scale, softcap):
     """softmax(softcap * tanh(scale q.k / softcap)) v, which no fused kernel of PyTorch computes (Gemma 2). q [B,K,n,d],
-    k, v [B,K,t,d], visible broadcasts to [B,K,n,t] -> [B,K,n,d]. The scores stand whole: [B,K,n,t] float32."""
+    k, v [B,K,t,d], visible broadcasts to [B,K,n,t] (None: all) -> [B,K,n,d]. The scores stand whole: [B,K,n,t] float32."""
     scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
+    scores = scores if visible is None else scores.masked_fill(~visible, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def pad_right(rows):

@@ -5,11 +5,11 @@
     python sample.py --model smollm2 --task gsm8k --data gsm8k_test.jsonl --eval --greedy --num-problems 16   # see evaluate.py
     python sample.py --model DIR --task planted --search beam --n 12 --verifier DIR --alpha 0.5   # see search.py
 
-How it decodes. Every sequence owns a row of the KV cache while it lives. Prompts are prefilled once each
-(G samples of a prompt share that work), longest first, in right-padded buckets of similar length. A row
-that has finished leaves at once: the last row moves into its place, so that the batch is always rows
-0..n-1, and waiting prompts are admitted when enough places are free. Nothing a sequence receives depends
-on its neighbours: its random numbers are a function of (seed, sequence id, index of the token).
+How it decodes. Prompts are prefilled longest first, in right-padded buckets of similar length. Sequences with the same
+tokens so far share a row of the KV cache and are computed once: the G samples of a prompt until they part, which in
+a converged policy is late. A sequence that has finished leaves at once; rows without a sequence are filled from the
+end, so that the batch is always rows 0..m-1, and waiting prompts are admitted when enough places are free. Nothing
+a sequence receives depends on its neighbours: its random numbers are a function of (seed, sequence id, index of the token).
 
 What is left out: paging (a row owns its full length: at these sizes memory is not the limit), stop
 *strings* (stop ids only; text is decoded after the fact), speculative decoding.
@@ -20,12 +20,15 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from common import TASKS, UserError, opt, parse, script, setup, spare_threads
 from kernels import linear_draw, linear_draw_filtered, linear_greedy, packed_weights, philox_uniform
 from model import KVCache, load_model
 
 PREFILL_TOKENS = 2048  # padded tokens of one prefill batch: enough to fill the cores, small enough to bound memory
+
+ROUND = 16  # rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) for each number of rows
 
 
 @dataclass
@@ -55,6 +58,9 @@ class Rollouts:
     def completion(self, b):
         return self.tokens[b, self.prompt_len[b] : self.length[b]].tolist()
 
+    def completions(self):
+        return [row[a:b] for row, a, b in zip(self.tokens.tolist(), self.prompt_len.tolist(), self.length.tolist())]
+
 
 def generate(model, prompts, *, slots=128, **options):
     """Complete every prompt once; see decode_all for the options. The weights' packed copies (kernels/product.py)
@@ -81,8 +87,8 @@ def start(model, prompts, max_new_tokens, sequence_ids, stop_ids):
     limit = (prompt_len + budget).clamp(max=context)
     T = int(limit.max()) if B else 1
     out = Rollouts(torch.zeros(B, T, dtype=torch.int64), prompt_len, prompt_len.clone(), torch.zeros(B, T), [""] * B)
-    for i, p in enumerate(prompts):
-        out.tokens[i, : len(p)] = torch.tensor(p)
+    widest = max(map(len, prompts), default=0)
+    out.tokens[:, :widest] = torch.tensor([p + [0] * (widest - len(p)) for p in prompts], dtype=torch.int64).view(B, widest)
     ids = torch.arange(B) if sequence_ids is None else torch.as_tensor(sequence_ids, dtype=torch.int64)
     stops = torch.zeros(model.cfg.vocab_size, dtype=torch.bool)
     stops[list(stop_ids)] = True
@@ -111,50 +117,75 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
     begin, B, device = time.time(), len(prompts), model.head.device
     out, limit, ids, stops, queue = start(model, prompts, max_new_tokens, sequence_ids, stop_ids)
     prompt_len, longest_draw = out.prompt_len, int((limit - out.prompt_len).max()) if B else 1
-    slots = min(slots, B)
-    cache = KVCache(model.cfg, slots, out.tokens.shape[1], device, model.head.dtype)
-    seq = torch.zeros(slots, dtype=torch.int64)  # which sequence a cache row holds
-    length = torch.zeros(slots, dtype=torch.int64)  # tokens in that row
-    draws = torch.zeros(slots, longest_draw, 2, dtype=torch.float64)
-    hidden = torch.zeros(0, model.cfg.hidden_size, device=device, dtype=model.head.dtype)
-    n = 0  # rows 0..n-1 are alive
-    while queue or n:
-        # 1. Admit: a few at a time, so that a prefill is worth its call.
-        if queue and slots - n >= min(len(queue), max(1, slots // 8)):
-            new = [queue.popleft() for _ in range(min(len(queue), slots - n))]
-            rows = torch.arange(n, n + len(new))
-            seq[rows], length[rows] = torch.tensor(new), prompt_len[new]
-            draws[rows] = philox_uniform(seed, ids[new][:, None], torch.arange(longest_draw))
-            hidden = torch.cat([hidden, prefill(model, [prompts[i] for i in new], cache, n)])
-            n += len(new)
-        # 2. Draw a token for every row.
-        rows, s, at = slice(0, n), seq[:n], length[:n]
-        uniform = draws[torch.arange(n), at - prompt_len[s]].to(device)
-        token, logprob = draw_tokens(model, hidden, uniform, temperature, top_k, top_p, min_p)
+    slots, T = min(slots, B), out.tokens.shape[1]
+    cache = KVCache(model.cfg, slots, T, device, model.head.dtype)
+    draws, free = torch.zeros(slots, longest_draw, 2, dtype=torch.float64), list(range(slots))
+    seq = row = slot = torch.zeros(0, dtype=torch.int64)  # of every live sequence: which it is, its cache row, its row of draws
+    length = torch.zeros(0, dtype=torch.int64)  # tokens in each cache row
+    hidden = torch.zeros(0, model.cfg.hidden_size, device=device, dtype=model.head.dtype)  # the last state of each
+    while queue or len(seq):
+        # 1. Admit: a few at a time, so that a prefill is worth its call. Equal prompts share a row.
+        if queue and len(free) >= min(len(queue), max(1, slots // 8)):
+            new = [queue.popleft() for _ in range(min(len(queue), len(free)))]
+            first = [k == 0 or prompts[i] != prompts[new[k - 1]] for k, i in enumerate(new)]
+            distinct = [i for i, is_first in zip(new, first) if is_first]
+            places = torch.tensor([free.pop() for _ in new])
+            draws[places] = philox_uniform(seed, ids[new][:, None], torch.arange(longest_draw))
+            row = torch.cat([row, torch.tensor(first).cumsum(0) - 1 + len(length)])
+            hidden = torch.cat([hidden, prefill(model, [prompts[i] for i in distinct], cache, len(length))])
+            seq, slot, length = (torch.cat(x) for x in ((seq, torch.tensor(new)), (slot, places), (length, prompt_len[distinct])))
+        # 2. Draw a token for every sequence.
+        at = length[row]
+        uniform = draws.view(-1, 2)[slot * longest_draw + at - prompt_len[seq]].to(device)
+        token, logprob = draw_tokens(model, hidden[row], uniform, temperature, top_k, top_p, min_p)
         token, logprob = token.cpu(), logprob.cpu()
-        out.tokens[s, at], out.logprob[s, at], out.length[s] = token, logprob, at + 1
-        # 3. Finished rows leave; rows from the end move into the holes.
+        out.tokens.view(-1)[seq * T + at], out.logprob.view(-1)[seq * T + at] = token, logprob
+        # 3. Finished sequences leave.
         stopped = stops[token]
-        done = stopped | (at + 1 >= limit[s])
-        if done.any():
-            for i, reason in zip(s[done].tolist(), stopped[done].tolist()):
+        done = stopped | (at + 1 >= limit[seq])
+        left = bool(done.any())
+        if left:
+            out.length[seq[done]] = at[done] + 1
+            for i, reason in zip(seq[done].tolist(), stopped[done].tolist()):
                 out.finish_reason[i] = "stop" if reason else "length"
-            alive = (~done).nonzero()[:, 0]
-            n = len(alive)
-            movers, holes = alive[alive >= n], done[:n].nonzero()[:, 0]
-            cache.copy_rows(movers, holes, int(at.max()))
-            for state in (seq, length, draws, token):
-                state[holes] = state[movers]
-        # 4. Advance the survivors.
-        hidden = hidden[:0]
-        if n:
-            at = length[:n]
-            hidden = model.decode(token[:n].to(device), cache, at.to(device), int(at.max()))
-            length[:n] += 1
+            free += slot[done].tolist()
+            seq, row, slot, token = (x[~done] for x in (seq, row, slot, token))
+        # 4. Advance the rows of the others.
+        if len(seq):
+            if left or len(seq) > len(length):
+                row, token, length = regroup(row, token, length, cache, model.cfg.vocab_size)
+            else:  # one sequence a row, and none has left
+                token = torch.empty_like(token).index_copy_(0, row, token)
+            m, longest = len(length), int(length.max())
+            idle = min(-m % ROUND, slots - m)
+            token, at = F.pad(token, (0, idle)).to(device), F.pad(length, (0, idle), value=longest).to(device)
+            hidden, length = model.decode(token, cache, at, longest)[:m], length + 1
+        else:
+            hidden, length = hidden[:0], length[:0]
     out.seconds = time.time() - begin
     used = int(out.length.max()) if B else 1
     out.tokens, out.logprob = out.tokens[:, :used].clone(), out.logprob[:, :used].clone()
     return out
+
+
+def regroup(row, token, length, cache, vocab):
+    """Which cache row every sequence has from now on: those that shared one and drew the same token go on sharing.
+
+    row, token [n]: of every live sequence, its row and what it drew; length: of every row. Rows are copied so that those
+    in use are 0..m-1, the fewest that will do. Returns row [n], and token [m] (to be written next), length [m] of the rows.
+    """
+    pairs, which = (row * vocab + token).unique(return_inverse=True)  # sorted by row
+    source, token, m = pairs // vocab, pairs % vocab, len(pairs)
+    stays = source < m  # the first of a row's heirs keeps it, unless it must move down
+    stays[1:] &= source[1:] != source[:-1]
+    empty = torch.ones(m, dtype=torch.bool)
+    empty[source[stays]] = False
+    target, moves = source.clone(), ~stays
+    target[moves] = empty.nonzero()[:, 0]
+    if moves.any():
+        cache.copy_rows(source[moves], target[moves], int(length.max()))
+    order = target.argsort()
+    return target[which], token[order], length[source[order]]
 
 
 def prefill(model, prompts, cache, first_row):

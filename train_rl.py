@@ -181,7 +181,7 @@ def k2_loss(logprob, ref_logprob, weight):
 def advantages(cfg, task, problems, rollouts, tokenizer, verifier, kl=None, laps=None):
     """One batch of rollouts -> advantage per token [B,T] and what to log. Rows b*G..b*G+G-1 share a prompt."""
     laps = laps or Laps()
-    outcome = torch.tensor([task.grade(p, tokenizer.decode(rollouts.completion(b))) for b, p in enumerate(problems)])
+    outcome = torch.tensor([task.grade(p, tokenizer.decode(ids)) for p, ids in zip(problems, rollouts.completions())])
     laps.lap("grade")
     mask, G = rollouts.mask(), cfg.num_generations
     logs = {"rewards/outcome/mean": float(outcome.mean())}
@@ -286,7 +286,7 @@ def evaluate(model, tokenizer, task, verifier, cfg, limit, keep=None):
     problems = (problems * (1 + cfg.eval_problems // len(problems)))[: cfg.eval_problems]
     rolled = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=limit,
                       temperature=cfg.temperature, seed=derive(0, "evaluation"), stop_ids=tokenizer.eos_ids, slots=cfg.slots)
-    right = [task.grade(p, tokenizer.decode(rolled.completion(i))) for i, p in enumerate(problems)]
+    right = [task.grade(p, tokenizer.decode(ids)) for p, ids in zip(problems, rolled.completions())]
     logs = {"eval/accuracy": mean(right)}
     if verifier is not None:
         ends = boundaries(task, rolled, tokenizer)
@@ -323,7 +323,7 @@ def train(cfg, verifier=None):
         raise UserError(f"--reward {cfg.reward} needs --verifier (pav.py trains one)")
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr=cfg.learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(params, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
     start, tokens_seen, spent = 0, 0, 0.0
     if folder := latest_checkpoint(run):
         load_weights(model, folder)
@@ -342,8 +342,9 @@ def train(cfg, verifier=None):
     for step in progress(range(start + 1, cfg.steps + 1), f"rl {cfg.reward}"):
         laps = Laps("generate", "grade", "verify", "logprob", "backward", "update", "evaluate")
         # 1. P prompts x G samples; the ids make the draws new at every step.
-        problems = [p for p in pick_problems(train_problems, step, cfg) for _ in range(G)]
-        rollouts = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=limit,
+        picked = pick_problems(train_problems, step, cfg)
+        problems, prompts = [p for p in picked for _ in range(G)], [task.prompt_tokens(p, tokenizer) for p in picked]
+        rollouts = generate(model, [p for p in prompts for _ in range(G)], max_new_tokens=limit,
                             temperature=cfg.temperature, seed=derive(cfg.seed, "rl"), stop_ids=tokenizer.eos_ids,
                             sequence_ids=range((step - 1) * B, step * B), slots=cfg.slots)
         laps.lap("generate")

@@ -61,16 +61,17 @@ class Ours:
         self.task, self.problems, prompts = task, task.problems("train", None, 0), 2 if cfg.tiny else 16
         self.cfg = train_rl.Config(reward="outcome", seed=cfg.seed, num_prompts=prompts, num_generations=8)
         self.model, self.tokenizer = load_model(folder)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.cfg.learning_rate, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.cfg.learning_rate, betas=(0.9, 0.99), fused=True)
         self.log = []  # (seconds, tokens, mean reward) of every step
 
     def step(self):
         start, c, limit, step = time.perf_counter(), self.cfg, self.task.max_new_tokens, len(self.log) + 1
         B = c.num_prompts * c.num_generations
-        problems = [p for p in train_rl.pick_problems(self.problems, step, c) for _ in range(c.num_generations)]
-        rollouts = generate(self.model, [self.task.prompt_tokens(p, self.tokenizer) for p in problems],
-                            max_new_tokens=limit, temperature=c.temperature, seed=derive(c.seed, "rl"), slots=c.slots,
-                            stop_ids=self.tokenizer.eos_ids, sequence_ids=range((step - 1) * B, step * B))
+        picked, G = train_rl.pick_problems(self.problems, step, c), c.num_generations
+        problems, prompts = [p for p in picked for _ in range(G)], [self.task.prompt_tokens(p, self.tokenizer) for p in picked]
+        rollouts = generate(self.model, [p for p in prompts for _ in range(G)], max_new_tokens=limit,
+                            temperature=c.temperature, seed=derive(c.seed, "rl"), stop_ids=self.tokenizer.eos_ids,
+                            sequence_ids=range((step - 1) * B, step * B), slots=c.slots)
         adv, logs = train_rl.advantages(c, self.task, problems, rollouts, self.tokenizer, None)
         train_rl.update(self.model, None, self.optimizer, list(self.model.parameters()), rollouts, adv, c, limit, "cpu")
         self.log.append((time.perf_counter() - start, int(rollouts.mask().sum()), logs["reward"]))

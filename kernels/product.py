@@ -28,7 +28,7 @@ except (AttributeError, RuntimeError):
     _usable = False
 
 _wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-SMALL = 500_000  # multiply-adds below which oneDNN's call costs more than it saves (20 us)
+SMALL = 1_000_000  # multiply-adds below which oneDNN's call costs more than it saves (20 us)
 FEW = 16  # rows up to which a packed weight beats MKL also without AVX-512: reading it is what costs
 TINY = 65_536  # entries of a weight that stays in the cache whatever its layout
 _packed = {}  # id(weight) -> (weight, its version, a copy in a faster layout)
@@ -52,9 +52,7 @@ def best_layout(weight, rows):
     N, K = weight.shape
     if rows == 1:
         return "transposed" if N * K >= TINY and N >= K else ""
-    if _wide:
-        return "packed" if rows * N * K >= SMALL else ""
-    return "packed" if rows <= FEW and N * K >= TINY else ""
+    return "packed" if N * K >= TINY and (_wide or rows <= FEW) else ""
 
 
 class _Linear(torch.autograd.Function):

@@ -58,6 +58,8 @@ def _pick(mass, uniform):
 def _draw(mass, uniform):
     """mass [B,V] float32 >= 0, uniform [B,2] -> token [B], two levels (see above)."""
     B, V = mass.shape
+    if V <= GROUP:  # one group
+        return _pick(mass, uniform[:, 1])
     if V % GROUP:
         mass = F.pad(mass, (0, -V % GROUP))
     grouped = mass.view(B, -1, GROUP)

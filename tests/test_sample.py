@@ -91,6 +91,27 @@ def test_twins_share_a_prefill_and_get_their_own_draws(model, monkeypatch):
         assert len({tuple(out.completion(i)) for i in range(first, first + 8)}) > 4
 
 
+@pytest.mark.parametrize("slots", [3, 10, 64])
+def test_sequences_with_equal_tokens_are_computed_once(model, monkeypatch, slots):
+    """At a low temperature the samples of a prompt part late. Each is what it would be alone, and the rows of the steps
+    are the distinct prefixes."""
+    options = dict(max_new_tokens=10, temperature=0.3, seed=5, stop_ids=[EOS])
+    decoded, decode = [], type(model).decode
+    monkeypatch.setattr(type(model), "decode", lambda self, t, *a: decoded.append(len(t)) or decode(self, t, *a))
+    monkeypatch.setattr(sample, "ROUND", 1)
+    prompts = [p for p in ([4, 2], [9, 9, 1], [7], [4, 2, 5]) for _ in range(12)]
+    out = generate(model, prompts, slots=slots, **options)
+    for i in range(0, len(prompts), 5):
+        completion, logprobs, reason = one_by_one(model, prompts[i], i, 10, 0.3)
+        assert out.completion(i) == completion and out.finish_reason[i] == reason
+        torch.testing.assert_close(out.logprob[i][out.mask()[i]], torch.tensor(logprobs), atol=1e-5, rtol=1e-5)
+    assert out.completions() == [out.completion(i) for i in range(len(out))]
+    if slots == 64:  # all are admitted at once; the last token of a completion is never an input
+        rows = {tuple(out.tokens[i, :n].tolist()) + (i // 12,) for i in range(48)
+                for n in range(int(out.prompt_len[i]) + 1, int(out.length[i]))}
+        assert sum(decoded) == len(rows) < sum(map(len, out.completions())) // 2
+
+
 def test_prefill_in_small_buckets_changes_nothing(model, monkeypatch):
     prompts = ragged_prompts()
     whole = generate(model, prompts, **OPTIONS)
