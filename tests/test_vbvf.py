@@ -127,10 +127,16 @@ class Constant(torch.nn.Module):
 
 def test_score_is_pessimistic_where_verifiers_differ():
     tokens, half = torch.zeros(2, 5, dtype=torch.int64), Constant(0.0)
-    assert vbvf.pessimistic(vbvf.predicted([half, half], tokens, 2), 1.0).tolist() == [0.5, 0.5]
-    far = vbvf.predicted([Constant(-20.0), half, Constant(20.0)], tokens, 2)  # 0, 1/2, 1: standard deviation 1/2
+    assert vbvf.pessimistic(vbvf.predicted([half, half], tokens, 2), 1.0).tolist() == [[0.5] * 3] * 2
+    far = vbvf.predicted([Constant(-20.0), half, Constant(20.0)], tokens, 2).mean(2)  # 0, 1/2, 1: standard deviation 1/2
     assert vbvf.pessimistic(far, 1.0) == pytest.approx([0.0, 0.0], abs=1e-6)
     assert vbvf.pessimistic(far, 0.0) == pytest.approx([0.5, 0.5], abs=1e-6)
+
+
+def test_a_letter_is_paid_for_what_follows_it():
+    found = vbvf.reward_to_go(torch.tensor([[0.0, 0, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]), 2, floor=1e-6)
+    assert found[:2, 0] == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-4)  # one token more than its twin
+    assert found[:2, 1:].abs().sum() == 0 and found[2:].abs().sum() == 0  # where a group earns alike nobody is paid
 
 
 def test_heterogeneity_of_known_rewards():
