@@ -71,6 +71,18 @@ def loss_as_logprob(hidden, weight, target, temperature):
     return logprob + (loss - loss.detach()) / len(target), logsumexp, entropy
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU that is here decides")
+@pytest.mark.parametrize("narrow", [0, 1024])
+def test_what_hopper_would_be_given(narrow, monkeypatch):
+    """Its tiles, and descriptors for its copy engine, interpreted."""
+    monkeypatch.setattr(logprob_triton, "generation", lambda x: 9)
+    monkeypatch.setattr(logprob_triton, "NARROW", narrow)
+    for dtype in (torch.bfloat16, torch.float32):
+        check_against_reference(9, 300, 72, linear_logprob, dtype=dtype, temperature=0.7)
+        check_loss_against_reference(9, 300, 71, linear_logprob_loss, dtype=dtype, temperature=0.7, tolerance=5e-5)
+        check_loss_against_reference(9, 300, 71, linear_logprob_loss, dtype=dtype, temperature=0.7, softcap=3.0, tolerance=5e-5)
+
+
 def example(N=70, V=300, D=40, dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(N, D, generator=g).to(DEVICE, dtype), torch.randn(V, D, generator=g).to(DEVICE, dtype)
@@ -112,6 +124,32 @@ def test_the_sampler_and_the_trainer_agree(dtype):
         token, sampled = sampling_triton.linear_draw(hidden, weight, 0.7, uniform, softcap)
         trained, _, _ = linear_logprob(hidden, weight, token, 0.7, softcap)
         torch.testing.assert_close(sampled, trained, atol=5e-6, rtol=5e-6)
+
+
+def test_both_ways_to_a_gradient_agree_and_need_little_memory():
+    """SmolLM2's head where there is a GPU to do it."""
+    cuda = DEVICE == "cuda"
+    N, V, D = (4099, 49152, 576) if cuda else (67, 300, 40)
+    hidden, weight, target = example(N, V, D, torch.bfloat16)
+    weight *= D**-0.5
+    before, a = 0, torch.randn(N, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    whole = linear_logprob(hidden, weight, target, 0.8)
+    assert not cuda or torch.cuda.max_memory_allocated() - before < N * V  # bytes; a tenth of that, really
+    for ours, exact in zip(whole, exact_logprob(hidden[-50:], weight, target[-50:], 0.8)):
+        torch.testing.assert_close(ours[-50:].double(), exact, atol=2e-5, rtol=1e-5)
+    for n in (1, 50, 1000):
+        assert not cuda or all(torch.equal(x[-n:], y) for x, y in
+                               zip(whole, linear_logprob(hidden[-n:], weight, target[-n:], 0.8)))
+    one, two = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
+    logprob, _, entropy = linear_logprob(*one, target, 0.8)
+    (a * logprob + 0.1 * entropy).sum().backward()
+    loss, *_ = linear_logprob_loss(*two, target, 0.8, lambda lp, h, a: (a * lp + 0.1 * h).sum(), a)
+    loss.backward()
+    for x, y in zip(one, two):
+        assert float((x.grad.double() - y.grad.double()).norm() / x.grad.double().norm()) < 0.01
 
 
 def test_log_probs_are_never_positive_and_certainty_is_zero():
