@@ -24,6 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+import parallel
+
 
 class UserError(ValueError):
     """Bad input from a person or a file. One line that names the mend; scripts print it and exit 2."""
@@ -118,6 +120,7 @@ def script(main):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    parallel.leave()
 
 
 def _complain(message):
@@ -155,7 +158,7 @@ def setup(device, threads):
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")
-    return device
+    return parallel.join(device)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -181,9 +184,15 @@ def lock_file(file):
 def open_run(run_dir, cfg, ignore=()):
     """Create or re-enter a run directory. Another process in it, or other settings, are refused.
 
-    Returns a lock that lives as long as the caller keeps it (the kernel drops it even on kill -9).
+    Returns a lock that lives as long as the caller keeps it (the kernel drops it even on kill -9); under torchrun it is
+    rank 0's, and the others wait for it here.
     """
-    run_dir = Path(run_dir)
+    lock = _enter(Path(run_dir), cfg, ignore) if parallel.rank() == 0 else None
+    parallel.barrier()
+    return lock
+
+
+def _enter(run_dir, cfg, ignore):
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
     if not lock_file(lock):
@@ -213,7 +222,9 @@ def finite(value):
 
 
 def write_json(path, value):
-    """Whole or not at all: a reader never sees half a file."""
+    """Whole or not at all: a reader never sees half a file. Under torchrun rank 0 alone writes."""
+    if parallel.rank():
+        return
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
@@ -225,18 +236,26 @@ def write_json(path, value):
 
 def save_checkpoint(run_dir, step, write, optimizer=None, params=(), state=None, keep=2):
     """run_dir/step_000100/ in one rename. write(folder) puts the model there; the optimizer's moments go
-    beside it as safetensors, everything else as JSON. Older checkpoints but `keep` are removed after."""
-    run_dir = Path(run_dir)
+    beside it as safetensors, everything else as JSON. Older checkpoints but `keep` are removed after. Collective under
+    torchrun: sharded moments are gathered, and rank 0 writes."""
+    moments = {}
+    for i, p in enumerate(params):
+        for k, v in optimizer.state[p].items():
+            v = parallel.full(v.detach())
+            if parallel.rank() == 0:
+                moments[f"{i}.{k}"] = v.cpu().contiguous()
+    final = _write_checkpoint(Path(run_dir), step, write, moments, state, keep) if parallel.rank() == 0 else None
+    parallel.barrier()
+    return final
+
+
+def _write_checkpoint(run_dir, step, write, moments, state, keep):
     final, temporary = run_dir / f"step_{step:06d}", run_dir / f".tmp-step_{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         write(temporary)
-        if optimizer is not None:
-            moments = {}
-            for i, p in enumerate(params):
-                for k, v in optimizer.state[p].items():
-                    moments[f"{i}.{k}"] = v.detach().cpu().contiguous()
+        if moments:
             save_file(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(dict(step=step, **(state or {}))) + "\n")
         for path in temporary.iterdir():
@@ -260,7 +279,8 @@ def require_finite(run_dir, step, grad_norm, batch, learning_rate):
     if math.isfinite(grad_norm):
         return
     path = Path(run_dir) / f"bad_batch_{step:06d}.safetensors"
-    save_file({k: v.detach().cpu().contiguous() for k, v in batch.items()}, path)
+    if parallel.rank() == 0:
+        save_file({k: v.detach().cpu().contiguous() for k, v in batch.items()}, path)
     raise UserError(f"the gradient is not a number at step {step} (norm {grad_norm}); its batch is in {path}, the last "
                     f"checkpoint is intact: lower --learning-rate (now {learning_rate:g}), or look at the batch")
 
@@ -290,7 +310,7 @@ def load_state(folder, optimizer=None, params=()):
                             "an earlier step") from None
         for i, p in enumerate(params):
             mine = {k.split(".", 1)[1]: v for k, v in moments.items() if k.split(".", 1)[0] == str(i)}
-            optimizer.state[p] = {k: v if v.dim() == 0 else v.to(p.device) for k, v in mine.items()}
+            optimizer.state[p] = {k: v if v.dim() == 0 else parallel.like(p, v) for k, v in mine.items()}
     return state
 
 
@@ -299,6 +319,8 @@ class Metrics:
 
     def __init__(self, run_dir, resume_step=0):
         self.path = Path(run_dir) / "metrics.jsonl"
+        if parallel.rank():
+            return
         rows = read_metrics(run_dir) if resume_step and self.path.exists() else []
         rows = [r for r in rows if r["step"] <= resume_step]
         temporary = self.path.with_name(f".tmp-metrics-{os.getpid()}")
@@ -306,6 +328,8 @@ class Metrics:
         temporary.replace(self.path)
 
     def write(self, step, **values):
+        if parallel.rank():
+            return
         row = finite(dict(step=step) | {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
@@ -341,7 +365,7 @@ class Laps:
 
 def progress(iterable, label, total=None, every=10.0):
     """tqdm on a terminal; elsewhere a plain line every `every` seconds."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and parallel.rank() == 0:
         try:
             from tqdm import tqdm
 
@@ -425,5 +449,6 @@ class RunConfig:
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")
     dtype: str = opt("float32", "of weights and activations; log-probs are float32 always", "run",
                      choices=["float32", "bfloat16"])
+    shard: bool = opt(False, "under torchrun: split weights, gradients and moments over the processes (parallel.py)", "run")
     threads: int = opt(0, "CPU threads (0: torch's choice; 1 is best for the tiny models)", "run", low=0)
     smoke: bool = opt(False, "the same road with few steps, for a look in under a minute", "run")

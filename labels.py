@@ -15,6 +15,7 @@ The paper does not give the threshold, nor the share of step 1; both are flags (
 import torch
 from safetensors.torch import load_file, save_file
 
+import parallel
 from common import UserError, derive, progress, shuffled
 from sample import generate
 
@@ -134,12 +135,14 @@ def collect_all(base, prover, tokenizer, task, cfg, run):
     shards, spent = [], 0
     for shard in progress(range(-(-len(problems) // cfg.shard_problems)), "rollouts"):
         path = folder / f"shard_{shard:05d}.safetensors"
-        if not path.exists():
+        if not parallel.agreed(path.exists()):
             part = problems[shard * cfg.shard_problems : (shard + 1) * cfg.shard_problems]
             data, cost = collect(base, prover, tokenizer, task, part, cfg, shard)
             data["spent"] = torch.tensor(cost)
-            save_file(data, folder / ".tmp-shard")
-            (folder / ".tmp-shard").replace(path)
+            if parallel.rank() == 0:
+                save_file(data, folder / ".tmp-shard")
+                (folder / ".tmp-shard").replace(path)
+            parallel.barrier()
         data = load_file(path)
         spent += int(data.pop("spent"))
         shards.append(data)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
+import parallel
 from common import UserError, derive
 from model import pad_right, token_logprobs
 from sample import generate
@@ -101,8 +102,9 @@ def snapshot(path, model, tokenizer, task, examples, problems, held_out, cfg, st
         test=sampled_accuracy(model, tokenizer, task, prompts, held_out, seed=derive(cfg.seed, "test", step), **options),
         step=np.array([step]))
     path.parent.mkdir(exist_ok=True)
-    save_file(arrays, path.with_name(f".tmp-{path.name}"))
-    path.with_name(f".tmp-{path.name}").replace(path)
+    if parallel.rank() == 0:
+        save_file(arrays, path.with_name(f".tmp-{path.name}"))
+        path.with_name(f".tmp-{path.name}").replace(path)
     return arrays
 
 

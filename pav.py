@@ -34,6 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import parallel
 from common import (
     Metrics,
     RunConfig,
@@ -120,13 +121,13 @@ def step_values(verifier, tokens, ends, batch_size=256):
     tokens [B,T]; ends [B,S+1]: exclusive token positions, ends[:,0] the prompt's length, padded by
     repeating the last. Returns [B,S+1] float32 in [0,1]; the last column is the value of the whole text.
     """
-    device = verifier.head.weight.device
-    out = []
-    for i in range(0, len(tokens), batch_size):
-        rows = slice(i, i + batch_size)
+    device, n = verifier.head.weight.device, len(tokens)
+    out, mine = [ends.new_zeros(0, ends.shape[1]).float()], parallel.share(n)
+    for i in range(mine.start, mine.stop, batch_size):
+        rows = slice(i, min(i + batch_size, mine.stop))
         logits = verifier(tokens[rows, : int(ends[rows].max())].to(device)).cpu()
         out.append(logits.gather(1, ends[rows] - 1) - verifier.logit_shift)  # read at the step's last token
-    return prover_transform(torch.cat(out).sigmoid(), verifier.k)
+    return prover_transform(parallel.gather(torch.cat(out), n).sigmoid(), verifier.k)
 
 
 def guarded_values(cfg, task, problems, rollouts, tokenizer, values, ends, outcome):
@@ -191,16 +192,22 @@ def bce_weights(target, weight):
     return w1, w0, float(torch.tensor(w1 / w0).log())
 
 
-def value_loss(logits, target, weight, w1, w0):
-    """Soft-label cross-entropy. logits, target, weight [B,S+1] -> scalar, mean over labelled step ends."""
+def value_loss(logits, target, weight, w1, w0, total=None):
+    """Soft-label cross-entropy. logits, target, weight [B,S+1] -> scalar, mean over labelled step ends; total: weight of
+    the whole batch, where these are some of its rows."""
     per_label = -(w1 * target * F.logsigmoid(logits) + w0 * (1 - target) * F.logsigmoid(-logits))
-    return (per_label * weight).sum() / weight.sum()
+    return (per_label * weight).sum() / (weight.sum() if total is None else total)
+
+
+def dealt(n):
+    """This process' rows of a batch of n, as many in every process: indices [m], and [m,1] 1.0 or 0.0 (a row that stands in
+    for one that is not there). One process: all rows."""
+    rows = torch.arange(-(-n // parallel.size()) * parallel.size())[parallel.rank() :: parallel.size()]
+    return rows % n, (rows < n).float()[:, None]
 
 
 def fit(verifier, data, cfg, run, tokenizer, info, device):
     """Cross-entropy at the step ends, one forward pass a sequence for all of its steps."""
-    params = list(verifier.parameters())
-    optimizer = torch.optim.AdamW(params, lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     w1, w0, verifier.logit_shift = bce_weights(data["target"], data["weight"]) if cfg.balance else (1.0, 1.0, 0.0)
     N = len(data["tokens"])
     per_epoch = -(-N // cfg.batch_size)
@@ -208,11 +215,15 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
     if folder := latest_checkpoint(run):
         load_weights(verifier.backbone, folder)
         load_head(verifier, folder)
+    if cfg.shard:
+        parallel.shard(verifier)
+    params = list(verifier.parameters())
+    optimizer = torch.optim.AdamW(params, lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    if folder:
         state = load_state(folder, optimizer, params)
         start, spent = state["step"], state["seconds"]
         print(f"resuming {run} at step {start}")
     metrics, clock = Metrics(run, start), time.time() - spent
-    save = lambda f: save_verifier(f, verifier, tokenizer, info)  # noqa: E731
     order, epoch = None, -1
     for step in progress(range(start + 1, steps + 1), "verifier"):
         if (step - 1) // per_epoch != epoch:
@@ -225,17 +236,23 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
         warm = min(1.0, step / max(1, steps // 20))
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * warm * (0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * step / steps))))
-        logits = verifier(tokens.to(device)).gather(1, (ends - 1).to(device))  # (b, S+1)
-        loss = value_loss(logits, data["target"][rows].to(device), data["weight"][rows].to(device), w1, w0)
+        target, weight = data["target"][rows], data["weight"][rows]
+        mine, real = dealt(len(rows))
+        logits = verifier(tokens[mine].to(device)).gather(1, (ends[mine] - 1).to(device))  # (b, S+1)
+        loss = value_loss(logits, target[mine].to(device), (weight[mine] * real).to(device), w1, w0, weight.sum().to(device))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
-        require_finite(run, step, grad_norm, dict(tokens=tokens, ends=ends, target=data["target"][rows]), cfg.learning_rate)
+        parallel.backward(loss, verifier)
+        parallel.sum_gradients(params)
+        grad_norm = parallel.clip(params, cfg.max_grad_norm)
+        require_finite(run, step, grad_norm, dict(tokens=tokens, ends=ends, target=target), cfg.learning_rate)
         optimizer.step()
         if step % 20 == 0 or step == steps:
-            metrics.write(step, loss=loss.item(), grad_norm=grad_norm, learning_rate=group["lr"], epoch=step / per_epoch)
+            metrics.write(step, **parallel.summed(dict(loss=loss.item())), grad_norm=grad_norm, learning_rate=group["lr"],
+                          epoch=step / per_epoch)
         if step % cfg.save_steps == 0 or step == steps:
-            save_checkpoint(run, step, save, optimizer, params, dict(seconds=time.time() - clock))
+            plain = parallel.whole(verifier)
+            save_checkpoint(run, step, lambda f, v=plain: save_verifier(f, v, tokenizer, info), optimizer, params,
+                            dict(seconds=time.time() - clock))
     return time.time() - clock
 
 

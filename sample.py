@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+import parallel
 from common import TASKS, UserError, opt, parse, script, setup, spare_threads
 from kernels import linear_draw, linear_draw_filtered, linear_greedy, packed_weights, philox_uniform
 from model import KVCache, load_model
@@ -62,9 +63,26 @@ class Rollouts:
         return [row[a:b] for row, a, b in zip(self.tokens.tolist(), self.prompt_len.tolist(), self.length.tolist())]
 
 
-def generate(model, prompts, *, slots=128, **options):
-    """Complete every prompt once; see decode_all for the options. The weights' packed copies (kernels/product.py)
-    live as long as this call. On a GPU the loop is decode_cuda.py's."""
+def generate(model, prompts, *, sequence_ids=None, max_new_tokens, **options):
+    """Complete every prompt once; see decode_all for the options. Under torchrun all processes call this with the same
+    prompts, each completes its share, and all get all (parallel.py)."""
+    model, n = parallel.whole(model), len(prompts)
+    if parallel.size() == 1:
+        return generate_here(model, prompts, sequence_ids=sequence_ids, max_new_tokens=max_new_tokens, **options)
+    mine, ids = parallel.share(n), torch.arange(n) if sequence_ids is None else torch.as_tensor(sequence_ids)
+    budget = torch.as_tensor(max_new_tokens).expand(n)
+    part = generate_here(model, [prompts[i] for i in mine], sequence_ids=ids[mine.start : mine.stop],
+                         max_new_tokens=budget[mine.start : mine.stop], **options)
+    T = int(parallel.largest(part.tokens.shape[1]))
+    wide = lambda x: parallel.gather(F.pad(x, (0, T - x.shape[1])), n)  # noqa: E731
+    stopped = parallel.gather(torch.tensor([r == "stop" for r in part.finish_reason], dtype=torch.int64), n)
+    return Rollouts(wide(part.tokens), parallel.gather(part.prompt_len, n), parallel.gather(part.length, n), wide(part.logprob),
+                    ["stop" if s else "length" for s in stopped.tolist()], parallel.largest(part.seconds))
+
+
+def generate_here(model, prompts, *, slots=128, **options):
+    """generate() in this process alone. The weights' packed copies (kernels/product.py) live as long as this call. On a GPU
+    the loop is decode_cuda.py's."""
     if model.head.is_cuda:
         from decode_cuda import decode_all as decode_on_gpu  # which builds on this file
 

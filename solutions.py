@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+import parallel
 from common import UserError, derive, progress
 from sample import Rollouts, generate
 
@@ -34,21 +35,23 @@ class Solutions:
 
 
 def write_shard(path, tensors):
-    """One safetensors file by one rename."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-    temporary.replace(path)
+    """One safetensors file by one rename; under torchrun rank 0's, for which the others wait."""
+    if parallel.rank() == 0:
+        temporary = path.with_name(f".tmp-{path.name}")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+        temporary.replace(path)
+    parallel.barrier()
 
 
 def shards(folder, name, problems, size, make, label):
     """make(shard, problems of it) -> dict of tensors, once per shard and kept in folder; yields the dicts."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".tmp-*"):
+    for leftover in folder.glob(".tmp-*") if parallel.rank() == 0 else ():
         leftover.unlink()
     for shard in progress(range(-(-len(problems) // size)), label):
         path = folder / f"{name}_{shard:05d}.safetensors"
-        if not path.exists():
+        if not parallel.agreed(path.exists()):
             write_shard(path, make(shard, problems[shard * size : (shard + 1) * size]))
         yield load_file(path)
 

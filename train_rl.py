@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from common import (
     Laps,
     Metrics,
@@ -227,7 +228,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     laps = laps or Laps()
     mask = rollouts.mask()
     weight = token_weights(mask, cfg.loss_type, limit)
-    rows = rollouts.length.argsort(stable=True)  # similar lengths share a micro-batch
+    rows = rollouts.length.argsort(stable=True)[parallel.rank() :: parallel.size()]  # similar lengths share a micro-batch
     size = cfg.micro_batch_size or len(rows)
     old = {}  # the policy's own log-probs before the first step, per micro-batch
     logs, parts = {}, []  # parts: the policy's loss and what the clip silenced, of every chunk of tokens
@@ -256,7 +257,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
                     ref_logprob, _ = token_logprobs(reference, tokens, targets, cfg.temperature)
             loss, logprob, entropy = token_loss(model, tokens, targets, cfg.temperature, loss_fn, a, w, old.get(i), ref_logprob)
             laps.lap("logprob")  # and the head's share of the gradient
-            loss.backward()
+            parallel.backward(loss, model)
             laps.lap("backward")
             old.setdefault(i, logprob)
             gap = (logprob.cpu() - rollouts.logprob[b, :T][m]).abs()
@@ -267,7 +268,9 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
             if reference is not None:
                 total["kl"] += ((logprob - ref_logprob) * w).sum().item()
         total["policy_loss"], total["clip"] = torch.stack(parts).sum(0).tolist()
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
+        total = parallel.summed(total, maxima=("diff_max", "ratio_max"))
+        parallel.sum_gradients(params)
+        grad_norm = parallel.clip(params, cfg.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         laps.lap("update")
@@ -311,6 +314,8 @@ def train(cfg, verifier=None):
     verifier: used instead of the one in the folder --verifier (experiments/provers.py gives exact values)."""
     device, run = setup(cfg.device, cfg.threads), Path(cfg.run_dir)
     task = get_task(cfg)
+    if cfg.num_prompts * cfg.num_generations % parallel.size():
+        raise UserError(f"--num-prompts x --num-generations must be a multiple of the {parallel.size()} processes")
     lock = open_run(run, cfg, ignore=("run_dir", "device", "arms", "seeds", "workers", "stage_flags"))  # noqa: F841
     if (run / "summary.json").exists():
         print(f"{run} is complete")
@@ -322,11 +327,14 @@ def train(cfg, verifier=None):
     if verifier is None and cfg.reward not in ("outcome", "mrt"):
         raise UserError(f"--reward {cfg.reward} needs --verifier (pav.py trains one)")
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
-    params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
     start, tokens_seen, spent = 0, 0, 0.0
     if folder := latest_checkpoint(run):
         load_weights(model, folder)
+    if cfg.shard:
+        parallel.shard(model)
+    params = list(model.parameters())
+    optimizer = torch.optim.Adam(params, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
+    if folder:
         state = load_state(folder, optimizer, params)
         start, tokens_seen, spent = state["step"], state["tokens"], state["seconds"]
         print(f"resuming {run} at step {start}")
@@ -375,7 +383,8 @@ def train(cfg, verifier=None):
             "tokens_per_second": lengths.sum().item() / rollouts.seconds, "step_time": sum(laps.seconds.values()),
         }, **{f"timing/{name}": seconds for name, seconds in laps.seconds.items()})
         if step % cfg.save_steps == 0 or step == cfg.steps:
-            save_checkpoint(run, step, lambda f: write_model(f, model, tokenizer), optimizer, params,
+            plain = parallel.whole(model)
+            save_checkpoint(run, step, lambda f, m=plain: write_model(f, m, tokenizer), optimizer, params,
                             dict(tokens=tokens_seen, seconds=time.time() - clock))
     evals = [r for r in read_metrics(run) if "eval/accuracy" in r]
     summary = dict(accuracy=evals[-1]["eval/accuracy"], num_tokens=tokens_seen, episodes=cfg.steps * B,
@@ -409,6 +418,9 @@ def main(argv=None):
         return train(cfg)  # every stage is given: one arm
     import pipeline
 
+    if parallel.size_asked() > 1:
+        raise UserError("torchrun runs one arm: build the stages first (the same command without torchrun), then give --policy, "
+                        "--verifier and --run-dir")
     return pipeline.run(cfg, given={a.split("=")[0][2:].replace("-", "_") for a in argv if a.startswith("--")})
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from common import (
     Metrics,
     RunConfig,
@@ -147,19 +148,21 @@ def sft_batch(examples, device):
 
 
 def sft_step(model, batch, cfg, device):
-    """Accumulate the gradient of the batch's mean NLL. One denominator for all micro-batches: the number
+    """Accumulate the gradient of the batch's mean NLL. One denominator for all micro-batches and processes: the number
     of trained tokens in the whole batch, so the split does not change the gradient. Returns nll, entropy."""
     batch = sorted(batch, key=lambda e: len(e[0]) + len(e[1]))  # rows of one micro-batch have similar lengths
     total = sum(len(c) for _, c in batch)
+    batch = batch[parallel.rank() :: parallel.size()]
     nll = entropy_sum = 0.0
     size = cfg.micro_batch_size or len(batch)
     for i in range(0, len(batch), size):
         tokens, targets = sft_batch(batch[i : i + size], device)
         loss, _, entropy = token_loss(model, tokens, targets, 1.0, lambda logprob, entropy: -logprob.sum() / total)
-        loss.backward()
+        parallel.backward(loss, model)
         nll += loss.item()
         entropy_sum += entropy.sum().item() / total
-    return nll, entropy_sum
+    parallel.sum_gradients(list(model.parameters()))
+    return tuple(parallel.summed(dict(nll=nll, entropy=entropy_sum)).values())
 
 
 def adamw(model, cfg):
@@ -213,16 +216,21 @@ def train(cfg):
         task.problems(split, 1, cfg.seed)  # an empty split is said now, not after the work
     if cfg.rft and (cfg.track_memorization or cfg.curate):
         raise UserError("--track-memorization and --curate are about the task's own solutions; leave out --rft")
+    if cfg.batch_size % parallel.size():
+        raise UserError(f"--batch-size {cfg.batch_size} must be a multiple of the {parallel.size()} processes")
     lock = open_run(run, cfg, ignore=("run_dir", "device", "logging_steps"))  # noqa: F841 (held until the end)
     if (run / "summary.json").exists():
         print(f"{run} is complete")
         return json.loads((run / "summary.json").read_text())
     model, tokenizer = start_model(cfg, task, device)
     spare_threads(model, cfg.threads)
-    optimizer, params = adamw(model, cfg)
     start, spent = 0, 0.0
     if folder := latest_checkpoint(run):
         load_weights(model, folder)
+    if cfg.shard:
+        parallel.shard(model)
+    optimizer, params = adamw(model, cfg)
+    if folder:
         state = load_state(folder, optimizer, params)
         start, spent = state["step"], state["seconds"]
         print(f"resuming {run} at step {start}")
@@ -250,7 +258,7 @@ def train(cfg):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         nll, entropy = sft_step(model, batch, cfg, device)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
+        grad_norm = parallel.clip(params, cfg.max_grad_norm)
         if not math.isfinite(grad_norm):
             tokens, targets = sft_batch(batch, "cpu")
             require_finite(run, step, grad_norm, dict(tokens=tokens, targets=targets), cfg.learning_rate)
@@ -265,7 +273,8 @@ def train(cfg):
             metrics.write(step, loss=nll, entropy=entropy, grad_norm=grad_norm, learning_rate=learning_rate(step, cfg),
                           epoch=(first + cfg.batch_size) / len(examples))
         if step % cfg.save_steps == 0 or step == cfg.steps:
-            save_checkpoint(run, step, lambda f: write_model(f, model, tokenizer), optimizer, params,
+            plain = parallel.whole(model)
+            save_checkpoint(run, step, lambda f, m=plain: write_model(f, m, tokenizer), optimizer, params,
                             dict(seconds=time.time() - clock))
 
     held_out = task.problems("val", cfg.eval_problems, cfg.seed)

@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+import parallel
 from common import UserError
 from labels import boundaries
 from pav import load_verifier, step_values
@@ -42,7 +43,9 @@ def solution_rows(problems, rollouts, ends, values, rewards, tokenizer):
 
 
 def write_rows(path, rows):
-    """JSON lines, whole or not at all."""
+    """JSON lines, whole or not at all; under torchrun rank 0's."""
+    if parallel.rank():
+        return
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
