@@ -319,7 +319,7 @@ def figure(exact, rows, path):
 
     kinds = {"scripted": dict(marker="o", color="#0072B2"), "best-of": dict(marker="s", color="#D55E00")}
     names = {"scripted": "scripted prover, strength", "best-of": "Best-of-K of the base, K"}
-    fig, (left, middle, equal, right) = plt.subplots(1, 4, figsize=(19, 4.4), constrained_layout=True)
+    fig, ((left, middle), (equal, right)) = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
     success = {r["prover"]: r["success"] for r in exact["rows"]}
     for kind, look in kinds.items():
         mine = [r for r in exact["rows"] if r["prover"].startswith(kind)]
