@@ -1,6 +1,6 @@
 """What breaks: the classic mistakes with process rewards, each against the right way, same seeds, same everything else.
 
-    python experiments/breaks.py              # about 15 minutes of one core
+    python experiments/breaks.py              # about 10 minutes of one core
     python experiments/breaks.py --smoke      # the same road in a few seconds
     -> docs/results/breaks/: results.json, table.md, curves.png
 
@@ -73,12 +73,12 @@ PANELS = [("Value instead of progress", ("pav", "q", "q_to_go")), ("Return-to-go
 class Config:
     learning_rates: list = opt([1e-3, 3e-3], "grid of every arm")
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
-    steps: int = opt(100, "RL steps on six letters", low=1)
+    steps: int = opt(60, "RL steps on six letters", low=1)
     easy_letters: int = opt(4, "length of the hidden sequence in the easy regime", low=1, high=12)
-    easy_steps: int = opt(60, "RL steps there", low=1)
-    learned_steps: int = opt(100, "RL steps of the arms with the weak verifier", low=1)
+    easy_steps: int = opt(40, "RL steps there", low=1)
+    learned_steps: int = opt(80, "RL steps of the arms with the weak verifier", low=1)
     weak_problems: int = opt(2000, "continuations that the weak verifier is trained on (train_rl.py's own: 40000)", low=1)
-    eval_problems: int = opt(256, "problems of an evaluation", low=1)
+    eval_problems: int = opt(128, "problems of an evaluation", low=1)
     out: str = opt("docs/results/breaks", "where table, figure and numbers go")
     smoke: bool = opt(False, "a few steps of everything")
 

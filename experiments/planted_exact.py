@@ -103,7 +103,8 @@ class ExactVerifier(nn.Module):
         self.tables = {}
         for p in task.all:
             K = len(p.answer)
-            step = torch.full((K + 1, tokenizer.n_vocab), K)  # found once, found for good
+            step = torch.zeros(K + 1, tokenizer.n_vocab, dtype=torch.long)  # any other symbol starts again
+            step[K] = K  # found once, found for good
             for k_, c in ((i, c) for i in range(K) for c in task.letters):
                 step[k_, tokenizer.encode(c)[0]] = kmp_next(p.answer, k_, c)
             table = planted_values(p.answer, task.letters, task.max_new_tokens, float(strength))

@@ -103,7 +103,8 @@ def test_exact_verifier_says_what_the_task_says():
     task = Planted(prompts=2, letters=6, planted=3, length=5)
     tokenizer = task.tokenizer()
     verifier = exact.ExactVerifier(task, tokenizer, 16.0)
-    texts = [(p, word) for p in task.all for word in (p.answer + "ab", "a" + p.answer + "a", "ababa")]
+    texts = [(p, word) for p in task.all for word in (p.answer + "ab", "a" + p.answer + "a", "ababa",
+                                                     p.answer[:2] + "A" + p.answer[:2], "B" + p.answer[:2] + "AA")]
     tokens = torch.tensor([tokenizer.encode(p.prompt + word) for p, word in texts])
     values = step_values(verifier, tokens, torch.arange(1, 7).expand(len(tokens), 6))
     expected = [[task.exact_value(p, word[:t], 16.0) for t in range(6)] for p, word in texts]
