@@ -1,0 +1,104 @@
+"""The documents say what the code does: README's example task runs, the files and flags it names exist, docs/from_trl.md too."""
+
+import dataclasses
+import importlib
+import re
+import types
+from pathlib import Path
+
+import pytest
+
+import tasks
+import train_dpo
+import train_rl
+import train_sft
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TRL = (ROOT / "docs/from_trl.md").read_text()
+FLAGS = {f.name for c in (train_rl.Config, train_sft.Config, train_dpo.Config) for f in dataclasses.fields(c)}
+
+
+def rows(text, heading):
+    """Cells of the table under a heading."""
+    section = text.split(f"## {heading}")[1].split("\n## ")[0]
+    found = [[c.strip() for c in line.strip().strip("|").split("|")] for line in section.splitlines() if line.startswith("| `")]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("heading", ["Flags of `train_rl.py`", "Flags of `train_dpo.py` and `train_sft.py`"])
+def test_flags_of_the_trl_table_exist(heading):
+    ours = [name for _, cell, _ in rows(TRL, heading) for name in re.findall(r"`(\w+)`", cell)]
+    assert ours and set(ours) <= FLAGS, set(ours) - FLAGS
+
+
+def test_metrics_of_the_trl_table_are_written():
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train_rl", "train_dpo"))
+    for _, cell, _ in rows(TRL, "Metrics (`metrics.jsonl`)"):
+        for name in re.findall(r"`([\w/]+)`", cell):
+            assert f'"{name}"' in source or f"{name}=" in source, name
+
+
+def test_the_left_column_is_trl():
+    pytest.importorskip("trl")
+    from trl import DPOConfig, GRPOConfig, SFTConfig
+
+    known = {f.name for c in (DPOConfig, GRPOConfig, SFTConfig) for f in dataclasses.fields(c)}
+    for heading in ("Flags of `train_rl.py`", "Flags of `train_dpo.py` and `train_sft.py`"):
+        assert {cell.strip("`") for cell, *_ in rows(TRL, heading)} <= known
+
+
+def test_readme_names_files_that_exist():
+    paths = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README) + re.findall(r"`((?:\w+/)*\w+\.(?:py|md))`", README)
+    missing = [p for p in paths if not (ROOT / p).exists() and p != "sums.py"]
+    assert len(paths) > 20 and not missing
+
+
+def test_every_function_that_readme_points_to_exists():
+    named = re.findall(r"`(\w+)\.(\w+)`", README.split("## The equations and their lines")[1].split("\n## ")[0])
+    assert len(named) > 8
+    for module, name in named:
+        module = importlib.import_module(f"kernels.{module}" if (ROOT / f"kernels/{module}.py").exists() else module)
+        assert hasattr(module, name), (module, name)
+
+
+def test_flags_in_readme_commands_exist():
+    """python SCRIPT.py --flag ...: every flag is a field of that script's config."""
+    commands = re.findall(r"python (\w+)\.py ([^\n`]*)", README)
+    assert len(commands) > 5
+    for script, arguments in commands:
+        module = importlib.import_module(script)
+        if hasattr(module, "Config") and dataclasses.is_dataclass(module.Config):
+            known = {f.name.replace("_", "-") for f in dataclasses.fields(module.Config)} | {"help"}
+            for flag in re.findall(r"--([a-z][a-z-]*)", arguments.split("#")[0]):
+                assert flag in known or flag.removeprefix("no-") in known, (script, flag)
+
+
+def example_task():
+    block = README.split("```python\n# sums.py")[1].split("```")[0]
+    module = types.ModuleType("sums")
+    exec(compile("# sums.py" + block, "sums.py", "exec"), module.__dict__)  # our own README, no model's text
+    return module.Sums()
+
+
+def test_the_example_task_is_short_and_consistent():
+    block = README.split("```python\n# sums.py")[1].split("```")[0]
+    assert len(block.strip().splitlines()) <= 40
+    task = example_task()
+    tokenizer = task.tokenizer()
+    for problem in task.problems("train", 20, 0):
+        text = task.demonstration(problem, 1.0, 0)
+        prompt, answer = task.prompt_tokens(problem, tokenizer), tokenizer.encode(text) + [tokenizer.eos_ids[0]]
+        ends = task.step_ends(prompt + answer, len(prompt), len(prompt) + len(answer), tokenizer)
+        assert task.grade(problem, text) == 1.0 and tokenizer.decode(answer[:-1]) == text
+        assert ends == sorted(set(ends)) and ends[-1] == len(prompt) + len(answer) and len(ends) > 1
+
+
+def test_the_example_task_trains(tmp_path, monkeypatch):
+    task = example_task()
+    monkeypatch.setattr(train_sft, "get_task", lambda cfg: task)
+    monkeypatch.setattr(tasks, "get_task", lambda cfg: task)
+    summary = train_sft.train(train_sft.Config(run_dir=str(tmp_path / "sft"), steps=2, batch_size=8, num_examples=16, threads=1,
+                                               eval_problems=4, hidden_size=16, device="cpu"))
+    assert 0 <= summary["accuracy"] <= 1 and summary["examples"] == 16
