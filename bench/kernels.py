@@ -29,6 +29,7 @@ more than one GPU, fp8; engines (bench/generate.py has transformers' loop).
 
 import os
 import re
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,12 +67,13 @@ L2_BYTES = 2**28  # rotate weights until they pass this
 @dataclass
 class Config(timing.Flags):
     device: str = opt("", "cuda or cpu (default: cuda if there is one)", "what", choices=["", "cuda", "cpu"])
-    parts: list = opt(["logprob", "gradients", "grpo", "sampling", "decode"], "what to measure", "what",
+    parts: list = opt([""], "what to measure (default: all of it; on a CPU without grpo and decode)", "what",
                       choices=["logprob", "gradients", "grpo", "sampling", "decode"])  # fmt: skip
     shapes: list = opt([""], f"of {', '.join(SHAPES)} (default: the four models on a GPU)", "what")
     rows: list = opt([0], "N (default: 4096 16384; on a CPU 512 of SmolLM2, 8192 of the small ones)", "what")
     batch: list = opt([1, 16, 64, 256], "B of sampling", "what", low=1)
-    hidden: list = opt(["random", "real"], "hidden states; real: SmolLM2's, its shape only", "what", choices=["random", "real"])
+    hidden: list = opt([""], "hidden states; real: SmolLM2's, its shape only (default: random real; on a CPU random)", "what",
+                       choices=["random", "real"])  # fmt: skip
     context: int = opt(1024, "positions in the cache", "what", low=1)
     decode_rows: int = opt(256, "B of decode", "what", low=1)
     threads: list = opt([1, 2], "CPU threads, one comparison each", "timing")
@@ -117,12 +119,13 @@ def loss_inputs(cfg, hidden, weight, target):
 
 
 def peak_bytes(call, gpu):
-    """The most that `call` holds at once, without the tensors it returns."""
+    """The tensors that `call` returns, and the most that it holds at once beside them."""
     if gpu:
+        call()  # what libraries keep for themselves is not the call's
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         kept = call()
-        return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in kept)
+        return kept, torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in kept)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -130,7 +133,7 @@ def peak_bytes(call, gpu):
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return peak - sum(x.nbytes for x in kept)
+    return kept, peak - sum(x.nbytes for x in kept)
 
 
 def attempt(call):
@@ -158,23 +161,28 @@ def waiting(calls, gpu):
 def checked(name, function, inputs, error, exact, tolerance):
     """A side's error and memory. Ours may not fail: what it raises is raised."""
     def call():
-        return function(*inputs)
+        value = function(*inputs)
+        return value if isinstance(value, tuple) else (value,)
 
-    value, why = (call(), "") if name.startswith("ours") else attempt(call)
+    run = partial(peak_bytes, call, inputs[0].is_cuda)
+    found, why = (run(), "") if name.startswith("ours") else attempt(run)
     if why:
         return dict(absent=why)
-    out = dict(error=error(value, exact), tolerance=tolerance) if error else {}
-    del value  # its bytes are not the call's
-    out["peak_mib"] = round(peak_bytes(lambda: r if isinstance(r := call(), tuple) else (r,), inputs[0].is_cuda) / 2**20, 2)
-    return out | (dict(agrees=out["error"] <= tolerance) if error else {})
+    out = dict(peak_mib=round(found[1] / 2**20, 2))
+    if error:
+        wrong = error(found[0], exact)
+        out |= dict(error=wrong, tolerance=tolerance, agrees=wrong <= tolerance)
+    return out
 
 
 def measure(cfg, calls, floor_seconds):
     """calls {side: function}, "ours" and "product" among them -> seconds, ratio to ours, share of the floor."""
     def once():
-        quick = 0.0 if cfg.tiny else 0.05
+        start = time.perf_counter()
+        calls["ours"]()
+        slow = cfg.tiny or time.perf_counter() - start > 0.05
         with timing.Others() as others:
-            times = timing.alternate(calls, cfg.repeats, quick)
+            times = timing.alternate(calls, cfg.repeats, 0.0 if slow else 0.05)
         sides = {name: dict(seconds=timing.spread(t), ratio=timing.ratio(t, times["ours"])) for name, t in times.items()}
         for name, t in times.items():
             if "product" in times:
@@ -354,21 +362,22 @@ def main(argv=None):
     if cfg.tiny:
         cfg.shapes, cfg.rows, cfg.batch, cfg.repeats, cfg.threads, cfg.hidden = ["tiny"], [64], [1, 3], 1, [1], ["random"]
     cfg.shapes = [s for s in cfg.shapes if s] or (ON_GPU if gpu else ON_CPU)
+    cfg.hidden = [h for h in cfg.hidden if h] or (["random", "real"] if gpu else ["random"])
+    cfg.parts = [p for p in cfg.parts if p] or (list(PARTS) if gpu or cfg.tiny else ["logprob", "gradients", "sampling"])
     if unknown := [s for s in cfg.shapes if s not in SHAPES]:
         raise UserError(f"--shapes {unknown[0]}: known are {', '.join(SHAPES)}")
     result, speed = timing.about("bench.kernels", argv, cfg), None
     if gpu:
         speed = decode.gpu_bytes_per_second()
         result |= dict(gpu=torch.cuda.get_device_name(), copy_bytes_per_second=speed)
-        result |= {part: PARTS[part](cfg, gpu, speed) for part in cfg.parts}
-    else:
-        for n in cfg.threads:
+    name = re.sub(r"\W+", "_", result["gpu"]).lower() if gpu else "cpu"
+    for n in [0] if gpu else cfg.threads:
+        if n:
             torch.set_num_threads(n)
             print(f"\n{n} thread{'s' * (n > 1)}")
-            result[f"threads_{n}"] = here = {part: PARTS[part](cfg, gpu, speed) for part in cfg.parts}
-            here["goals"] = goals(here)
-    name = re.sub(r"\W+", "_", result["gpu"]).lower() if gpu else "cpu"
-    timing.write(cfg.out or f"bench/results/kernels_{name}.json", result)
+        here = {part: PARTS[part](cfg, gpu, speed) for part in cfg.parts}
+        result |= here if gpu else {f"threads_{n}": here | dict(goals=goals(here))}
+        timing.write(cfg.out or f"bench/results/kernels_{name}.json", result)  # each: an interrupted run keeps what it has
 
 
 if __name__ == "__main__":

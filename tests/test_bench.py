@@ -115,4 +115,4 @@ def test_kernels_counts_the_memory_of_a_call_without_what_it_returns():
         del a
         return (torch.empty(250_000) + torch.empty(250_000),)  # 4 MB, then three times 1 MB of which one is returned
 
-    assert peak_bytes(call, gpu=False) == 3_000_000
+    assert peak_bytes(call, gpu=False)[1] == 3_000_000
