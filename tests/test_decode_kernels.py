@@ -66,7 +66,25 @@ def test_frequencies_are_exact(V, temperature, softcap):
     check_frequencies(token.cpu(), exact.exp().cpu())
 
 
-def test_neither_batch_nor_tile_nor_order_changes_a_token():
+@pytest.mark.parametrize("V, D", [(33, 5), (500, 12)])
+def test_equal_logits_give_equal_tokens(V, D):
+    """Small integers: every logit is the same number in both, so every token has to be, whatever its uniforms."""
+    B = 64
+    hidden, weight, uniform = (randn(B, D) * 2).round(), randn(V, D, seed=1).round() / 4, uniforms(B, seed=9)
+    token, _ = sampling_triton.linear_draw(hidden, weight, 1.0, uniform)
+    assert torch.equal(token, sampling.linear_draw(hidden, weight, 1.0, uniform)[0])
+    assert len(token.unique()) > 5  # and they are many
+    token, _ = sampling_triton.linear_greedy(hidden, weight)
+    assert torch.equal(token, sampling.linear_greedy(hidden, weight)[0])
+    filters = (7, 0.9, 0.02)
+    few = hidden[:4], weight, 1.0, uniform[:4]  # the interpreter needs a second for a row of the cut
+    token, _, kept = sampling_triton.linear_draw_filtered(*few, *filters)
+    want, _, want_kept = sampling.linear_draw_filtered(*few, *filters)
+    assert torch.equal(token, want)
+    torch.testing.assert_close(kept, want_kept, atol=1e-5, rtol=0)
+
+
+def test_neither_batch_nor_tile_nor_order_changes_a_token(monkeypatch):
     """Each row's numbers are made of that row: the same bits in any company, and in any tile of the table."""
     B, V, D = 66, 160, 24
     hidden, weight, uniform = randn(B, D), randn(V, D, seed=1), uniforms(B)
@@ -76,8 +94,14 @@ def test_neither_batch_nor_tile_nor_order_changes_a_token():
         again, again_logprob = sampling_triton.linear_draw(hidden[rows], weight, 0.8, uniform[rows])
         assert torch.equal(again, token[rows])
         torch.testing.assert_close(again_logprob, logprob[rows], atol=2e-6, rtol=0)  # numpy's products differ by shape
+    few, last = order[:4], order[3:4]
+    filtered, _, _ = sampling_triton.linear_draw_filtered(hidden[few], weight, 0.8, uniform[few], 9)
+    assert torch.equal(sampling_triton.linear_draw_filtered(hidden[last], weight, 0.8, uniform[last], 9)[0], filtered[3:])
     whole = sampling_triton.group_stats(hidden, weight, 0.8)
     for tile in [t[1:] for t in sampling_triton.GROUP_STATS_TILES[torch.float32]] + [(16, 32, 16, 4, 2)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling_triton, "group_stats_tile", lambda B, dtype, tile=tile: tile)
+            assert torch.equal(sampling_triton.linear_draw(hidden, weight, 0.8, uniform)[0], token)
         for a, b in zip(whole, sampling_triton.group_stats(hidden, weight, 0.8, tile=tile)):
             torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
 

@@ -257,7 +257,19 @@ def head_and_uniforms(V, n=20_000, D=6):
     return hidden, weight, philox_uniform(V, torch.arange(n), torch.tensor(0))
 
 
-@pytest.mark.parametrize("V", [1, 5, 32, 33, 100])
+def test_the_check_of_frequencies_notices_what_is_a_little_wrong():
+    """The right tokens pass; those of another temperature, of a lost group and of a shifted id do not."""
+    hidden, weight, uniform = head_and_uniforms(100)
+    rows = hidden.expand(len(uniform), -1)
+    p = reference(hidden.expand(100, -1), weight, torch.arange(100), 0.7)[0].exp()
+    token = linear_draw(rows, weight, 0.7, uniform)[0]
+    check_frequencies(token, p)
+    for wrong in (linear_draw(rows, weight, 0.75, uniform)[0], token.clamp(max=95), (token + 1) % 100):
+        with pytest.raises(AssertionError):
+            check_frequencies(wrong, p)
+
+
+@pytest.mark.parametrize("V", [1, 5, 32, 33, 100, 1100])
 @pytest.mark.parametrize("temperature, softcap", [(0.7, None), (1.0, 1.5), (3.0, None)])
 def test_sampled_frequencies_are_exact(V, temperature, softcap):
     hidden, weight, uniform = head_and_uniforms(V)
@@ -292,10 +304,15 @@ def test_a_draw_does_not_depend_on_the_batch_around_it():
     hidden, weight = torch.randn(200, 16, generator=g), torch.randn(100, 16, generator=g)
     uniform = philox_uniform(0, torch.arange(200), torch.tensor(3))
     token, logprob = linear_draw(hidden, weight, 0.8, uniform)
+    filtered = linear_draw_filtered(hidden, weight, 0.8, uniform, 20, 0.9, 0.01)
+    assert not torch.equal(filtered[0], token)  # it does cut something
     for rows in (torch.arange(7), torch.randperm(200, generator=g), torch.tensor([199]), torch.arange(0, 200, 3)):
         again, again_logprob = linear_draw(hidden[rows], weight, 0.8, uniform[rows])
         assert torch.equal(again, token[rows])
         torch.testing.assert_close(again_logprob, logprob[rows], atol=1e-5, rtol=1e-5)
+        again = linear_draw_filtered(hidden[rows], weight, 0.8, uniform[rows], 20, 0.9, 0.01)
+        assert torch.equal(again[0], filtered[0][rows])
+        torch.testing.assert_close(again[2], filtered[2][rows], atol=1e-5, rtol=1e-5)
 
 
 def plain_filter(p, top_k, top_p, min_p):
