@@ -24,7 +24,7 @@ Hence also real ones: SmolLM2's states on this repository's text, with its own h
 
 MiB is the peak of what the call allocates (counted by PyTorch's allocator), without the gradients it returns.
 Weights that the L2 cache would hold are rotated on a GPU, so that each call finds another one. Not compared: soft caps,
-more than one GPU, fp8; engines (bench/generate.py has transformers' loop).
+more than one GPU, fp8; flashinfer's sampler (bench/decode.py); engines (bench/generate.py has transformers' loop).
 """
 
 import os
@@ -143,9 +143,11 @@ def attempt(call):
     except ImportError as e:
         return None, f"absent: {e}".split("\n")[0]
     except torch.OutOfMemoryError:
-        return None, "out of memory"
+        why = "out of memory"
     except Exception as e:
         return None, f"fails: {type(e).__name__}: {e}".split("\n")[0][:120]
+    torch.cuda.empty_cache()  # what it had got by then
+    return None, why
 
 
 def waiting(calls, gpu):
@@ -278,7 +280,8 @@ def with_gradients(part, cfg, gpu, speed):
 
 def draw_error(value, exact):
     """How far the returned log-prob of the drawn token is from that token's."""
-    return float((value[1].reshape(-1).double() - exact[torch.arange(len(exact)), value[0].reshape(-1)].double()).abs().max())
+    token, logprob = (x.reshape(-1, 1) for x in value)
+    return float((logprob.double() - exact.gather(1, token).double()).abs().max())
 
 
 def sampling(cfg, gpu, speed):
