@@ -266,12 +266,17 @@ def _grid(N, V, block_n, block_v):
     return (triton.cdiv(N, block_n) * triton.cdiv(V, block_v),)
 
 
+def _empty(count, *shape, device):
+    """Each on its own: rows of one tensor would be aligned for some N only, and Triton compiles anew for those that are not."""
+    return [torch.empty(shape, device=device) for _ in range(count)]
+
+
 def tile_statistics(hidden, weight, target, temperature, softcap=None, kept=None, tile=None):
-    """hidden [N,D], weight [V,D], target [N] -> (top, mass, moment) [3,tiles,N], chosen [N], of tile_kernel; fills kept
+    """hidden [N,D], weight [V,D], target [N] -> (top, mass, moment) [tiles,N] each, chosen [N], of tile_kernel; fills kept
     [N,V] if given. tile: another row of the table, for tests."""
     (N, D), V = hidden.shape, weight.shape[0]
     *block, options = tile or tile_for(weight)
-    part = torch.empty(3, triton.cdiv(V, block[1]), N, device=hidden.device)
+    part = _empty(3, triton.cdiv(V, block[1]), N, device=hidden.device)
     chosen = torch.full((N,), torch.nan, device=hidden.device)  # a target outside the vocabulary shows
     if N:
         hidden, weight, tma = described(hidden, weight, block)
@@ -283,11 +288,11 @@ def tile_statistics(hidden, weight, target, temperature, softcap=None, kept=None
 
 def combine(part, chosen):
     """-> logprob, logsumexp, entropy, row_top, log_mass [N]; see combine_kernel."""
-    _, tiles, N = part.shape
-    out = torch.empty(5, N, device=part.device)
+    tiles, N = part[0].shape
+    out = _empty(5, N, device=chosen.device)
     if N:
         combine_kernel[(triton.cdiv(N, COMBINE[0]),)](*part, chosen, *out, N, tiles, *COMBINE)
-    return out.unbind(0)
+    return out
 
 
 def d_logits(hidden, weight, target, rows, coefficients, temperature, softcap, out, tile=None):

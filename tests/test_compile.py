@@ -89,3 +89,19 @@ else:
         for (launch,) in (record(arch, file.combine, part, row), record(
                 arch, file.turn, kept, part[0], target, row, [row] * 3, [row] * 2, 0.7, softcap, out, block_v)):
             check(launch)
+
+    def test_the_number_of_tokens_compiles_nothing_anew():
+        """It differs in every batch. Triton compiles for what it finds aligned: all of it must be, always."""
+        from kernels import logprob_triton as file
+
+        def train(hidden, weight, target):
+            a, b, c = file.linear_logprob(hidden, weight, target, 0.7)
+            (a + b + c).sum().backward()
+            file.linear_logprob_loss(hidden, weight, target, 0.7, lambda logprob, entropy: (logprob + entropy).sum())
+
+        for N in (37, 130):
+            hidden, weight = (torch.ones(n, 72, dtype=torch.bfloat16, requires_grad=True) for n in (N, 301))
+            launches = record(90, train, hidden, weight, torch.zeros(N, dtype=torch.int64))
+            assert {x.kernel.fn.__name__ for x in launches} == {
+                "tile_kernel", "keep_tile_kernel", "combine_kernel", "d_logits_kernel", "turn_kernel"}
+            assert not [x for one in launches for x in one.args.values() if isinstance(x, torch.Tensor) and x.data_ptr() % 16]
