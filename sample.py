@@ -5,7 +5,7 @@
     python sample.py --model smollm2 --task gsm8k --data gsm8k_test.jsonl --eval --greedy --num-problems 16   # see evaluate.py
     python sample.py --model DIR --task planted --search beam --n 12 --verifier DIR --alpha 0.5   # see search.py
 
-How it decodes. Prompts are prefilled longest first, in right-padded buckets of similar length. Sequences with the same
+How it decodes. Those that may become longest start first; prompts are prefilled in right-padded buckets of similar length. Sequences with the same
 tokens so far share a row of the KV cache and are computed once: the G samples of a prompt until they part, which in
 a converged policy is late. A sequence that has finished leaves at once; rows without a sequence are filled from the
 end, so that the batch is always rows 0..m-1, and waiting prompts are admitted when enough places are free. Nothing
@@ -93,7 +93,7 @@ def generate_here(model, prompts, *, slots=128, **options):
 
 def start(model, prompts, max_new_tokens, sequence_ids, stop_ids):
     """What a decode loop begins with: empty Rollouts, limit [B] (the length at which each ends if nothing stops it),
-    ids [B], stops [V] bool, and a queue of the prompts, longest first. UserError: see decode_all."""
+    ids [B], stops [V] bool, and a queue of the prompts, longest limit first. UserError: see decode_all."""
     B, context = len(prompts), model.cfg.max_position_embeddings
     prompt_len = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
     for i, p in enumerate(prompts):
@@ -110,7 +110,8 @@ def start(model, prompts, max_new_tokens, sequence_ids, stop_ids):
     ids = torch.arange(B) if sequence_ids is None else torch.as_tensor(sequence_ids, dtype=torch.int64)
     stops = torch.zeros(model.cfg.vocab_size, dtype=torch.bool)
     stops[list(stop_ids)] = True
-    queue = deque(sorted(range(B), key=lambda i: (-len(prompts[i]), prompts[i])))  # equal prompts are neighbours
+    room = limit.tolist()  # those that may run longest go first: a long one that starts last would end alone
+    queue = deque(sorted(range(B), key=lambda i: (-room[i], prompts[i])))  # equal prompts are neighbours
     return out, limit, ids, stops, queue
 
 
@@ -211,10 +212,10 @@ def prefill(model, prompts, cache, first_row):
     source = []  # prompt i shares the prefill of prompt source[i]
     for i, p in enumerate(prompts):
         source.append(source[i - 1] if i and p == prompts[i - 1] else i)
-    unique = sorted(set(source))
+    unique = sorted(set(source), key=lambda i: -len(prompts[i]))
     hidden = torch.empty(len(prompts), model.cfg.hidden_size, device=cache.k.device, dtype=cache.k.dtype)
     while unique:
-        longest = len(prompts[unique[0]])  # sorted, longest first
+        longest = len(prompts[unique[0]])
         bucket, unique = unique[: max(1, PREFILL_TOKENS // longest)], unique[max(1, PREFILL_TOKENS // longest) :]
         tokens = torch.zeros(len(bucket), longest, dtype=torch.int64)
         for row, i in enumerate(bucket):

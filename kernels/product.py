@@ -50,9 +50,11 @@ def matmul_nt(x, weight):
 def best_layout(weight, rows):
     """Which copy of weight [N,K] to keep for many products with `rows` rows: "packed", "transposed" or "" (none)."""
     N, K = weight.shape
-    if rows == 1:
-        return "transposed" if N * K >= TINY and N >= K else ""
-    return "packed" if N * K >= TINY and (_wide or rows <= FEW) else ""
+    if N * K < TINY:
+        return ""
+    if rows == 1 and N >= K:
+        return "transposed"
+    return "packed" if _wide or 1 < rows <= FEW else ""
 
 
 class _Linear(torch.autograd.Function):

@@ -27,7 +27,7 @@ def comparisons(value):
     return [found for inner in value.values() for found in comparisons(inner)]
 
 
-@pytest.mark.parametrize(("name", "at_least"), [("products", 20), ("decode", 3), ("generate", 3), ("rl_step", 1)])
+@pytest.mark.parametrize(("name", "at_least"), [("products", 20), ("decode", 3), ("generate", 4), ("rl_step", 1)])
 def test_runs_and_writes(name, at_least, tmp_path):
     for peer in PEERS[name]:
         pytest.importorskip(peer)
@@ -39,6 +39,20 @@ def test_runs_and_writes(name, at_least, tmp_path):
     assert len(found) >= at_least
     for c in found:
         assert c["ratio"]["median"] > 0 and c["ours"]["seconds"]["min"] > 0 and c["theirs"]["seconds"]["min"] > 0
+
+
+def test_growth_fits_straight_lines_and_watches_a_run(tmp_path):
+    from bench import growth
+
+    assert growth.exponent([1, 2, 4, 8], [3, 6, 12, 24]) == pytest.approx(1)
+    assert growth.exponent([1, 2, 4], [5, 20, 80]) == pytest.approx(2) and growth.exponent([1, 2], [7, 7]) == 0
+    done = run("growth", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert {c["cost"] for c in result["curves"]} == {"logprob", "generate", "update", "rl step", "verify"}
+    for c in result["curves"]:
+        assert len(c["seconds"]) == len(c["values"]) == 2 and min(c["seconds"]) > 0 and c["time_exponent"] is not None
+    assert len(result["run"]["resident_mib"]) == 10
 
 
 def test_sides_take_turns_and_the_ratio_is_made_within_rounds():
