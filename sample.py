@@ -5,11 +5,12 @@
     python sample.py --model smollm2 --task gsm8k --data gsm8k_test.jsonl --eval --greedy --num-problems 16   # see evaluate.py
     python sample.py --model DIR --task planted --search beam --n 12 --verifier DIR --alpha 0.5   # see search.py
 
-How it decodes. Those that may become longest start first; prompts are prefilled in right-padded buckets of similar length. Sequences with the same
-tokens so far share a row of the KV cache and are computed once: the G samples of a prompt until they part, which in
-a converged policy is late. A sequence that has finished leaves at once; rows without a sequence are filled from the
-end, so that the batch is always rows 0..m-1, and waiting prompts are admitted when enough places are free. Nothing
-a sequence receives depends on its neighbours: its random numbers are a function of (seed, sequence id, index of the token).
+How it decodes. Those that may become longest start first; prompts are prefilled in right-padded buckets of similar
+length. Sequences with the same tokens so far share a row of the KV cache and are computed once: the G samples of a
+prompt until they part, which in a converged policy is late. A sequence that has finished leaves at once; rows without
+a sequence are filled from the end, so that the batch is always rows 0..m-1, and waiting prompts are admitted when
+enough places are free. Nothing a sequence receives depends on its neighbours: its random numbers are a function of
+(seed, sequence id, index of the token).
 
 What is left out: paging (a row owns its full length: at these sizes memory is not the limit), stop
 *strings* (stop ids only; text is decoded after the fact), speculative decoding.
