@@ -102,6 +102,7 @@ class _LinearLogprob(torch.autograd.Function):
         for rows in _chunks(N, V):
             z = scaled_logits(hidden[rows], weight32, temperature, softcap)  # (n, V)
             logprob[rows], logsumexp[rows], entropy[rows], _ = _reduce(z, target[rows])
+            del z  # before the next one is made
         ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
         ctx.temperature, ctx.softcap = temperature, softcap
         return logprob, logsumexp, entropy
@@ -117,7 +118,8 @@ class _LinearLogprob(torch.autograd.Function):
         busy = ((d_logprob != 0) | (d_logsumexp != 0) | (d_entropy != 0)).nonzero()[:, 0]
         for chunk in _chunks(len(busy), V):
             rows = busy[chunk]
-            h, d_logp, d_lse, d_ent = hidden[rows].float(), d_logprob[rows], d_logsumexp[rows], d_entropy[rows]
+            h = hidden[rows].float()
+            d_logp, d_lse, d_ent = (d[rows] / ctx.temperature for d in (d_logprob, d_logsumexp, d_entropy))
             z = scaled_logits(h, weight32, ctx.temperature, ctx.softcap)  # (n, V)
             slope = _cap_slope(z, ctx.temperature, ctx.softcap)
             z -= logsumexp[rows, None]
@@ -126,9 +128,9 @@ class _LinearLogprob(torch.autograd.Function):
             dz.scatter_add_(1, target[rows, None], d_logp[:, None])
             if slope is not None:
                 dz *= slope
-            dz /= ctx.temperature
             d_hidden[rows] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
             d_weight.addmm_(dz.t(), h)
+            del z, dz, slope
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
@@ -179,6 +181,7 @@ def _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_toke
     d_hidden = torch.zeros_like(hidden) if gradients else None
     d_weight = torch.zeros_like(weight32) if gradients else None
     for rows in _chunks(N, V):
+        z = dz = chunk = slope = None  # the last chunk's memory goes before this one's is taken
         h, chosen = hidden[rows].float(), target[rows]
         z = scaled_logits(h, weight32, temperature, softcap)  # (n, V)
         slope = _cap_slope(z, temperature, softcap) if gradients else None
