@@ -1,7 +1,6 @@
 """The arithmetic behind experiments/pav_search.py and pav_data.py, on toys that can be counted by hand."""
 
 import itertools
-import math
 import sys
 from pathlib import Path
 
@@ -50,15 +49,15 @@ def point(n, accuracy):
     return dict(n=n, accuracy=accuracy, tokens=10.0 * n, scored=20.0 * n)
 
 
-def test_gains_are_paired_and_a_beam_may_have_fewer_sizes():
-    rows = [dict(orm=[point(3, a), point(6, a + 0.1), point(12, a + 0.2)], beam_q=[point(3, a + 0.1), point(6, a + 0.4)])
-            for a in (0.2, 0.4)]
+def test_gains_are_paired_and_efficiency_is_read_at_the_accuracy_of_the_rival():
+    rows = [dict(orm=[point(3, a), point(6, a + 0.1), point(12, a + 0.2)],
+                 beam_q=[point(3, a + 0.1), point(6, a + 0.1), point(12, a + 0.15)]) for a in (0.2, 0.4)]
     found = pav_search.summarise(rows)
-    assert found["orm"]["gain"] == [0, 0, 0] and found["orm"]["efficiency"] == pytest.approx(1)
+    assert found["orm"]["gain"] == [0, 0, 0] and found["orm"]["efficiency"][1] == (pytest.approx(1), False)
     beam = found["beam_q"]
-    assert beam["gain"] == pytest.approx([0.1, 0.3]) and beam["gain_sd"] == pytest.approx([0, 0], abs=1e-9)
-    assert beam["efficiency"] == pytest.approx(12 / math.exp(math.log(3) + math.log(2) / 3))  # 0.5 lies a third of the way
-    assert pav_search.times(beam) == "3.2x" and pav_search.times(dict(efficiency=None)) == "never"
+    assert beam["gain"] == pytest.approx([0.1, 0, -0.05]) and beam["gain_sd"] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert beam["efficiency"][:2] == [(pytest.approx(1), True), (pytest.approx(2), True)]  # 0.3 and 0.4 are there at N=3
+    assert [pav_search.times(*e) for e in beam["efficiency"]] == ["at least 1.0x", "at least 2.0x", "never"]
 
 
 def rollouts():
