@@ -76,7 +76,8 @@ class Config:
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
     budgets: list = opt([12500, 100000], "tokens of seed solutions and continuations", low=1)
     steps: list = opt([60, 300], "grid of the fits: optimizer steps of 128 sequences", low=1)
-    rl_arms: list = opt(["mc1", "mc16"], "whose verifiers at the largest budget train a policy", choices=list(ARMS))
+    rl_arms: list = opt(["mc1", "mc16", "first_pit", "mc1_all"], "whose verifiers at the largest budget train a policy",
+                        choices=list(ARMS))
     rl_steps: int = opt(60, "RL steps of 4 prompts x 32 samples", low=1)
     out: str = opt("docs/results/pav_data", "where table, figure and numbers go")
     smoke: bool = opt(False, "a few steps of everything")
