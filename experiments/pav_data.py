@@ -269,9 +269,9 @@ def claims(rows, summary, cfg, command):
              f"{plus(gain(rows, 'mc1', 'mc16', low))} at {low} tokens, {plus(gain(rows, 'mc1', 'mc16', high))} at {high}, where "
              f"the best is {NAMES[best]}.",
              holds=True if cover and repeat else "partly" if cover or repeat else False, command=command,
-             fails_when=f"Labelling the later step ends of a continuation too, which is free, matters more than n_mc: with n_mc 1 "
-             f"{plus(gain(rows, 'mc1_all', 'mc1', low))} at {low} tokens and {plus(gain(rows, 'mc1_all', 'mc1', high))} at {high}; "
-             f"n_mc 1 minus n_mc 16 is then {plus(gain(rows, 'mc1_all', 'mc16_all', high))}."),
+             fails_when=f"Labelling the later step ends of a continuation too, which is free, matters more than n_mc: with n_mc "
+             f"1 {plus(gain(rows, 'mc1_all', 'mc1', low))} at {low} tokens, {plus(gain(rows, 'mc1_all', 'mc1', high))} at "
+             f"{high}; n_mc 1 minus n_mc 16 is then {plus(gain(rows, 'mc1_all', 'mc16_all', high))}."),
         dict(paper="2410.08146", claim="Prefixes up to the first pit make better verifiers than random ones, most where few.",
              measured=f"First pit minus uniform cuts (n_mc 4), same correlation: {everywhere}.",
              holds=True if all(s > 0 for s in pit) else "partly" if any(s > 0 for s in pit) else False, command=command,
