@@ -197,7 +197,7 @@ def _enter(run_dir, cfg, ignore):
     lock = open(run_dir / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
     if not lock_file(lock):
         raise UserError(f"{run_dir} is in use by another process; wait for it or give another --run-dir")
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ignore}
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (*ignore, "tensorboard")}
     path = run_dir / "run_config.json"
     if path.exists():
         old = json.loads(path.read_text())
@@ -315,12 +315,19 @@ def load_state(folder, optimizer=None, params=()):
 
 
 class Metrics:
-    """metrics.jsonl, one line a step. On resume the lines after the checkpoint are cut off first."""
+    """metrics.jsonl, one line a step. On resume the lines after the checkpoint are cut off first. tensorboard: the same
+    numbers in run_dir/tensorboard too (needs the package of that name)."""
 
-    def __init__(self, run_dir, resume_step=0):
-        self.path = Path(run_dir) / "metrics.jsonl"
+    def __init__(self, run_dir, resume_step=0, tensorboard=False):
+        self.path, self.board = Path(run_dir) / "metrics.jsonl", None
         if parallel.rank():
             return
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs the package: pip install tensorboard") from None
+            self.board = SummaryWriter(Path(run_dir) / "tensorboard", purge_step=resume_step + 1)
         rows = read_metrics(run_dir) if resume_step and self.path.exists() else []
         rows = [r for r in rows if r["step"] <= resume_step]
         temporary = self.path.with_name(f".tmp-metrics-{os.getpid()}")
@@ -333,6 +340,11 @@ class Metrics:
         row = finite(dict(step=step) | {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
+        if self.board:
+            for name, value in row.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
+            self.board.flush()
 
 
 def read_metrics(run_dir):
@@ -449,6 +461,7 @@ class RunConfig:
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")
     dtype: str = opt("float32", "of weights and activations; log-probs are float32 always", "run",
                      choices=["float32", "bfloat16"])
+    tensorboard: bool = opt(False, "write the metrics for TensorBoard too, to RUN_DIR/tensorboard", "run")
     shard: bool = opt(False, "under torchrun: split weights, gradients and moments over the processes (parallel.py)", "run")
     threads: int = opt(0, "CPU threads (0: torch's choice; 1 is best for the tiny models)", "run", low=0)
     smoke: bool = opt(False, "the same road with few steps, for a look in under a minute", "run")

@@ -223,7 +223,7 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
         state = load_state(folder, optimizer, params)
         start, spent = state["step"], state["seconds"]
         print(f"resuming {run} at step {start}")
-    metrics, clock = Metrics(run, start), time.time() - spent
+    metrics, clock = Metrics(run, start, cfg.tensorboard), time.time() - spent
     order, epoch = None, -1
     for step in progress(range(start + 1, steps + 1), "verifier"):
         if (step - 1) // per_epoch != epoch:

@@ -361,7 +361,7 @@ def train(cfg):
         state = load_state(folder, optimizer, params)
         start, clock = state["step"], clock - state["seconds"]
         print(f"resuming {run} at step {start}")
-    metrics, order, epoch = Metrics(run, start), None, -1
+    metrics, order, epoch = Metrics(run, start, cfg.tensorboard), None, -1
     for step in progress(range(start + 1, steps + 1), "dpo"):
         if (step - 1) // per_epoch != epoch:
             epoch = (step - 1) // per_epoch

@@ -338,7 +338,7 @@ def train(cfg, verifier=None):
         state = load_state(folder, optimizer, params)
         start, tokens_seen, spent = state["step"], state["tokens"], state["seconds"]
         print(f"resuming {run} at step {start}")
-    metrics, clock = Metrics(run, start or -1), time.time() - spent  # -1: the row of step 0 is written again
+    metrics, clock = Metrics(run, start or -1, cfg.tensorboard), time.time() - spent  # -1: the row of step 0 is written again
     limit = cfg.max_completion_length or task.max_new_tokens
     train_problems = task.problems("train", None, 0)
     B, G = cfg.num_prompts * cfg.num_generations, cfg.num_generations

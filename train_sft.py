@@ -234,7 +234,7 @@ def train(cfg):
         state = load_state(folder, optimizer, params)
         start, spent = state["step"], state["seconds"]
         print(f"resuming {run} at step {start}")
-    metrics = Metrics(run, start)
+    metrics = Metrics(run, start, cfg.tensorboard)
     problems = curated(cfg, task) if cfg.curate else first_problems(task, cfg.num_problems, cfg.seed)
     counts = {}
     if cfg.rft:

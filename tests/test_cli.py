@@ -175,3 +175,27 @@ def test_as_its_own_process(tmp_path, script, argv, code):
                           env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == code and (code == 0) == (not done.stderr) and done.stderr.count("\n") == (code != 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_is_optional_and_gets_the_numbers(tmp_path, monkeypatch):
+    """The package is not needed by the project: a stand-in with its one class takes what is written."""
+    seen = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            seen.append((str(folder), purge_step))
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(common.UserError, match="pip install tensorboard"):
+        common.Metrics(tmp_path, 0, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("Module", (), dict(SummaryWriter=Writer)))
+    common.Metrics(tmp_path, 4, tensorboard=True).write(5, loss=0.5, kl=float("nan"))
+    assert seen == [(str(tmp_path / "tensorboard"), 5), ("step", 5, 5), ("loss", 0.5, 5)]
+    common.Metrics(tmp_path).write(1, loss=1.0)
+    assert len(seen) == 3
