@@ -12,8 +12,12 @@ ids), the group's mean as baseline, loss "dapo", one iteration, beta 0, entropy 
 constant rate, gradient clipping. Off in TRL, as it costs time: gradient checkpointing, bfloat16, logging, saving. Our
 metrics and evaluations are not timed.
 
-"products" is the time of the step's matrix products alone, on their shapes, taken in the same run: what is left when
-everything else is free. It says how large the ratio can become.
+"products" is the time of the step's matrix products alone, on their shapes, "attention" that of its attention
+(PyTorch's fused kernel, forward and backward), taken in the same run and by the CPU's clock as well as the wall's: what is left
+when all else is free. largest_ratio and largest_ratio_with_attention say how large the ratio could become if each token
+were computed once in decoding and once in the update. Ours need not do all of that: sequences that are equal so far
+are decoded once. computed_share is what remained of the decoding, over the timed steps; it falls as the policy converges.
+"cpu" is the ratio by CPU seconds of the process, which other processes disturb less.
 
 Not compared: vLLM and GPUs, for which TRL is made; transformers' continuous batching; larger models (see
 bench.generate); long prompts, where a group shares one prefill here (a prompt of this task is one token).
@@ -22,8 +26,10 @@ bench.generate); long prompts, where a group shares one prefill here (a prompt o
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 import train_rl
 import train_sft
@@ -63,9 +69,11 @@ class Ours:
         self.model, self.tokenizer = load_model(folder)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.cfg.learning_rate, betas=(0.9, 0.99), fused=True)
         self.log = []  # (seconds, tokens, mean reward) of every step
+        self.cpu, self.shares = [], []  # CPU seconds; distinct prefixes over tokens
 
     def step(self):
-        start, c, limit, step = time.perf_counter(), self.cfg, self.task.max_new_tokens, len(self.log) + 1
+        start, cpu = time.perf_counter(), time.process_time()
+        c, limit, step = self.cfg, self.task.max_new_tokens, len(self.log) + 1
         B = c.num_prompts * c.num_generations
         picked, G = train_rl.pick_problems(self.problems, step, c), c.num_generations
         problems, prompts = [p for p in picked for _ in range(G)], [self.task.prompt_tokens(p, self.tokenizer) for p in picked]
@@ -75,6 +83,11 @@ class Ours:
         adv, logs = train_rl.advantages(c, self.task, problems, rollouts, self.tokenizer, None)
         train_rl.update(self.model, None, self.optimizer, list(self.model.parameters()), rollouts, adv, c, limit, "cpu")
         self.log.append((time.perf_counter() - start, int(rollouts.mask().sum()), logs["reward"]))
+        self.cpu.append(time.process_time() - cpu)
+        rows = [(row[:a], row[a:b]) for row, a, b in zip(*(x.tolist() for x in (rollouts.tokens, rollouts.prompt_len,
+                                                                                rollouts.length)))]
+        prefixes = {(*prompt, *new[:n]) for prompt, new in rows for n in range(len(new))}
+        self.shares.append(len(prefixes) / sum(len(new) for _, new in rows))
 
 
 def grpo_config(cfg, rl, limit, where):
@@ -92,12 +105,13 @@ def grpo_config(cfg, rl, limit, where):
 
 
 def run_theirs(cfg, folder, ours, where):
-    """trainer.train() with one step of ours after each of its own. -> (seconds, tokens, mean reward) of every step."""
+    """trainer.train() with one step of ours after each of its own. -> (seconds, tokens, mean reward) of every step, and
+    the CPU seconds."""
     import datasets
     import transformers
     from trl import GRPOTrainer
 
-    seconds, graded, by_key = [], [], {p.key: p for p in ours.problems}
+    seconds, cpu, graded, by_key = [], [], [], {p.key: p for p in ours.problems}
 
     def reward(completion_ids, key, **_):
         right = [ours.task.grade(by_key[k], ours.tokenizer.decode(ids)) for k, ids in zip(key, completion_ids)]
@@ -106,12 +120,13 @@ def run_theirs(cfg, folder, ours, where):
 
     class TakeTurns(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__):
-            self.start = time.perf_counter()
+            self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_, **__):
-            seconds.append(time.perf_counter() - self.start)
+            seconds.append(time.perf_counter() - self.start[0])
+            cpu.append(time.process_time() - self.start[1])
             ours.step()
-            self.start = time.perf_counter()
+            self.on_train_begin()
 
     args = grpo_config(cfg, ours.cfg, ours.task.max_new_tokens, where)
     picked = [p for step in range(args.max_steps) for p in train_rl.pick_problems(ours.problems, step + 1, ours.cfg)]
@@ -121,40 +136,74 @@ def run_theirs(cfg, folder, ours, where):
         processing_class=transformers.AutoTokenizer.from_pretrained(folder), callbacks=[TakeTurns()])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    return [(s, *g) for s, g in zip(seconds, graded)]
+    return [(s, *g) for s, g in zip(seconds, graded)], cpu
 
 
-def products(ours, tokens, seconds):
-    """Seconds of the matrix products of one step with that many sampled tokens: decoding (a product a matrix and token
-    position), the update's forward, and two as large in backward. Best library for each, a median over `seconds`."""
+def median_of(call, seconds):
+    """Medians of a call's wall and CPU seconds, over `seconds` of it (three calls at least)."""
+    times, until = [], time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 3:
+        start = time.perf_counter(), time.process_time()
+        call()
+        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return [sorted(t)[len(t) // 2] for t in zip(*times)]
+
+
+def products(ours, tokens):
+    """A call that does the matrix products of one step with that many sampled tokens: decoding (a product a matrix and
+    token position), the update's forward, and two as large in backward."""
     B = ours.cfg.num_prompts * ours.cfg.num_generations
-    weights = [p.detach() for p in ours.model.parameters() if p.dim() == 2]
-    positions, times = round(tokens / B), []
+    weights, positions = [p.detach() for p in ours.model.parameters() if p.dim() == 2], round(tokens / B)
     x = {w: (torch.randn(B, w.shape[1]), torch.randn(tokens, w.shape[1]), torch.randn(tokens, w.shape[0])) for w in weights}
-    until = time.perf_counter() + seconds
-    with torch.no_grad():
-        while time.perf_counter() < until or len(times) < 3:
-            start = time.perf_counter()
-            for w in weights:
-                few, many, grad = x[w]
-                for _ in range(positions):
-                    matmul_nt(few, w)
-                matmul_nt(many, w), matmul_nt(grad, w.t()), matmul_nt(grad.t(), many.t())
-            times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+
+    @torch.no_grad()
+    def call():
+        for w in weights:
+            few, many, grad = x[w]
+            for _ in range(positions):
+                matmul_nt(few, w)
+            matmul_nt(many, w), matmul_nt(grad, w.t()), matmul_nt(grad.t(), many.t())
+
+    return call
+
+
+def attention(ours, tokens):
+    """A call that does the attention of one step: of one query over 1, 2, ... positions, and of whole sequences, forward and
+    backward; every layer."""
+    B, shape = ours.cfg.num_prompts * ours.cfg.num_generations, ours.model.cfg
+    T = round(tokens / B)
+    q, k, v = (torch.randn(B, n, T, shape.head_dim, requires_grad=True)
+               for n in (shape.num_attention_heads, *[shape.num_key_value_heads] * 2))
+    attend = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
+
+    def call():
+        for _ in range(shape.num_hidden_layers):
+            attend(q, k, v, is_causal=True).sum().backward()
+            with torch.no_grad():
+                for t in range(1, T + 1):
+                    attend(q[:, :, :1], k[:, :, :t], v[:, :, :t])
+
+    return call
 
 
 def measure(cfg, folder, task, where):
     ours, w = Ours(cfg, folder, task), cfg.warmup
     with timing.Others() as others:
-        logs = dict(theirs=run_theirs(cfg, folder, ours, where), ours=ours.log)
+        their_log, their_cpu = run_theirs(cfg, folder, ours, where)
+    logs = dict(theirs=their_log, ours=ours.log)
     result = timing.compare({side: [seconds for seconds, _, _ in log[w:]] for side, log in logs.items()}, others)
+    result["cpu"] = timing.compare(dict(ours=ours.cpu[w:], theirs=their_cpu[w:]), others)
     for side, log in logs.items():
         _, tokens, reward = zip(*log)
         tokens_a_step = round(mean(tokens))
         result[side] |= dict(tokens_a_step=mean(tokens), first_reward=mean(reward[:w]), last_reward=mean(reward[-w:]))
-    floor = products(ours, tokens_a_step, 0.1 if cfg.tiny else 2)
-    return result | dict(products=floor, largest_ratio=result["theirs"]["seconds"]["median"] / floor)
+    result["ours"]["computed_share"] = mean(ours.shares[w:])
+    for name, make in (("products", products), ("attention", attention)):
+        result[name], result["cpu"][name] = median_of(make(ours, tokens_a_step), 0.1 if cfg.tiny else 2)
+    for r in (result, result["cpu"]):
+        whole = r["theirs"]["seconds"]["median"]
+        r |= dict(largest_ratio=whole / r["products"], largest_ratio_with_attention=whole / (r["products"] + r["attention"]))
+    return result
 
 
 def main(argv=None):
@@ -170,6 +219,9 @@ def main(argv=None):
             torch.set_num_threads(n)
             result[f"threads_{n}"] = r = timing.undisturbed(cfg, lambda: measure(cfg, folder, task, where))
             timing.line(str(n), r, lambda seconds: 1000 * seconds)
+            cpu = r["cpu"]
+            print(f"  by CPU seconds {cpu['ratio']['median']:.2f}; at most {cpu['largest_ratio']:.2f} with products alone, "
+                  f"{cpu['largest_ratio_with_attention']:.2f} with attention; {r['ours']['computed_share']:.0%} decoded")
     timing.write(cfg.out, result)
 
 
