@@ -22,7 +22,7 @@ norm, and a side beyond its tolerance is marked DIFFERS: its time is the time of
 wide tolerance; CCE drops gradients below 2^-12, which on random hidden states (a flat softmax) is nearly all of them.
 Hence also real ones: SmolLM2's states on this repository's text, with its own head, if the package with it is there.
 
-MiB is the peak of what the call allocates (counted by PyTorch's allocator), without the gradients it returns.
+MiB is the peak of what the call allocates (counted by PyTorch's allocator); on a CPU without what it returns.
 Weights that the L2 cache would hold are rotated on a GPU, so that each call finds another one. Not compared: soft caps,
 more than one GPU, fp8; flashinfer's sampler (bench/decode.py); engines (bench/generate.py has transformers' loop).
 """
@@ -122,21 +122,29 @@ def loss_inputs(cfg, hidden, weight, target):
 
 
 def peak_bytes(call, gpu):
-    """The tensors that `call` returns, and the most that it holds at once beside them."""
+    """The tensors that `call` returns, and the most that it holds at once; on a CPU without those tensors."""
     if gpu:
         call()  # what libraries keep for themselves is not the call's
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         kept = call()
-        return kept, torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in kept)
+        return kept, torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events, todo = [], list(profile.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        event = todo.pop()
+        todo += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    events.sort()
+    last = {ptr: i for i, (_, ptr, size) in enumerate(events) if size > 0}  # of a returned tensor: its own memory
+    returned = {last.get(x.untyped_storage().data_ptr()) for x in kept}
     now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
+    for i, (_, _, size) in enumerate(events):
+        now += 0 if i in returned else size
         peak = max(peak, now)
-    return kept, peak - sum(x.nbytes for x in kept)
+    return kept, peak
 
 
 def attempt(call):

@@ -120,7 +120,7 @@ def bare_products(hidden, weight, *_, ways=1):
 
 FINE, COARSE = "fine", "coarse"  # float32 logits, or bfloat16 ones on a GPU
 TOLERANCE = {  # of log-probs in nats, of gradients relative to their norm
-    torch.float32: {FINE: (1e-4, 1e-4), COARSE: (1e-4, 1e-4)},
+    torch.float32: {FINE: (1e-4, 1e-4), COARSE: (1e-4, 1e-3)},
     torch.bfloat16: {FINE: (2e-3, 1e-2), COARSE: (0.25, 5e-2)},
 }
 

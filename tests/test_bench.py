@@ -127,6 +127,10 @@ def test_kernels_counts_the_memory_of_a_call_without_what_it_returns():
     def call():
         a = torch.empty(1_000_000)
         del a
-        return (torch.empty(250_000) + torch.empty(250_000),)  # 4 MB, then three times 1 MB of which one is returned
+        return (torch.empty(250_000) + torch.empty(750_000)[:250_000],)  # 4 MB; then 1 + 3, and the 1 it returns
 
-    assert peak_bytes(call, gpu=False)[1] == 3_000_000
+    def grows():
+        kept = torch.empty(1_000_000)
+        return (kept + torch.empty(500_000).sum(), kept)
+
+    assert peak_bytes(call, gpu=False)[1] == 4_000_000 and peak_bytes(grows, gpu=False)[1] == 2_000_000 + 4
