@@ -23,8 +23,9 @@ after the cut was the useful one; where the outcome is nearly always right it sa
 the reward of the paper's objective, per episode and on-policy, which costs K answers at every episode.
 
 The STaR form samples, finds for each right trace the earliest prefix with the highest J ("progress has been maximised"), keeps
-the traces of least regret, closed there with a right answer of mu, fine-tunes on them, and repeats. K answers are few:
-the highest of many noisy estimates is a lucky one now and then, and the trace ends too early (raise --mu-samples).
+the traces of least regret, closed there with a right answer of mu, fine-tunes on them, and repeats. The highest of
+many noisy estimates is often a lucky one: with 4 answers a prefix the policy learns to stop early and guess. Hence 16 here, and
+--min-value: the answer given there must be right nearly always.
 
 Left out: normalising over the joint group of terminated and continued rollouts (J(c) itself is the baseline), the
 backtracking variant, a learnt model of J.
@@ -262,8 +263,10 @@ class Config(MRTFlags, RunConfig):
     rounds: int = opt(3, "rounds of sample, choose, fine-tune (0: only measure the policy)", "star", low=0)
     num_prompts: int = opt(256, "problems a round", "star", low=1)
     num_generations: int = opt(8, "solutions a problem", "star", low=1)
-    keep: int = opt(2, "solutions kept a problem, at most", "star", low=1)
-    steps: int = opt(40, "optimizer steps a round", "star", low=1)
+    keep: int = opt(1, "solutions kept a problem, at most", "star", low=1)
+    mu_samples: int = opt(16, "answers of the meta-prover a prefix (K); few make lucky guesses look like progress", "mrt", low=1)
+    min_value: float = opt(0.9, "J of the prefix of a kept solution, at least: guesses stay out", "star", low=0, high=1)
+    steps: int = opt(15, "optimizer steps a round", "star", low=1)
     batch_size: int = opt(64, "examples a step", "star", low=1)
     micro_batch_size: int = opt(0, "examples a backward pass (0: all)", "star", low=0)
     learning_rate: float = opt(1e-3, "of AdamW, constant; its state begins anew each round", "star", above=0)
@@ -282,11 +285,12 @@ def best_prefix(ends, values):
     return ends[j], top - values[0]
 
 
-def choose(rollouts, ends, J, good, n, keep, budget):
+def choose(rollouts, ends, J, good, n, keep, budget, min_value=0.0):
     """Examples [(prompt ids, completion ids)] of the STaR form: see the header. n solutions a problem, neighbours.
 
-    J {(b, end): value}, good {(b, end): [right answers, token ids with the closing]}. Only prefixes with progress and a right
-    answer are kept; of a problem's solutions the `keep` of least regret, the closed prefix holding its J to the budget.
+    J {(b, end): value}, good {(b, end): [right answers, token ids with the closing]}. Only prefixes with progress, a right answer
+    and a J of min_value are kept; of a problem's solutions the `keep` of least regret, the closed prefix holding its J to the
+    budget.
     """
     found = []
     for first in range(0, len(rollouts), n):
@@ -294,7 +298,7 @@ def choose(rollouts, ends, J, good, n, keep, budget):
         for b in range(first, first + n):
             own = [e for e in dict.fromkeys(ends[b].tolist()) if (b, e) in J]
             end, gain = best_prefix(own, [J[b, e] for e in own])
-            if gain <= 0 or not good[b, end]:
+            if gain <= 0 or not good[b, end] or J[b, end] < min_value:
                 continue
             upto = torch.tensor([[e for e in own if e <= end]])
             area = regret(upto - own[0], torch.tensor([[J[b, e] for e in upto[0].tolist()]]), budget)
@@ -317,7 +321,7 @@ def star_round(model, tokenizer, task, cfg, number, device):
     asked = prefixes(problems, out, ends)
     right, answers, spent = answer_now(model, tokenizer, task, list(asked.values()), cfg, derive(cfg.seed, "star mu", number))
     good = {k: [a for a, r in zip(texts, row) if r] for k, texts, row in zip(asked, answers, right.tolist())}
-    examples = choose(out, ends, pooled(asked, right), good, G, cfg.keep, limit)
+    examples = choose(out, ends, pooled(asked, right), good, G, cfg.keep, limit, cfg.min_value)
     if not examples:
         print(f"round {number + 1}: no solution made progress to a right answer, the policy stays as it is; take a better "
               "--policy, or raise --num-generations")

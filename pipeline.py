@@ -30,9 +30,9 @@ STAGES = {
         prover="scripted",
     ),
     "probe": dict(  # for --reward mrt, which needs no verifier
-        sft=dict(steps=300, batch_size=64, num_examples=20000, learning_rate=4e-3),
+        sft=dict(steps=600, batch_size=64, num_examples=20000, learning_rate=4e-3),
         verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
-        rl=dict(num_prompts=16, num_generations=4, steps=100, eval_steps=20),
+        rl=dict(num_prompts=16, num_generations=4, steps=40),
         prover="scripted",
     ),
     # Open weights have no scripted teacher: the prover is Best-of-4 of the base policy (the paper's best K).

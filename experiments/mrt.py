@@ -68,14 +68,14 @@ SHORT = 24  # tokens: seven episodes and the answer
 class Config:
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
     sft_steps: int = opt(600, "optimizer steps of the base policies, 64 demonstrations each", low=1)
-    rl_steps: int = opt(30, "RL steps; STaR samples as many solutions", low=1)
+    rl_steps: int = opt(20, "RL steps; STaR samples as many solutions", low=1)
     num_prompts: int = opt(16, "prompts a step, with 4 solutions each", low=1)
     learning_rates: list = opt([5e-4, 1e-3, 2e-3, 4e-3], "grid; the arms with a second dial take the inner two")
     penalties: list = opt([0.3, 1.0], "grid of the length penalty")
     alphas: list = opt([1.0, 3.0], "grid of both MRT arms: weight of the progress")
-    star_steps: list = opt([10, 30], "grid of STaR: optimizer steps a round")
+    star_steps: list = opt([5, 15], "grid of STaR: optimizer steps a round")
     star_rounds: int = opt(3, "rounds of STaR", low=1)
-    test_problems: int = opt(512, "problems of a measurement", low=1)
+    test_problems: int = opt(256, "problems of a measurement", low=1)
     only: list = opt([-1], "build the runs of these seeds and stop (1000: the tuning)")
     out: str = opt("docs/results/mrt", "where table, figure and numbers go")
     smoke: bool = opt(False, "a few steps of everything")
@@ -97,7 +97,7 @@ def measured(cfg, run, seed, train, config, limit=0):
     spent = time.process_time() - clock
     task = get_task("probe")
     problems = task.problems("val" if seed == TUNING else "test", cfg.test_problems, 0)
-    row = mrt.measure(model, tokenizer, task, problems, mrt.Config(task="probe", max_completion_length=limit), 0)
+    row = mrt.measure(model, tokenizer, task, problems, mrt.Config(task="probe", max_completion_length=limit, mu_samples=4), 0)
     row |= dict(train_tokens=summary.get("num_tokens", 0), mu_tokens=summary.get("mrt_tokens", summary.get("mu_tokens", 0)),
                 train_seconds=round(spent, 1), cpu_seconds=round(time.process_time() - clock, 1))
     write_json(path, row)
@@ -302,7 +302,7 @@ def main(argv=None):
         cfg.learning_rates, cfg.penalties, cfg.alphas, cfg.star_steps, cfg.star_rounds = [1e-3], [0.3], [1.0], [2], 1
     best, tried = tune(cfg, root)
     seeds = cfg.only if cfg.only != [-1] else range(cfg.seeds)
-    runs, short = {n: [] for n in NAMES}, {n: [] for n in ("base", "outcome", "length", "mrt")}
+    runs, short = {n: [] for n in NAMES}, {n: [] for n in ("outcome", "mrt")}
     for seed in seeds if TUNING not in seeds else []:
         for name, rows in runs.items():
             rows.append(run_arm(cfg, root, name, seed, best[name]))

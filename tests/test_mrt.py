@@ -331,6 +331,8 @@ def test_star_keeps_short_traces_that_end_right(monkeypatch):
     assert all(c[-1] == TOKENS.eos_ids[0] for _, c in kept)
     both = choose(out, ends, pooled(asked, right), good, 3, 9, PROBE.max_new_tokens)
     assert len(both) == 5  # only the trace of mere filler makes no progress
+    sure = choose(out, ends, pooled(asked, right), good, 3, 9, PROBE.max_new_tokens, min_value=0.9)
+    assert len(sure) == 4 and all("y" in TOKENS.decode(c[:-1]) for _, c in sure)  # one that ended in a guess is gone
     assert kept[0] == both[0]
 
 
@@ -338,7 +340,7 @@ def test_star_resumes_and_measures(tmp_path, monkeypatch, task, tokenizer):
     monkeypatch.setattr(tasks, "get_task", lambda cfg: task)
     save_model(tmp_path / "policy", tiny_model(), tokenizer)
     small = dict(policy=str(tmp_path / "policy"), num_prompts=8, num_generations=4, steps=2, batch_size=8, eval_problems=6,
-                 threads=1, device="cpu", mu_samples=2, mu_tokens=3, termination_text="=")
+                 threads=1, device="cpu", mu_samples=2, mu_tokens=3, termination_text="=", min_value=0.0)
     before = mrt.train(Config(**small, rounds=0, run_dir=str(tmp_path / "measure")))
     assert len(before["curve"]) == task.max_new_tokens + 1 and 0 < before["regret"] < 1 and "curve_exact" not in before
     two = mrt.train(Config(**small, rounds=2, run_dir=str(tmp_path / "star")))
