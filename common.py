@@ -48,12 +48,24 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+METAVAR = {int: "N", float: "X", str: "TEXT"}
+
+
+def _brief(doc):
+    """A module's header -> its first line and its commands: what --help needs of it."""
+    first, *rest = doc.strip().splitlines() or [""]
+    commands = [line for line in rest if line.startswith("    ") and line.split()[0] in ("python", "torchrun")]
+    return "\n".join([first, "", *commands])
+
+
 def parse(cls, argv=None, description=None):
     """Command line -> config. Unknown flags and impossible values end the program with one line."""
-    formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110)  # noqa: E731
-    parser = _Parser(description=description, formatter_class=formatter, allow_abbrev=False)
+    formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)  # noqa: E731
+    parser = _Parser(usage="%(prog)s [--flag value ...]", description=_brief(description or ""), formatter_class=formatter,
+                     allow_abbrev=False)
     groups = {}
-    for f in dataclasses.fields(cls):
+    inherited = {f.name for base in cls.__mro__[1:] if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name in inherited):  # what the script is about comes first
         m = f.metadata
         group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
@@ -61,13 +73,16 @@ def parse(cls, argv=None, description=None):
         help = m["help"].replace("%", "%%")  # argparse would take it for a format
         text = help + (f" (default: {default})" if default not in (None, "", []) else "")
         if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default,
+                               help=f"{help} (default: {'on' if default else 'off'})")
         elif isinstance(default, list):
             kind = type(default[0]) if default else str
-            group.add_argument(flag, nargs="*", type=kind, default=default, help=text, choices=m["choices"])
+            group.add_argument(flag, nargs="*", type=kind, default=default, help=text, choices=m["choices"],
+                               metavar=None if m["choices"] else METAVAR[kind])
         else:
             kind = type(default) if default is not None else str
-            group.add_argument(flag, type=kind, default=default, help=text, choices=m["choices"])
+            group.add_argument(flag, type=kind, default=default, help=text, choices=m["choices"],
+                               metavar=None if m["choices"] else METAVAR[kind])
     cfg = cls(**vars(parser.parse_args(argv)))
     check_bounds(cfg)
     return cfg
