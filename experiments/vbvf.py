@@ -20,8 +20,8 @@ scripted policies whose width is the dial:
 
 Both start from the base's weights and are tuned over the same grid of learning rate x steps (12 settings), at every n, on a
 tuning seed's `val`: that is also the early stopping. RL takes over the chosen verifiers and has 12 settings of its own:
-learning rate, KL coefficient, steps. Reported: other seeds, `test`, prompts never seen. Not equal: the range of RL's grid,
-and whitening, were chosen after runs on the tuning seed in which RL hardly moved; VF's and the verifiers' were not touched.
+learning rate, KL coefficient, steps. Reported: other seeds, `test`, prompts never seen. Set after first runs on tuning seeds:
+for VF, no early stopping by held-out loss (it stopped at once); for RL, the whitening and its grid (it hardly moved).
 
 sigma^2 needs no continuations: Q along a trace is a martingale and tokens are all the chance there is, so that the summed
 variances of its steps are the variance of the trace's reward (tests/test_vbvf.py checks this by enumeration).
