@@ -18,9 +18,9 @@ scripted policies whose width is the dial:
             trace's mean reward (N H tokens at test time), and REINFORCE with it as the only reward (reward to go, whitened
             in the group, KL to the base; H tokens at test time). The true reward is not seen again, but by the table.
 
-Both start from the base's weights and are tuned over the same grid of learning rate x steps (12 settings), at every n, on a
-tuning seed's `val`: that is also the early stopping. RL takes over the chosen verifiers and has 12 settings of its own:
-learning rate, KL coefficient, steps. Reported: other seeds, `test`, prompts never seen. Set after first runs on tuning seeds:
+Both start from the base's weights and are tuned over the same grid of learning rate x steps (9 settings), at every n, on a
+tuning seed's `val`: that is also the early stopping. RL takes over the chosen verifiers and has 9 settings of its own: KL
+coefficient x steps. Reported: other seeds, `test`, prompts never seen. Set after first runs on tuning seeds:
 for VF, no early stopping by held-out loss (it stopped at once); for RL, the whitening and its grid (it hardly moved).
 
 sigma^2 needs no continuations: Q along a trace is a martingale and tokens are all the chance there is, so that the summed
@@ -74,10 +74,10 @@ class Config:
     base_batch_size: int = opt(64, "demonstrations a step of the base policy", low=1)
     batch_size: int = opt(32, "traces a step of VF and of the verifiers", low=1)
     learning_rates: list = opt([3e-4, 1e-3, 3e-3], "grid of VF and of the verifiers")
-    steps: list = opt([10, 30, 60, 120], "grid of VF and of the verifiers: optimizer steps, in rising order")
-    rl_learning_rates: list = opt([3e-4, 1e-3], "grid of RL")
-    betas: list = opt([0.03, 0.3], "grid of RL: KL coefficient")
-    rl_steps: list = opt([10, 20, 40], "grid of RL: optimizer steps, in rising order")
+    steps: list = opt([10, 30, 60], "grid of VF and of the verifiers: optimizer steps, in rising order")
+    rl_learning_rates: list = opt([1e-3], "grid of RL")
+    betas: list = opt([0.03, 0.1, 0.3], "grid of RL: KL coefficient")
+    rl_steps: list = opt([5, 10, 20], "grid of RL: optimizer steps, in rising order")
     rl_prompts: int = opt(8, "prompts a step of RL, out of the n problems (P)", low=1)
     rl_samples: int = opt(8, "samples a prompt (G)", low=2)
     pessimism: float = opt(1.0, "lambda of the score", low=0)
