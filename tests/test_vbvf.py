@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import vbvf  # noqa: E402
+import vbvf_exact  # noqa: E402
 import vbvf_report  # noqa: E402
 
 from common import UserError  # noqa: E402
@@ -202,3 +204,31 @@ def test_claims_follow_from_the_rows():
     flat = vbvf_report.claims(rows(lambda H, m: -1), cfg, "x")
     assert flat[0]["holds"] is False and set(flat[0]) == {"paper", "claim", "measured", "holds", "command", "fails_when"}
     assert "| mixed | 10 | 8 |" in vbvf_report.tables(rows(lambda H, m: 1), cfg)
+
+
+# ----------------------------------------------------------------------------------------------------
+# experiments/vbvf_exact.py
+
+
+def test_best_policy_in_a_chi_square_ball():
+    reward, chance = np.array([0.0, 0.5, 1.0]), np.array([0.5, 0.3, 0.2])
+    mean = reward @ chance
+    sigma = (reward**2 @ chance - mean**2) ** 0.5
+    for kappa in (0.01, 0.2):  # while every weight is positive
+        assert vbvf_exact.best_near(reward, chance, kappa) == pytest.approx(mean + sigma * kappa**0.5, abs=1e-4)
+    assert vbvf_exact.best_near(reward, chance, 4.0) == pytest.approx(1.0)  # all mass on the best: distance 1/0.2 - 1
+    q = np.random.default_rng(0).dirichlet([1, 1, 1], 20000)  # nobody in the ball does better
+    inside = q[(q / chance) ** 2 @ chance - 1 <= 1.0]
+    assert len(inside) > 1000
+    assert 0 <= vbvf_exact.best_near(reward, chance, 1.0) - (inside @ reward).max() < 0.02
+
+
+def test_limits_equal_what_traces_say():
+    found, task, n = vbvf_exact.limits((3.0, 48.0), 12, 4, 4), Contextual(length=12, mixture=(3.0, 48.0)), 8000
+    p = task.problems("train")[0]
+    r = np.array([task.trace_reward(p, task.demonstration(p, 0, i)) for i in range(n)])
+    right = np.array([task.grade(p, task.demonstration(p, 0, i)) for i in range(n)]) > 0
+    assert found["base"] == pytest.approx(r.mean(), abs=0.02) and found["vf"] == pytest.approx(r[right].mean(), abs=0.02)
+    assert found["vb_best"] == pytest.approx(r.reshape(-1, 4).max(1).mean(), abs=0.03)
+    assert found["sigma"] == pytest.approx(12 * r.std(), abs=0.1)
+    assert found["vf"] <= found["vb_near"]  # VF is in the ball, the best of the ball is no worse
