@@ -74,7 +74,8 @@ def plan(cfg, given):
     rl = replace(cfg, **{k: v for k, v in rl_table.items() if k not in given or cfg.smoke}, threads=threads)
     rl_flags = flags(rl, [f.name for f in fields(cfg) if f.name not in
                           (*TASK_FLAGS, "run_dir", "seed", "seeds", "arms", "workers", "stage_flags", "reward", "policy",
-                           "verifier", "model", "constant_value", "threads", "shard", "tensorboard")])
+                           "verifier", "model", "constant_value", "threads", "shard", "tensorboard")
+                          and not f.name.startswith("rollout_")])
     rl_flags += ["--tensorboard"] * cfg.tensorboard
     root = Path(cfg.run_dir or f"runs/{cfg.task}")
     jobs = []

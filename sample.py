@@ -64,16 +64,16 @@ class Rollouts:
         return [row[a:b] for row, a, b in zip(self.tokens.tolist(), self.prompt_len.tolist(), self.length.tolist())]
 
 
-def generate(model, prompts, *, sequence_ids=None, max_new_tokens, **options):
+def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, **options):
     """Complete every prompt once; see decode_all for the options. Under torchrun all processes call this with the same
-    prompts, each completes its share, and all get all (parallel.py)."""
-    model, n = parallel.whole(model), len(prompts)
+    prompts, each completes its share, and all get all (parallel.py). engine: instead of generate_here (remote.py)."""
+    model, n, engine = parallel.whole(model), len(prompts), engine or generate_here
     if parallel.size() == 1:
-        return generate_here(model, prompts, sequence_ids=sequence_ids, max_new_tokens=max_new_tokens, **options)
+        return engine(model, prompts, sequence_ids=sequence_ids, max_new_tokens=max_new_tokens, **options)
     mine, ids = parallel.share(n), torch.arange(n) if sequence_ids is None else torch.as_tensor(sequence_ids)
     budget = torch.as_tensor(max_new_tokens).expand(n)
-    part = generate_here(model, [prompts[i] for i in mine], sequence_ids=ids[mine.start : mine.stop],
-                         max_new_tokens=budget[mine.start : mine.stop], **options)
+    part = engine(model, [prompts[i] for i in mine], sequence_ids=ids[mine.start : mine.stop],
+                  max_new_tokens=budget[mine.start : mine.stop], **options)
     T = int(parallel.largest(part.tokens.shape[1]))
     wide = lambda x: parallel.gather(F.pad(x, (0, T - x.shape[1])), n)  # noqa: E731
     stopped = parallel.gather(torch.tensor([r == "stop" for r in part.finish_reason], dtype=torch.int64), n)

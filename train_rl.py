@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 import parallel
+import remote
 from common import (
     Laps,
     Metrics,
@@ -62,7 +63,7 @@ from viewer import keep_solutions
 
 
 @dataclass
-class Config(MRTFlags, RunConfig):
+class Config(MRTFlags, remote.RolloutFlags, RunConfig):
     reward: str = opt("pav", "outcome: the grader; orm: the verifier's score of the whole; q: grader + alpha*Q; pav: "
                       "grader + alpha*A; mrt: A of the policy told to answer now", "reward",
                       choices=["outcome", "orm", "q", "pav", "mrt"])
@@ -316,7 +317,7 @@ def train(cfg, verifier=None):
     task = get_task(cfg)
     if cfg.num_prompts * cfg.num_generations % parallel.size():
         raise UserError(f"--num-prompts x --num-generations must be a multiple of the {parallel.size()} processes")
-    lock = open_run(run, cfg, ignore=("run_dir", "device", "arms", "seeds", "workers", "stage_flags"))  # noqa: F841
+    lock = open_run(run, cfg, ignore=("run_dir", "device", "arms", "seeds", "workers", "stage_flags", "rollout_url"))  # noqa: F841
     if (run / "summary.json").exists():
         print(f"{run} is complete")
         return json.loads((run / "summary.json").read_text())
@@ -342,6 +343,7 @@ def train(cfg, verifier=None):
     limit = cfg.max_completion_length or task.max_new_tokens
     train_problems = task.problems("train", None, 0)
     B, G = cfg.num_prompts * cfg.num_generations, cfg.num_generations
+    complete = remote.connect(cfg, tokenizer) if cfg.rollout_url else generate  # the rollouts; evaluate() is always local
     scorer = verifier if cfg.reward not in ("outcome", "mrt") else None  # the outcome arm sees the verifier in evaluations only
     if start == 0:
         first = evaluate(model, tokenizer, task, verifier, cfg, limit, run / "solutions_start.jsonl")
@@ -352,7 +354,7 @@ def train(cfg, verifier=None):
         # 1. P prompts x G samples; the ids make the draws new at every step.
         picked = pick_problems(train_problems, step, cfg)
         problems, prompts = [p for p in picked for _ in range(G)], [task.prompt_tokens(p, tokenizer) for p in picked]
-        rollouts = generate(model, [p for p in prompts for _ in range(G)], max_new_tokens=limit,
+        rollouts = complete(model, [p for p in prompts for _ in range(G)], max_new_tokens=limit,
                             temperature=cfg.temperature, seed=derive(cfg.seed, "rl"), stop_ids=tokenizer.eos_ids,
                             sequence_ids=range((step - 1) * B, step * B), slots=cfg.slots)
         laps.lap("generate")
@@ -369,6 +371,8 @@ def train(cfg, verifier=None):
         logs |= update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device, laps)
         require_finite(run, step, logs["grad_norm"], dict(tokens=rollouts.tokens, prompt_len=rollouts.prompt_len,
                                                           length=rollouts.length, advantage=adv), cfg.learning_rate)
+        if cfg.rollout_url:
+            remote.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
         # 4. Books.
         lengths = (rollouts.length - rollouts.prompt_len).float()
         tokens_seen += int(lengths.sum())
@@ -418,9 +422,9 @@ def main(argv=None):
         return train(cfg)  # every stage is given: one arm
     import pipeline
 
-    if parallel.size_asked() > 1:
-        raise UserError("torchrun runs one arm: build the stages first (the same command without torchrun), then give --policy, "
-                        "--verifier and --run-dir")
+    if parallel.size_asked() > 1 or cfg.rollout_url:
+        raise UserError("torchrun and --rollout-url run one arm: build the stages first (the same command without them), then "
+                        "give --policy, --verifier and --run-dir")
     return pipeline.run(cfg, given={a.split("=")[0][2:].replace("-", "_") for a in argv if a.startswith("--")})
 
 
