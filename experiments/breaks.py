@@ -1,6 +1,7 @@
 """What breaks: the classic mistakes with process rewards, each against the right way, same seeds, same everything else.
 
     python experiments/breaks.py              # about 10 minutes of one core
+    python experiments/breaks.py --no-transformer                         # the tables alone, under a minute
     python experiments/breaks.py --smoke      # the same road in a few seconds
     -> docs/results/breaks/: results.json, table.md, curves.png
 
@@ -40,7 +41,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from planted_exact import ExactVerifier  # noqa: E402
+from planted_exact import ExactVerifier, scripted, state_values, table_rl, transitions  # noqa: E402
 from provers import SMOKE, TUNING, clone, learn_verifier, spread  # noqa: E402
 
 import train_rl  # noqa: E402
@@ -73,6 +74,9 @@ PANELS = [("Value instead of progress", ("pav", "q", "q_to_go")), ("Return-to-go
 class Config:
     learning_rates: list = opt([1e-3, 3e-3], "grid of every arm")
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
+    table_seeds: int = opt(10, "seeds of every arm with a table as policy", low=2)
+    table_rates: list = opt([0.03, 0.1, 0.3], "grid of learning rates of the tables; chosen on 3 other seeds")
+    transformer: bool = opt(True, "also train transformers")
     steps: int = opt(60, "RL steps on six letters", low=1)
     easy_letters: int = opt(4, "length of the hidden sequence in the easy regime", low=1, high=12)
     easy_steps: int = opt(40, "RL steps there", low=1)
@@ -83,8 +87,22 @@ class Config:
     smoke: bool = opt(False, "a few steps of everything")
 
 
+def tabular(cfg, regime, arm, seed, lr):
+    """The same rewards for a table of logits instead of a transformer (planted_exact.table_rl)."""
+    letters, length, hidden = "abcdefghijklmn", 12, 6 if regime == "table" else cfg.easy_letters
+    step, base = (f(letters[:hidden], letters, *more) for f, more in ((transitions, ()), (scripted, (5.0, length))))
+    V_mu, flags = state_values(step, scripted(letters[:hidden], letters, PROVER, length)), dict(ARMS[arm][0])
+    if flags.get("reward") == "outcome":
+        V_mu = None
+        flags.pop("reward")
+    curve = table_rl(step, base, V_mu, seed, lr, cfg.steps, **flags)
+    return dict(accuracy=curve, score=[None] * len(curve), tokens=[i * 10 * 128 * length for i in range(len(curve))])
+
+
 def reinforce(cfg, root, regime, arm, seed, lr):
     """One RL run (or the one that is there) -> dict(accuracy, score: curves over evaluations; tokens)."""
+    if regime.startswith("table"):
+        return tabular(cfg, regime, arm, seed, lr)
     letters, weak = cfg.easy_letters if regime == "easy" else 6, regime in ("learned", "able")
     more, start = dict(planted_length=letters), clone(seed, f"sft{letters}" if letters != 6 else "sft", 5, cfg.smoke,
                                                       planted_length=letters)
@@ -113,13 +131,15 @@ def reinforce(cfg, root, regime, arm, seed, lr):
 def compare(cfg, root, regime, arms, given=None):
     """Tune every arm on the tuning seed, run it on the others. -> {arm: dict}; given: learning rates instead of the search.
     `minus` is the paired difference to the first arm, the right way, of accuracy averaged over the run."""
-    out = {}
+    out, cheap = {}, regime.startswith("table")
+    averaged_of = lambda arm, seed, lr: mean(reinforce(cfg, root, regime, arm, seed, lr)["accuracy"][1:])  # noqa: E731
     for arm in arms:
         tried = {}
         if not given:
-            tried = {lr: mean(reinforce(cfg, root, regime, arm, TUNING, lr)["accuracy"][1:]) for lr in cfg.learning_rates}
+            tried = {lr: mean(averaged_of(arm, TUNING + s, lr) for s in range(3 if cheap else 1))
+                     for lr in (cfg.table_rates if cheap else cfg.learning_rates)}
         lr = given[arm] if given else max(tried, key=tried.get)
-        runs = [reinforce(cfg, root, regime, arm, seed, lr) for seed in range(cfg.seeds)]
+        runs = [reinforce(cfg, root, regime, arm, seed, lr) for seed in range(cfg.table_seeds if cheap else cfg.seeds)]
         averaged, end = [mean(r["accuracy"][1:]) for r in runs], [r["accuracy"][-1] for r in runs]
         right = out[arms[0]]["averaged"] if out else averaged
         minus = [a - b for a, b in zip(averaged, right)]
@@ -153,8 +173,8 @@ def draw_curves(axis, results, arms, names, title, weight=2.0):
     axis.legend(frameon=False, fontsize=7)
 
 
-def figure(main_runs, easy, learned, able, path):
-    """Small multiples: one mistake a panel, its easy regime, and the Goodhart plot with the accuracy of the same runs."""
+def figure(results, path):
+    """Small multiples: one mistake a panel, for a table and for a transformer; its easy regime; the Goodhart plot."""
     try:
         import matplotlib
     except ImportError:
@@ -163,22 +183,20 @@ def figure(main_runs, easy, learned, able, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 3, figsize=(14.5, 8), constrained_layout=True)
-    for axis, (title, arms) in zip(axes[0], PANELS):
-        draw_curves(axis, main_runs, arms, ARMS, title)
-    draw_curves(axes[1][0], easy, list(easy), ARMS, "Where they do not hurt: an easy task")
-    draw_curves(axes[1][1], learned, list(learned), LEARNED, "A weak verifier, guarded or not")
-    goodhart = axes[1][2]
-    for runs, style, where in ((learned, "-", "base"), (able, ":", "able policy")):
-        for arm in ("guarded", "unguarded", "believed"):
-            for i, r in enumerate(runs[arm]["runs"]):
-                goodhart.plot(r["score"], r["accuracy"], style, color=LEARNED[arm][2], linewidth=1, alpha=0.7,
-                              label=None if i else f"{LEARNED[arm][1]}, {where}")
-                goodhart.plot(r["score"][-1], r["accuracy"][-1], "o", color=LEARNED[arm][2], markersize=5)
-    goodhart.axline((0, 0), slope=1, color="#aaaaaa", linestyle=":", linewidth=1)
-    goodhart.set(title="Goodhart plot (a dot where a seed ends)", xlabel="verifier's mean score", ylabel="sampled accuracy",
-                 ylim=(-0.02, 1.02))
-    goodhart.legend(frameon=False, fontsize=7)
+    rows = [("table", "table"), ("main", "transformer")] if "main" in results else [("table", "table")]
+    last = len(rows)
+    fig, axes = plt.subplots(last + 1, 3, figsize=(14.5, 4 * (last + 1)), constrained_layout=True, squeeze=False)
+    for line, (regime, policy) in zip(axes, rows):
+        for axis, (title, arms) in zip(line, PANELS):
+            draw_curves(axis, results[regime], arms, ARMS, f"{title} ({policy})")
+    easy = "easy" if "easy" in results else "table_easy"
+    draw_curves(axes[last][0], results[easy], list(results[easy]), ARMS, "The same on an easy task")
+    if "learned" in results:
+        draw_curves(axes[last][1], results["learned"], list(results["learned"]), LEARNED, "A weak verifier, guarded or not")
+        draw_goodhart(axes[last][2], results)
+    else:
+        axes[last][1].set_axis_off()
+        axes[last][2].set_axis_off()
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
@@ -186,49 +204,79 @@ def figure(main_runs, easy, learned, able, path):
     plt.close(fig)
 
 
+def draw_goodhart(axis, results):
+    for regime, style, where in (("learned", "-", "base"), ("able", ":", "able policy")):
+        for arm in ("guarded", "unguarded", "believed"):
+            for i, r in enumerate(results[regime][arm]["runs"]):
+                axis.plot(r["score"], r["accuracy"], style, color=LEARNED[arm][2], linewidth=1, alpha=0.7,
+                          label=None if i else f"{LEARNED[arm][1]}, {where}")
+                axis.plot(r["score"][-1], r["accuracy"][-1], "o", color=LEARNED[arm][2], markersize=5)
+    axis.axline((0, 0), slope=1, color="#aaaaaa", linestyle=":", linewidth=1)
+    axis.set(title="Goodhart plot (a dot where a seed ends)", xlabel="verifier's mean score", ylabel="sampled accuracy",
+             ylim=(-0.02, 1.02))
+    axis.legend(frameon=False, fontsize=7)
+
+
 def hurts(row):
     """Below the right way by more than two standard errors of the paired difference."""
     return bool(row["minus"] < -2 * row["minus_sd"] / len(row["runs"]) ** 0.5)
 
 
-def claims(main_runs, easy, learned, able, command):
-    """The sentences for README's table of claims, filled with what was measured."""
-    n = len(main_runs["pav"]["runs"])
-    show = lambda r: f"{r['mean']:.2f} ({r['mean_sd']:.2f})"  # noqa: E731
-    last = lambda r: f"{r['end']:.2f} ({r['end_sd']:.2f})"  # noqa: E731
-    score = lambda r, i: mean(x["score"][i] for x in r["runs"])  # noqa: E731
-    how, fooled = f"accuracy averaged over the run (sd over {n} seeds), exact values", learned["believed"]
-    rows = [
-        dict(paper="2410.08146", claim="Process rewards must be progress, not Q: RL on Q^pi + Q^mu collapses (appendix G).",
-             measured=f"{how}: progress {show(main_runs['pav'])}, value {show(main_runs['q'])} paid to its own step, "
-                      f"{show(main_runs['q_to_go'])} as return-to-go.",
-             holds=(True if hurts(main_runs["q"]) else "partly") if hurts(main_runs["q_to_go"]) else False,
-             fails_when=f"a step is paid its own value only (discount 0), as its expected gradient is that of progress; on four "
-                        f"letters value to go gives {show(easy['q_to_go'])} against {show(easy['pav'])}."),
-        dict(paper="2410.08146", claim="The bonus is paid to its own step (discount 0); summed to the right it telescopes into a "
-                                       "baseline.",
-             measured=f"{how}: own step {show(main_runs['pav'])}, return-to-go {show(main_runs['to_go'])}, outcome only "
-                      f"{show(main_runs['outcome'])}.",
-             holds=hurts(main_runs["to_go"]),
-             fails_when=f"the outcome alone is enough: four letters, return-to-go {show(easy['to_go'])}, outcome only "
-                        f"{show(easy['outcome'])}, progress {show(easy['pav'])}."),
-        dict(paper="2210.10760", claim="Optimised far enough, a learned reward rises while the truth does not (Goodhart).",
-             measured=f"A verifier of few solutions, {n} seeds, last evaluation: as the only reward its score goes "
-                      f"from {score(fooled, 0):.2f} to {score(fooled, -1):.2f}, accuracy from {fooled['start']:.2f} to "
-                      f"{last(fooled)}; "
-                      f"beside the grader without the anchor {last(learned['unguarded'])}, with it {last(learned['guarded'])}, "
-                      f"grader alone {last(learned['graded'])}.",
-             holds=score(fooled, -1) > score(fooled, 0) and fooled["end"] < learned["guarded"]["end"],
-             fails_when=f"the policy already solves a tenth: from {able['believed']['start']:.2f} that verifier alone leads to "
-                        f"{last(able['believed'])}, the grader alone to {last(able['graded'])}."),
-        dict(paper="common practice", claim="Dividing dense rewards by their group's std makes phantom advantages.",
-             measured=f"Verifier's score as the reward, last evaluation: as it is {last(fooled)}, over the group's std "
-                      f"{last(learned['phantom'])}; {how}: outcomes over the group's std {show(main_runs['group'])}, as they are "
-                      f"{show(main_runs['pav'])}.",
-             holds=hurts(main_runs["group"]) or learned["phantom"]["end"] + 2 * learned["phantom"]["end_sd"] < fooled["end"],
-             fails_when="rewards are the grader's: a group that agrees then gets exactly nothing, scaled or not."),
+def verdict(results, arm):
+    """True: the mistake hurts table and transformer; "partly": one of them; False: none. One alone decides if it is alone."""
+    found = [hurts(results[regime][arm]) for regime in ("table", "main") if regime in results]
+    return True if all(found) else "partly" if any(found) else False
+
+
+def claims(results, command):
+    """(sentences for README's table of claims, further lessons), filled with what was measured."""
+    def show(arm, *regimes):
+        named = dict(table="table", main="transformer", table_easy="table", easy="transformer")
+        found = [(named[g], results[g][arm]) for g in regimes if g in results]
+        return ", ".join(f"{name} {r['mean']:.2f} ({r['mean_sd']:.2f})" for name, r in found)
+
+    hard, easy = ("table", "main"), ("table_easy", "easy")
+    n = " and ".join(f"{len(results[g]['pav']['runs'])} seeds ({p})" for g, p in (("table", "table"), ("main", "transformer"))
+                     if g in results)
+    how = f"Accuracy averaged over the run (sd over {n}), exact values:"
+    paper = [
+        dict(claim="Process rewards must be progress, not Q: RL on Q^pi + Q^mu collapses (appendix G).",
+             measured=f"{how} progress: {show('pav', *hard)}; value, own step: {show('q', *hard)}; value, return-to-go: "
+                      f"{show('q_to_go', *hard)}.",
+             holds=verdict(results, "q_to_go") if verdict(results, "q") else verdict(results, "q_to_go") and "partly",
+             fails_when="a step is paid its own value only (discount 0), as its expected gradient is that of progress, or the "
+                        f"prompts share no parameters (table). Four letters: progress {show('pav', *easy)}, value to go "
+                        f"{show('q_to_go', *easy)}."),
+        dict(claim="The bonus is paid to its own step (discount 0); summed to the right it telescopes into a baseline.",
+             measured=f"{how} own step: {show('pav', *hard)}; return-to-go: {show('to_go', *hard)}; outcome only: "
+                      f"{show('outcome', *hard)}.",
+             holds=verdict(results, "to_go"),
+             fails_when=f"the outcome alone is enough. Four letters: return-to-go {show('to_go', *easy)}, outcome only "
+                        f"{show('outcome', *easy)}, progress {show('pav', *easy)}."),
     ]
-    return [r | dict(command=command) for r in rows]
+    more = [dict(claim="Outcomes over their group's std beside process rewards (phantom advantages) hurt.",
+                 measured=f"{how} as they are: {show('pav', *hard)}; over the std: {show('group', *hard)}.",
+                 holds=verdict(results, "group"), fails_when="a group that agrees gets exactly nothing, scaled or not.")]
+    if "learned" in results:
+        last = lambda r: f"{r['end']:.2f} ({r['end_sd']:.2f})"  # noqa: E731
+        weak, able = results["learned"], results["able"]
+        fooled, score = weak["believed"], [mean(x["score"][i] for x in weak["believed"]["runs"]) for i in (0, -1)]
+        more += [
+            dict(claim="Optimised far enough, a learned reward rises while the truth does not (Goodhart; arXiv 2210.10760).",
+                 measured=f"A verifier of few solutions, last evaluation (sd over {len(fooled['runs'])} seeds): as the only "
+                          f"reward its score goes from {score[0]:.2f} to {score[1]:.2f}, accuracy from {fooled['start']:.2f} to "
+                          f"{last(fooled)}; beside the grader without the anchor {last(weak['unguarded'])}, with it "
+                          f"{last(weak['guarded'])}, grader alone {last(weak['graded'])}.",
+                 holds=score[1] > score[0] and fooled["end"] < weak["guarded"]["end"],
+                 fails_when=f"the policy already solves a tenth: from {able['believed']['start']:.2f} that verifier alone leads "
+                            f"to {last(able['believed'])}, the grader alone to {last(able['graded'])}."),
+            dict(claim="Dividing a learned, dense reward by its group's std makes phantom advantages.",
+                 measured=f"The verifier's score as the reward, last evaluation: as it is {last(fooled)}, over the group's std "
+                          f"{last(weak['phantom'])}.",
+                 holds=weak["phantom"]["end"] + 2 * weak["phantom"]["end_sd"] < fooled["end"],
+                 fails_when="the score as it is does not work either."),
+        ]
+    return [dict(paper="2410.08146", command=command) | c for c in paper], [dict(command=command) | c for c in more]
 
 
 def main(argv=None):
@@ -236,25 +284,32 @@ def main(argv=None):
     root = SMOKE / "breaks" if cfg.smoke else Path("runs/breaks")
     if cfg.smoke:
         cfg.learning_rates, cfg.seeds, cfg.steps, cfg.easy_steps, cfg.learned_steps, cfg.eval_problems = [1e-3], 1, 2, 2, 2, 16
-        cfg.out = str(root / "results")
-    main_runs = compare(cfg, root, "main", list(ARMS))
-    easy = compare(cfg, root, "easy", ["pav", "outcome", "q_to_go", "to_go"],
-                   {arm: r["learning_rate"] for arm, r in main_runs.items()})
-    learned = compare(cfg, root, "learned", list(LEARNED))
-    able = compare(cfg, root, "able", ["graded", "guarded", "unguarded", "believed"],
-                   {arm: r["learning_rate"] for arm, r in learned.items()})
-    out, command = Path(cfg.out), "python experiments/breaks.py" + (" --smoke" if cfg.smoke else "")
+        cfg.table_seeds, cfg.table_rates, cfg.out = 2, [0.1], str(root / "results")
+    simple, rates = ["pav", "outcome", "q_to_go", "to_go"], lambda runs: {arm: r["learning_rate"] for arm, r in runs.items()}
+    results = {"table": compare(cfg, root, "table", list(ARMS))}
+    results["table_easy"] = compare(cfg, root, "table_easy", simple, rates(results["table"]))
+    titles = {"table": "A table as policy, six letters, exact values:",
+              "table_easy": f"A table, {cfg.easy_letters} letters in 12, the same learning rates:"}
+    if cfg.transformer:
+        results["main"] = compare(cfg, root, "main", list(ARMS))
+        results["easy"] = compare(cfg, root, "easy", simple, rates(results["main"]))
+        results["learned"] = compare(cfg, root, "learned", list(LEARNED))
+        results["able"] = compare(cfg, root, "able", ["graded", "guarded", "unguarded", "believed"], rates(results["learned"]))
+        titles |= {"main": "A transformer, six letters, exact values:",
+                   "easy": f"A transformer, {cfg.easy_letters} letters, the same learning rates:",
+                   "learned": f"A transformer, six letters, a verifier of {cfg.weak_problems} continuations, from the base:",
+                   "able": f"The same, from a policy cloned from strength {PROVER}:"}
+    out = Path(cfg.out)
+    command = "python experiments/breaks.py" + " --smoke" * cfg.smoke + " --no-transformer" * (not cfg.transformer)
     out.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join([f"Six letters, exact values, {cfg.seeds} seeds, {cfg.steps} steps of 128 solutions:",
-                        table(main_runs, ARMS), f"{cfg.easy_letters} letters, the same learning rates:", table(easy, ARMS),
-                        f"A verifier of {cfg.weak_problems} continuations, from the base:", table(learned, LEARNED),
-                        f"The same, from a policy cloned from strength {PROVER} (`able`):", table(able, LEARNED)])
+    text = "\n\n".join(f"{title}\n\n{table(results[name], LEARNED if name in ('learned', 'able') else ARMS)}"
+                       for name, title in titles.items())
     (out / "table.md").write_text(text + "\n")
+    from_paper, lessons = claims(results, command)
     write_json(out / "results.json", dict(
-        claims=claims(main_runs, easy, learned, able, command), command=command, machine=machine(), torch=torch.__version__,
-        settings=vars(cfg), main=main_runs, easy=easy, learned=learned, able=able,
-        cpu_seconds_of_this_call=round(time.process_time() - clock)))
-    figure(main_runs, easy, learned, able, out / "curves.png")
+        claims=from_paper, lessons=lessons, command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
+        results=results, cpu_seconds_of_this_call=round(time.process_time() - clock)))
+    figure(results, out / "curves.png")
     print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from puzzles import kmp_next, planted_values  # noqa: E402
+from train_rl import center_by_step, outcome_advantage, spread_credit, step_bonus  # noqa: E402
 
 
 def transitions(pattern, letters):
@@ -92,6 +93,38 @@ def spearman(x, y):
     a, b = (r - r.mean() for r in (rank(np.asarray(x, float)), rank(np.asarray(y, float))))
     norm = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / norm) if norm > 0 else float("nan")
+
+
+def table_rl(step, base, V_mu, seed, lr, steps, reward="pav", credit="step", scale_rewards="none", prompts=4, group=32,
+             eval_steps=10):
+    """train_rl.py's update with a table of logits [P,L+1,K+1,A] in the place of the transformer: sampled solutions, the same
+    rewards and baselines, Adam. V_mu [L+1,K+1] values of the prover, None: outcome only. Prompts share nothing here.
+    -> exact success, mean over prompts, every eval_steps steps, the base's first."""
+    (K, A), L, rng = step.shape, len(base) - 1, np.random.default_rng(seed)
+    after = torch.tensor(np.vstack([step, np.full((1, A), K)]))  # found once, found for good; then any letter
+    table = torch.tensor(np.log(np.concatenate([base, np.full((L + 1, 1, A), 1 / A)], 1)))
+    logits = table.repeat(prompts, 1, 1, 1).requires_grad_(True)
+    optimizer, curve = torch.optim.Adam([logits], lr=lr, betas=(0.9, 0.99)), []
+    prompt, left = torch.arange(prompts).repeat_interleave(group), torch.arange(L, -1, -1)  # (B,), (L+1,)
+    for i in range(steps + 1):
+        policy = logits.detach().softmax(-1)
+        if i % eval_steps == 0:
+            curve.append(float(np.mean([state_values(step, pi[:, :K])[-1, 0] for pi in policy.numpy()])))
+        cdf, states, actions = policy.cumsum(-1), [torch.zeros(len(prompt), dtype=torch.long)], []
+        for n in range(L, 0, -1):
+            actions.append((cdf[prompt, n, states[-1]] < torch.tensor(rng.random((len(prompt), 1)))).sum(1).clamp(max=A - 1))
+            states.append(after[states[-1], actions[-1]])
+        states, actions = torch.stack(states, 1), torch.stack(actions, 1)  # (B, L+1), (B, L)
+        outcome = (states[:, -1] == K).double().view(prompts, group)
+        adv = outcome_advantage(outcome, scale_rewards).view(-1, 1).expand(actions.shape)
+        if V_mu is not None:
+            bonus = spread_credit(step_bonus(torch.tensor(V_mu)[left, states], reward), credit)
+            adv = adv + center_by_step(bonus, torch.ones_like(bonus, dtype=torch.bool))
+        chosen = logits[prompt[:, None], left[:-1], states[:, :-1]].log_softmax(-1).gather(2, actions[..., None])[..., 0]
+        optimizer.zero_grad()
+        (-(chosen * adv).mean()).backward()
+        optimizer.step()
+    return curve
 
 
 class ExactVerifier(nn.Module):

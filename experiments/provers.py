@@ -1,6 +1,7 @@
 """Which prover? The two terms of PAV's theory, computed exactly, beside the improvement that is measured.
 
-    python experiments/provers.py              # about 10 minutes of one core; the exact part alone takes seconds
+    python experiments/provers.py              # about 10 minutes of one core
+    python experiments/provers.py --no-transformer                         # 1 and 2 below, about a minute
     python experiments/provers.py --smoke      # the same road in a few seconds
     -> docs/results/provers/: results.json, table.md, curves.png
 
@@ -13,14 +14,15 @@ so provers mu that are too weak or too strong, whose A^mu is flat, help less; th
 the planted sub-sequence, with a base of strength 5, and Best-of-4 of the base the best of K = 1 ... 32. Remark 3.1:
 where Q^pi is O(1/K), Best-of-K raises distinguishability by K^2 and worsens alignment by at most K.
 
-Measured on that task, which has a state of two numbers, (letters left, KMP state), in three steps away from the theory:
+Measured on that task, which has a state of two numbers, (letters left, KMP state), in four steps away from the theory:
   1. exact: tabular policy, exact values, the exact step of eq. 13. First order in eta; a step of size 1; the flow (many
      small steps: the time to reach 50%); and steps of equal KL, as a stronger prover's A^mu is also larger, and eta times
      a larger number is a larger step. No sampling, so no seeds; the spread is over hidden patterns with repeated letters.
      s is weighted by the base policy's visits, summed over the solution.
-  2. exact values: train_rl.py's transformer, sampled gradients, Adam; only the verifier is replaced by the solver.
-  3. learned verifiers (pav.py), of scripted provers cloned by train_sft.py, and of the base for Best-of-K (eq. 30).
-2 and 3: every arm gets the same grid of learning rates, on a seed that is not reported.
+  2. table: sampled solutions and Adam, with exact values and a table as policy.
+  3. exact values: train_rl.py's transformer; only the verifier is replaced by the solver.
+  4. learned verifiers (pav.py), of scripted provers cloned by train_sft.py, and of the base for Best-of-K (eq. 30).
+2 to 4: every arm gets the same grid of learning rates, on seeds that are not reported.
 
 What would have falsified it: rank correlation of prediction and gain about 0 or negative; the strongest prover not worse than a
 middle one.
@@ -47,6 +49,7 @@ from planted_exact import (  # noqa: E402
     scripted,
     spearman,
     state_values,
+    table_rl,
     time_to,
     transitions,
     two_terms,
@@ -72,6 +75,9 @@ class Config:
     strengths: list = opt([2, 5, 8, 12, 16, 30, 100, 1000], "scripted provers of the exact part; 5 is the base")
     best_of: list = opt([1, 2, 4, 8, 16, 32], "K of the Best-of-K provers of the exact part")
     patterns: int = opt(5, "hidden patterns with repeated letters, for the spread of the exact part", low=1)
+    table_seeds: int = opt(10, "seeds of every prover with a table as policy", low=2)
+    table_rates: list = opt([0.03, 0.1, 0.3], "grid of learning rates of the tables; chosen on 3 other seeds")
+    transformer: bool = opt(True, "also train transformers, with exact and with learned values")
     exact_arms: list = opt(["scripted-5", "scripted-8", "scripted-16", "scripted-100", "scripted-1000", "best-of-4",
                             "best-of-16"], "provers whose exact values pay a transformer")
     learned_arms: list = opt(["scripted-16", "best-of-1", "best-of-4"], "provers with a learned verifier")
@@ -160,7 +166,38 @@ def exact_part(cfg):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 2 and 3. The transformer.
+# 2. A table instead of a transformer.
+
+
+def row(source, prover, lr, tried, curves, corr=()):
+    """One line of the tables: accuracy averaged over a run (without the first evaluation) and at its end, over seeds."""
+    averaged, end = [mean(c[1:]) for c in curves], [c[-1] for c in curves]
+    print(f"  {source} {prover}: averaged {mean(averaged):.3f} ({spread(averaged):.3f}), end {mean(end):.3f}", flush=True)
+    return dict(source=source, prover=prover, learning_rate=lr, tuning={f"{k:g}": round(v, 4) for k, v in tried.items()},
+                mean=mean(averaged), mean_sd=spread(averaged), end=mean(end), end_sd=spread(end),
+                per_seed=[round(v, 4) for v in averaged], curves=[[round(v, 4) for v in c] for c in curves],
+                corr_advantage=list(corr))
+
+
+def table_part(cfg):
+    letters, L = get_task(train_rl.Config(task="planted")).letters, 12
+    step, base = transitions(letters[:6], letters), scripted(letters[:6], letters, 5.0, L)
+    V, rows = state_values(step, base), []
+    for prover in ["none"] + [f"scripted-{g}" for g in cfg.strengths] + [f"best-of-{K}" for K in cfg.best_of]:
+        V_mu = None
+        if prover != "none":
+            kind, number = kind_of(prover)
+            V_mu = 1 - (1 - V) ** number if kind == "best-of" else state_values(step, scripted(letters[:6], letters, number, L))
+        tried = {lr: mean(mean(table_rl(step, base, V_mu, TUNING + s, lr, cfg.steps)[1:]) for s in range(3))
+                 for lr in cfg.table_rates}
+        lr = max(tried, key=tried.get)
+        curves = [table_rl(step, base, V_mu, s, lr, cfg.steps) for s in range(cfg.table_seeds)]
+        rows.append(row("table", prover, lr, tried, curves))
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3 and 4. The transformer.
 
 
 def kind_of(prover):
@@ -204,7 +241,7 @@ def get_verifier(cfg, root, seed, task, source, prover):
 
 
 def reinforce(cfg, root, seed, source, prover, lr):
-    """One RL run (or the one that is there). -> dict(curve [evaluations], mean, end)"""
+    """One RL run (or the one that is there) -> accuracy at every evaluation."""
     run = root / f"seed{seed}" / f"{source}_{prover}_lr{lr:g}"
     config = train_rl.Config(
         task="planted", seed=seed, policy=str(clone(seed, "sft", 5, cfg.smoke)), run_dir=str(run), num_prompts=4,
@@ -213,8 +250,7 @@ def reinforce(cfg, root, seed, source, prover, lr):
     verifier = None if prover == "none" else get_verifier(cfg, root, seed, get_task(config), source, prover)
     with redirect_stdout(StringIO()):
         train_rl.train(config, verifier)
-    curve = [r["eval/accuracy"] for r in read_metrics(run) if "eval/accuracy" in r]
-    return dict(curve=curve, mean=mean(curve[1:]), end=curve[-1])
+    return [r["eval/accuracy"] for r in read_metrics(run) if "eval/accuracy" in r]
 
 
 def advantage_correlation(cfg, root, seed, task, prover):
@@ -232,16 +268,11 @@ def transformer_part(cfg, root):
     arms = [("outcome", "none")] + [("exact", p) for p in cfg.exact_arms] + [("learned", p) for p in cfg.learned_arms]
     task, rows = get_task(train_rl.Config(task="planted")), []
     for source, prover in arms:
-        tried = {lr: reinforce(cfg, root, TUNING, source, prover, lr)["mean"] for lr in cfg.learning_rates}
+        tried = {lr: mean(reinforce(cfg, root, TUNING, source, prover, lr)[1:]) for lr in cfg.learning_rates}
         lr = max(tried, key=tried.get)
-        runs = [reinforce(cfg, root, seed, source, prover, lr) for seed in range(cfg.seeds)]
+        curves = [reinforce(cfg, root, seed, source, prover, lr) for seed in range(cfg.seeds)]
         corr = [advantage_correlation(cfg, root, seed, task, prover) for seed in range(cfg.seeds) if source == "learned"]
-        rows.append(dict(source=source, prover=prover, learning_rate=lr, tuning={f"{k:g}": round(v, 4) for k, v in tried.items()},
-                         mean=mean(r["mean"] for r in runs), mean_sd=spread(r["mean"] for r in runs),
-                         end=mean(r["end"] for r in runs), end_sd=spread(r["end"] for r in runs),
-                         per_seed=[round(r["mean"], 4) for r in runs], curves=[r["curve"] for r in runs], corr_advantage=corr))
-        print(f"  {source} {prover}: mean over the curve {rows[-1]['mean']:.3f} ({rows[-1]['mean_sd']:.3f}), end "
-              f"{rows[-1]['end']:.3f}", flush=True)
+        rows.append(row(source, prover, lr, tried, curves, corr))
     return rows
 
 
@@ -295,13 +326,16 @@ def remark_table(rows):
     return "\n".join(lines)
 
 
-def transformer_table(rows):
-    lines = ["| values | prover | learning rate | accuracy, mean over the curve (sd) | per seed | at the end (sd) | corr. of "
-             "learned with exact A (sd) |", "|---|---|---|---|---|---|---|"]
+HOW = {"table": "table, exact", "outcome": "transformer", "exact": "transformer, exact", "learned": "transformer, learned"}
+
+
+def runs_table(rows):
+    lines = ["| policy, values | prover | learning rate | accuracy, averaged over the run (sd) | per seed | at the end (sd) "
+             "| corr. of learned with exact A (sd) |", "|---|---|---|---|---|---|---|"]
     for r in rows:
         corr = f"{mean(r['corr_advantage']):.2f} ({spread(r['corr_advantage']):.2f})" if r["corr_advantage"] else ""
         per_seed = " ".join(f"{v:.2f}" for v in r["per_seed"])
-        lines.append(f"| {r['source']} | {r['prover']} | {r['learning_rate']:g} | {r['mean']:.3f} ({r['mean_sd']:.3f}) | "
+        lines.append(f"| {HOW[r['source']]} | {r['prover']} | {r['learning_rate']:g} | {r['mean']:.3f} ({r['mean_sd']:.3f}) | "
                      f"{per_seed} | {r['end']:.3f} ({r['end_sd']:.3f}) | {corr} |")
     return "\n".join(lines)
 
@@ -333,18 +367,18 @@ def figure(exact, rows, path):
             for r in mine:
                 axis.annotate(r["prover"].rsplit("-", 1)[1], (r[key], r[value]), fontsize=7, xytext=(4, 4),
                               textcoords="offset points")
-        for source, face in (("exact", None), ("learned", "white")):
+        for source, face, line in (("exact", None, "-"), ("learned", "white", ":"), ("table", "#cccccc", "--")):
             got = sorted((success[r["prover"]], r["mean"], r["mean_sd"], r["prover"].rsplit("-", 1)[1]) for r in rows
                          if r["source"] == source and r["prover"].startswith(kind))
             if got:
                 x, y, sd, tags = zip(*got)
-                right.errorbar(x, y, sd, linestyle="-" if face is None else ":", **look, markersize=6, capsize=3,
-                               markerfacecolor=face or look["color"], label=f"{source} values, {names[kind]}")
+                right.errorbar(x, y, sd, linestyle=line, **look, markersize=6, capsize=3,
+                               markerfacecolor=face or look["color"], label=f"{HOW[source]}: {names[kind]}")
                 for a, b, tag in zip(x, y, tags):
                     right.annotate(tag, (a, b), fontsize=7, xytext=(5, 5), textcoords="offset points")
-    plain = next(r for r in rows if r["source"] == "outcome")
-    right.axhline(plain["mean"], color="#000000", linewidth=1, label="outcome only (band: sd)")
-    right.axhspan(plain["mean"] - plain["mean_sd"], plain["mean"] + plain["mean_sd"], color="#000000", alpha=0.08, linewidth=0)
+    for plain, line in zip((r for r in rows if r["prover"] == "none"), ("--", "-")):
+        right.axhline(plain["mean"], color="#000000", linewidth=1, linestyle=line, label=f"outcome only, {plain['source']}"
+                      .replace("outcome only, outcome", "outcome only, transformer"))
     left.set(xscale="log", yscale="log", xlabel="success of the prover from the prompt", ylabel="per unit of eta",
              title="The two terms, and the gain (exact)")
     for axis, value in ((middle, "time_to_half"), (equal, "equal_kl_steps")):
@@ -354,13 +388,18 @@ def figure(exact, rows, path):
     equal.set(xscale="log", xlabel="success of the prover from the prompt", ylabel="steps of 0.05 nats to 50%",
               title="Exact, equal KL: a middle one is fastest")
     right.set(xscale="log", xlabel="success of the prover from the prompt", ylabel="accuracy, mean over the run",
-              title="Transformer, sampled gradient (bars: sd over seeds)")
+              title="Sampled gradient and Adam (bars: sd over seeds)")
     for axis in (left, middle, equal, right):
         axis.legend(frameon=False, fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
     fig.savefig(path, dpi=130)
     plt.close(fig)
+
+
+def verdict(*tests):
+    """True if all of them pass, "partly" if some do, False if none does."""
+    return True if all(tests) else "partly" if any(tests) else False
 
 
 def claims(exact, rows, command):
@@ -376,14 +415,17 @@ def claims(exact, rows, command):
                  f"{c['predicted/step_of_one']:.2f}, with the speed to 50% {c['predicted/flow']:.2f}; to first order the gain "
                  f"is Var[A^pi] + alignment (within {gap:.1%}) and distinguishability is not in it: gain over sum falls from "
                  f"{max(share):.2f} to {min(share):.2f} with the prover's strength. The alignment's sign is plus.",
-        holds="partly",
+        holds=verdict(c["predicted/step_of_one"] > 0.8, ec["predicted/first_order"] > 0.8),
         fails_when=f"the task is easy (four letters in 30): the sum's rank correlation with the first-order gain is "
                    f"{ec['predicted/first_order']:.2f}, alignment's alone {ec['alignment/first_order']:.2f}.")
     of = {(r["source"], r["prover"]): r for r in rows}
     shape = {n: by[n]["equal_kl_steps"] for n in by if n.startswith("scripted")}
     quickest, strong = min(shape, key=shape.get), max(shape, key=lambda n: by[n]["success"])
     show = lambda r: f"{r['mean']:.2f} ({r['mean_sd']:.2f})"  # noqa: E731
-    mine = [r for r in rows if r["source"] == "exact"]
+    how = "exact" if any(r["source"] == "exact" for r in rows) else "table"
+    mine = [r for r in rows if r["source"] == how and r["prover"] != "none"]
+    plain = of["outcome" if how == "exact" else how, "none"]
+    learned = ", ".join(f"{r['prover']} {show(r)}" for r in rows if r["source"] == "learned")
     scripts = [r for r in mine if r["prover"].startswith("scripted")]
     best, strongest = max(scripts, key=lambda r: r["mean"]), max(scripts, key=lambda r: by[r["prover"]]["success"])
     rho = spearman([by[r["prover"]]["predicted"] for r in mine], [r["mean"] for r in mine])
@@ -392,14 +434,13 @@ def claims(exact, rows, command):
     easy_best = max((r for r in easy["rows"] if r["prover"].startswith("scripted")), key=lambda r: r["step_of_one"])
     strength = dict(
         claim="Provers of middle strength are best (planted sub-sequence: 8 to 15 with a base of 5), too strong ones help less.",
-        measured=f"Transformer, sampled gradients, exact values, accuracy averaged over the run (sd over {len(best['per_seed'])} "
-                 f"seeds): {best['prover']} {show(best)}, {strongest['prover']} {show(strongest)}, outcome only "
-                 f"{show(of['outcome', 'none'])}; rank correlation with theorem 3.1's sum {rho:.2f}, with the exact speed at "
-                 f"equal KL {rho_kl:.2f}. Learned verifiers: "
-                 + ", ".join(f"{r['prover']} {show(r)}" for r in rows if r["source"] == "learned")
-                 + f". Exact, steps of equal KL to 50%: {quickest} {shape[quickest]:.2f}, {strong} {shape[strong]:.2f}, outcome "
-                 f"only {by['outcome']['equal_kl_steps']:.2f}.",
-        holds="partly" if best["mean"] - strongest["mean"] > margin else False,
+        measured=f"Sampled gradients, {HOW[how]} values, accuracy averaged over the run (sd over {len(best['per_seed'])} "
+                 f"seeds): {best['prover']} {show(best)}, {strongest['prover']} {show(strongest)}, outcome only {show(plain)}; "
+                 f"rank correlation with theorem 3.1's sum {rho:.2f}, with the exact speed at equal KL {rho_kl:.2f}. "
+                 + (f"Learned verifiers: {learned}. " if learned else "")
+                 + f"Exact gradient, steps of equal KL to 50%: {quickest} {shape[quickest]:.2f}, {strong} {shape[strong]:.2f}, "
+                 f"outcome only {by['outcome']['equal_kl_steps']:.2f}.",
+        holds=verdict(best["mean"] - strongest["mean"] > margin, by[strong]["time_to_half"] > by[quickest]["time_to_half"]),
         fails_when=f"steps are measured in eta, not in KL: then the scale of A^mu counts, and time to 50% is "
                    f"{by[strong]['time_to_half']:.1f} with {strong}, {by[quickest]['time_to_half']:.1f} with {quickest} (on the "
                    f"easy task {easy_best['prover']} is best even so).")
@@ -417,18 +458,18 @@ def claims(exact, rows, command):
 def write(cfg, exact, rows, seconds):
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    command = "python experiments/provers.py" + (" --smoke" if cfg.smoke else "")
+    command = "python experiments/provers.py" + " --smoke" * cfg.smoke + " --no-transformer" * (not cfg.transformer)
     text = "\n\n".join([
         "Exact, base of strength 5, six hidden letters in 12 (no sampling, no spread). First order and the terms are per unit of "
         "eta, summed over the base's visits; outcome: A^mu = 0.", exact_table(exact["rows"]),
         "The same with four letters in 30:", exact_table(next(iter(exact["regimes"].values()))["rows"]),
         "Rank correlation (Spearman) over provers of the terms with the gain (sd):", correlation_table(exact),
         "Remark 3.1, Best-of-K of the base:", remark_table(exact["remark"]),
-        f"Transformer, {cfg.steps} RL steps of 128 solutions, {len(rows[0]['per_seed'])} seeds, learning rate of each arm from "
-        f"{cfg.learning_rates} on another seed:", transformer_table(rows)])
+        f"Sampled gradients, {cfg.steps} RL steps of 128 solutions; learning rate of each arm from {cfg.table_rates} (table) or "
+        f"{cfg.learning_rates} (transformer) on other seeds:", runs_table(rows)])
     (out / "table.md").write_text(text + "\n")
     write_json(out / "results.json", dict(claims=claims(exact, rows, command), command=command, machine=machine(),
-                                          torch=torch.__version__, settings=vars(cfg), exact=exact, transformer=rows,
+                                          torch=torch.__version__, settings=vars(cfg), exact=exact, runs=rows,
                                           cpu_seconds_of_this_call=round(seconds)))
     figure(exact, rows, out / "curves.png")
     print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
@@ -440,10 +481,10 @@ def main(argv=None):
     if cfg.smoke:
         cfg.strengths, cfg.best_of, cfg.patterns, cfg.seeds, cfg.steps, cfg.eval_problems = [5, 16, 1000], [1, 4], 1, 1, 2, 16
         cfg.exact_arms, cfg.learned_arms, cfg.learning_rates = ["scripted-16", "scripted-1000"], ["best-of-4"], [1e-3]
-        cfg.out = str(root / "results")
+        cfg.table_seeds, cfg.table_rates, cfg.out = 2, [0.1], str(root / "results")
     exact = exact_part(cfg)
     print(exact_table(exact["rows"]), flush=True)
-    rows = transformer_part(cfg, root)
+    rows = table_part(cfg) + (transformer_part(cfg, root) if cfg.transformer else [])
     write(cfg, exact, rows, time.process_time() - clock)
 
 

@@ -123,3 +123,20 @@ def test_the_exact_table_of_the_experiment():
     growth = provers.growth_with_k("abcdef", "abcdefghijklmn", 12, 5.0, [1, 2])
     assert growth[1]["distinguishability_small_q"] == pytest.approx(4, rel=0.1)  # K^2, where Q is small
     assert growth[1]["alignment_small_q"] == pytest.approx(2, rel=0.1)
+
+
+def test_a_table_learns_from_progress_and_not_without_a_reward():
+    """Exact success rises with the exact progress of a good prover; with a prover whose value is the same everywhere and a
+    pattern that is never found there is no gradient at all; the same seed gives the same run."""
+    step, base = exact.transitions("abc", LETTERS), exact.scripted("abc", LETTERS, 1.0, LENGTH)
+    V_mu = exact.state_values(step, exact.scripted("abc", LETTERS, 20.0, LENGTH))
+    curve = exact.table_rl(step, base, V_mu, 0, 0.1, 30)
+    assert len(curve) == 4 and curve[0] == pytest.approx(exact.state_values(step, base)[-1, 0]) and curve[-1] > curve[0] + 0.3
+    assert curve == exact.table_rl(step, base, V_mu, 0, 0.1, 30) != exact.table_rl(step, base, V_mu, 1, 0.1, 30)
+    short = exact.scripted("abcabc", LETTERS, 1.0, LENGTH)  # six letters do not fit into five
+    flat = exact.table_rl(exact.transitions("abcabc", LETTERS), short, np.full((LENGTH + 1, 7), 0.5), 0, 0.1, 10)
+    assert flat == [0.0, 0.0]
+
+
+def test_a_claim_holds_by_its_tests():
+    assert provers.verdict(True, True) is True and provers.verdict(True, False) == "partly" and provers.verdict(False) is False
