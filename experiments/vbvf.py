@@ -1,6 +1,6 @@
 """Clone right traces, or learn to tell right from wrong? Verifier-free against verifier-based use of the same n problems.
 
-    python experiments/vbvf.py                   # about 25 minutes of one core
+    python experiments/vbvf.py                   # 15 to 20 minutes of one core, by the time of single cells
     python experiments/vbvf.py --smoke           # the same road in seconds
     -> docs/results/vbvf/: results.json, table.md, curves.png
 
@@ -30,6 +30,8 @@ What would have falsified the claim: the paired gap VB - VF (RL, tokens after th
 by two standard errors at the longest H, or not larger there than at the shortest; or a gap as large from the concentrated
 base as from the mixed one. Where VF should win, and is measured: few labels, small N, a base whose failures are filtered
 away by rejection (the widest mixture at short H). And greedy decoding, which the paper's setting leaves out.
+
+With endless data and a perfect verifier the same comparison is exact: vbvf_exact.py.
 
 Left out: the paper's version space and chi-square ball (an ensemble and a KL penalty stand in for them), budget forcing,
 the paper's GPT-2 and MATH experiments. Results of each cell stay in runs/vbvf: killed, the same command goes on.

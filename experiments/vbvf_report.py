@@ -116,9 +116,8 @@ def claims(rows, cfg, command):
              f"{tokens(get('gap', mid, mixture=m))} tokens from the {m} base (sigma {get('sigma', mid, mixture=m).mean():.1f}, "
              f"c {get('c', mid, mixture=m).mean():.2f})" for m in MIXTURES) + f" ({seeds}).",
          verdict(clear(contrast), not clear(get("gap", mid, mixture="concentrated"))),
-         "Heterogeneity between right and wrong traces does not count: rejection sampling removes the wrong ones "
-         f"(widest base at H = {H0}: gap {tokens(get('gap', mid, H0, 'widest'))}); what counts is the spread among right "
-         "ones."),
+         f"At H = {H0} the gaps are " + ", ".join(f"{tokens(get('gap', mid, H0, m))} ({m}, sigma "
+                                                  f"{get('sigma', mid, H0, m).mean():.1f})" for m in MIXTURES) + "."),
         ("At equal test tokens N H, best-of-N by a learned verifier beats the verifier-free policy.",
          f"Best-of-16 minus the better of VF's sample and its likeliest of 16, n = {n1}: "
          + ", ".join(f"{tokens(get('gap_bon', H=H))} tokens at H = {H}" for H in cfg.horizons) + f" ({seeds}).",
