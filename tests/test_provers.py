@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import planted_exact as exact  # noqa: E402
 import provers  # noqa: E402
+from provers_report import verdict  # noqa: E402
 
 from puzzles import Planted, planted_values  # noqa: E402
 
@@ -139,4 +140,4 @@ def test_a_table_learns_from_progress_and_not_without_a_reward():
 
 
 def test_a_claim_holds_by_its_tests():
-    assert provers.verdict(True, True) is True and provers.verdict(True, False) == "partly" and provers.verdict(False) is False
+    assert verdict(True, True) is True and verdict(True, False) == "partly" and verdict(False, False) is False
