@@ -44,7 +44,7 @@ import pav  # noqa: E402
 import sample  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
-from common import derive, mean, opt, parse, read_metrics, script, setup, write_json  # noqa: E402
+from common import UserError, derive, mean, opt, parse, read_metrics, script, setup, write_json  # noqa: E402
 from evaluate import Z, interval, vote  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
@@ -61,7 +61,7 @@ NAMES = dict(base="base model, chat format, greedy", sft="SFT", rft="RFT", rl_ou
 # What each stage is run with; `search` is of this script. No entry was searched for.
 SIZES = dict(
     cpu=dict(
-        rl_seeds=[0, 1], test=100, n=2, base=40, dtype="float32",
+        rl_seeds=[0, 1], test=100, n=2, base=40, beam_test=50, dtype="float32",
         sft=dict(steps=36, batch_size=16, learning_rate=2e-4, warmup_steps=4, eval_problems=48, logging_steps=4),
         rft=dict(steps=10, batch_size=16, learning_rate=1e-4, warmup_steps=2, num_problems=150, num_generations=4, slots=128,
                  eval_problems=48, logging_steps=2),
@@ -71,7 +71,7 @@ SIZES = dict(
                 eval_steps=4, eval_problems=64),
         search=dict(n=8, beam=6)),
     gpu=dict(
-        rl_seeds=[0, 1, 2], test=0, n=8, base=0, dtype="bfloat16",  # of sampling alone: bfloat16 weights swallow small updates
+        rl_seeds=[0, 1, 2], test=0, n=8, base=0, beam_test=0, dtype="bfloat16",  # sampling alone: such weights swallow updates
         sft=dict(steps=100, batch_size=32, learning_rate=1e-4, warmup_steps=10, eval_problems=256),
         rft=dict(steps=60, batch_size=32, learning_rate=5e-5, warmup_steps=5, num_generations=16, eval_problems=256),
         verifier=dict(epochs=2, batch_size=64, learning_rate=3e-5, eval_problems=160, eval_mc=16),
@@ -81,7 +81,7 @@ SIZES = dict(
         search=dict(n=64, beam=12)),
 )
 SMOKE = dict(
-    rl_seeds=[0], test=8, n=2, base=8, dtype="float32",
+    rl_seeds=[0], test=8, n=2, base=8, beam_test=8, dtype="float32",
     sft=dict(steps=4, batch_size=8, eval_problems=8),
     rft=dict(steps=2, batch_size=8, num_problems=8, num_generations=2, eval_problems=8),
     verifier=dict(epochs=1, batch_size=8, eval_problems=8, eval_mc=2), orm=dict(num_problems=8),
@@ -100,6 +100,7 @@ class Config:
     threads: int = opt(0, "CPU threads (0: 1 with --size cpu, else torch's choice)", low=0)
     run_dir: str = opt("", "where the stages are kept (default: runs/openweights/PROBLEMS_SIZE)")
     out: str = opt("docs/results/openweights", "where table, figure and numbers go")
+    only: list = opt([], "run these stages alone, e.g. rft q test_sft: several processes can share the work")
     plan: bool = opt(False, "print the command lines of the stages that are missing, and stop")
     smoke: bool = opt(False, "the same road with a tiny random model and made-up problems")
 
@@ -161,7 +162,7 @@ def plan(cfg, size, root):
         measure(name, root / name)
     for name, alpha in BEAMS.items():
         measure(name, root / "rft", "--search=beam", f"--verifier={root / 'q'}", f"--alpha={alpha}", "--prover-k=4",
-                "--temperature=1", n=size["search"]["beam"])
+                "--temperature=1", n=size["search"]["beam"], tests=size["beam_test"])
     measure("base", base, "--greedy", n=1, template="plain" if cfg.smoke else "auto", limit=3 * cfg.limit, tests=size["base"])
     return stages
 
@@ -351,7 +352,9 @@ def main(argv=None):
     parts = made_up() if cfg.smoke else read_problems(cfg.data, cfg.problems)
     (root / "data").mkdir(parents=True, exist_ok=True)
     for name, rows in parts.items():
-        (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        path, text = root / "data" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows)
+        if not path.exists() or path.read_text() != text:  # another process may be reading it
+            path.write_text(text)
     print("problems: " + ", ".join(f"{len(rows)} {name}" for name, rows in parts.items()), flush=True)
     if cfg.smoke and not (root / "tiny").exists():
         tiny_model(root / "tiny")
@@ -361,8 +364,12 @@ def main(argv=None):
             if not done.exists():
                 print(f"python {Path(SCRIPTS[kind].__file__).name} {shlex.join(argv)}")
         return
-    for name, kind, argv, done in stages:
+    if unknown := set(cfg.only) - {name for name, *_ in stages}:
+        raise UserError(f"--only: no stage {unknown.pop()!r}; there are {', '.join(name for name, *_ in stages)}")
+    for name, kind, argv, done in [s for n in cfg.only for s in stages if s[0] == n] or stages:
         run_stage(name, kind, argv, done, root / "logs")
+    if cfg.only:
+        return
     result = numbers_of(cfg, size, root)
     text = table(result)
     out.mkdir(parents=True, exist_ok=True)
