@@ -61,7 +61,7 @@ NAMES = dict(base="base model, chat format, greedy", sft="SFT", rft="RFT", rl_ou
 # What each stage is run with; `search` is of this script. No entry was searched for.
 SIZES = dict(
     cpu=dict(
-        rl_seeds=[0, 1], test=100, n=2, base=40, beam_test=50, dtype="float32",
+        rl_seeds=[0], test=100, n=2, base=40, beam_test=50, dtype="float32",
         sft=dict(steps=36, batch_size=16, learning_rate=2e-4, warmup_steps=4, eval_problems=48, logging_steps=4),
         rft=dict(steps=10, batch_size=16, learning_rate=1e-4, warmup_steps=2, num_problems=150, num_generations=4, slots=128,
                  eval_problems=48, logging_steps=2),
@@ -100,7 +100,8 @@ class Config:
     threads: int = opt(0, "CPU threads (0: 1 with --size cpu, else torch's choice)", low=0)
     run_dir: str = opt("", "where the stages are kept (default: runs/openweights/PROBLEMS_SIZE)")
     out: str = opt("docs/results/openweights", "where table, figure and numbers go")
-    only: list = opt([], "run these stages alone, e.g. rft q test_sft: several processes can share the work")
+    only: list = opt([], "run these stages alone, e.g. rft q test_sft, so that several processes share the work; report: the "
+                         "tables (beams that were not run are left out)")
     plan: bool = opt(False, "print the command lines of the stages that are missing, and stop")
     smoke: bool = opt(False, "the same road with a tiny random model and made-up problems")
 
@@ -269,7 +270,7 @@ def numbers_of(cfg, size, root):
     for name, way in ways.items():
         search[name] = [dict(row(way(n).tolist()), n=n, tokens=n * float(tokens.float().mean()),
                              minus_majority=paired(way(n).tolist(), voted(said, correct, n).tolist())) for n in ns]
-    for name, alpha in BEAMS.items():
+    for name, alpha in [b for b in BEAMS.items() if (root / "test" / f"{b[0]}.jsonl").exists()]:
         right, rows = shares(root / "test" / f"{name}.jsonl", 1)
         cost = {k: mean(r[f"{k}_tokens"] for r in rows) for k in ("generated", "prefilled", "scored")}
         search["beam, Q" + (f" + {alpha} A" if alpha else "")] = [
@@ -364,11 +365,11 @@ def main(argv=None):
             if not done.exists():
                 print(f"python {Path(SCRIPTS[kind].__file__).name} {shlex.join(argv)}")
         return
-    if unknown := set(cfg.only) - {name for name, *_ in stages}:
+    if unknown := set(cfg.only) - {"report", *(name for name, *_ in stages)}:
         raise UserError(f"--only: no stage {unknown.pop()!r}; there are {', '.join(name for name, *_ in stages)}")
-    for name, kind, argv, done in [s for n in cfg.only for s in stages if s[0] == n] or stages:
+    for name, kind, argv, done in [s for n in cfg.only for s in stages if s[0] == n] if cfg.only else stages:
         run_stage(name, kind, argv, done, root / "logs")
-    if cfg.only:
+    if cfg.only and "report" not in cfg.only:
         return
     result = numbers_of(cfg, size, root)
     text = table(result)
