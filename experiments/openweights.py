@@ -217,6 +217,13 @@ def best_of(score, correct, n):
     return (correct.gather(1, order) * weight).sum(1)
 
 
+def auc_within(score, correct):
+    """Mean over the problems that have right and wrong samples of the AUC among them: what best-of-n lives on. An AUC over all
+    samples can be had by knowing which problems are hard. score, correct [P,N]."""
+    found = [pav.auc(s, c > 0.5) for s, c in zip(score, correct)]
+    return mean(a for a in found if a == a)
+
+
 def voted(said, correct, n):
     """Share of a problem's groups of n samples whose commonest answer is right. said [P][N], correct [P,N] -> [P]."""
     out = []
@@ -254,6 +261,7 @@ def numbers_of(cfg, size, root):
     correct, tokens, score, said = reranked(cfg, size, root)
     rft = correct.mean(1).tolist()
     policies["rft"] = row(rft)
+    policies["sft"]["minus_rft"] = paired(right, rft)
     q = json.loads((root / "q" / "summary.json").read_text())
     for arm in ("rl_outcome", "rl_pav"):
         each = [shares(root / "test" / f"{arm}_{s}.jsonl", size["n"])[0] for s in size["rl_seeds"]]
@@ -276,6 +284,8 @@ def numbers_of(cfg, size, root):
         search["beam, Q" + (f" + {alpha} A" if alpha else "")] = [
             dict(row(right), n=size["search"]["beam"], tokens=cost["generated"], minus_one_sample=paired(right, rft), **cost)]
     summaries = {v: json.loads((root / v / "summary.json").read_text()) for v in ("sft", "rft", "orm", "q")}
+    for v in score:
+        summaries[v]["auc_within_problem"] = auc_within(score[v], correct)
     return dict(policies=policies, pav_minus_outcome=paired(by_arm["rl_pav"], by_arm["rl_outcome"]), search=search,
                 curves=curves, summaries=summaries)
 
@@ -299,10 +309,10 @@ def table(r):
         for x in rows:
             lines.append(f"| {name} | {x['n']} | {x['tokens']:.0f} | {ci(x)} | {maybe(x, 'minus_majority')} | "
                          f"{maybe(x, 'minus_one_sample')} |")
-    lines += ["", "| verifier | labels | right among them | AUC, end | AUC, any step | Brier (constant) | corr. of advantage |",
-              "|---|---|---|---|---|---|---|"]
+    lines += ["", "| verifier | labels | right among them | AUC, end | AUC, any step | within a test problem | Brier (constant) "
+              "| corr. of advantage |", "|---|---|---|---|---|---|---|---|"]
     for name, v in ((v, r["summaries"][v]) for v in ("orm", "q")):
-        cells = [f"{v[k]:.3f}" if v[k] is not None else "" for k in ("mean_label", "auc_outcome", "auc")]
+        cells = [f"{v[k]:.3f}" if v[k] is not None else "" for k in ("mean_label", "auc_outcome", "auc", "auc_within_problem")]
         brier = f"{v['brier']:.3f} ({v['brier_constant']:.3f})" if v["brier"] is not None else ""
         corr = f"{v['corr_advantage']:.2f} ({v['judged_steps']} steps)" if v["corr_advantage"] is not None else ""
         lines.append(f"| {name} | {v['labels']} | " + " | ".join([*cells, brier, corr]) + " |")
@@ -320,12 +330,14 @@ def figure(r, size, path):
     import matplotlib.pyplot as plt
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    n = size["rl"]["eval_problems"]
     for arm, runs in r["curves"].items():
         for i, run in enumerate(runs):
-            left.plot([t / 1e3 for t, _ in run], [a for _, a in run], "-o", color=COLOURS[arm[3:]], alpha=0.7, markersize=4,
-                      label=NAMES[arm] if not i else None)
-    left.set(xlabel="tokens sampled in RL, thousands", ylabel=f"sampled accuracy, val ({size['rl']['eval_problems']} draws)",
-             title="RL from the RFT policy (a line a seed)")
+            bars = [interval([1.0] * round(a * n) + [0.0] * (n - round(a * n))) for _, a in run]
+            left.errorbar([t / 1e3 for t, _ in run], [a for _, a in run], [[a - b for a, b, _ in bars], [c - a for a, _, c in bars]],
+                          fmt="-o", color=COLOURS[arm[3:]], alpha=0.7, markersize=4, elinewidth=0.8, label=None if i else NAMES[arm])
+    left.set(xlabel="tokens sampled in RL, thousands", ylabel=f"sampled accuracy, val ({n} draws)",
+             title="RL from the RFT policy (a line a seed; bars: 95%)")
     colours = ("#0072B2", "#009E73", "#7f7f7f", "#cccccc", "#D55E00", "#CC79A7")
     for i, (name, rows) in enumerate(r["search"].items()):
         x = [row["tokens"] * 1.04 ** (i - 2) for row in rows]  # side by side, so that every bar is seen
