@@ -333,9 +333,10 @@ def figure(r, size, path):
     n = size["rl"]["eval_problems"]
     for arm, runs in r["curves"].items():
         for i, run in enumerate(runs):
-            bars = [interval([1.0] * round(a * n) + [0.0] * (n - round(a * n))) for _, a in run]
-            left.errorbar([t / 1e3 for t, _ in run], [a for _, a in run], [[a - b for a, b, _ in bars], [c - a for a, _, c in bars]],
-                          fmt="-o", color=COLOURS[arm[3:]], alpha=0.7, markersize=4, elinewidth=0.8, label=None if i else NAMES[arm])
+            y, low, high = zip(*(interval([1.0] * round(a * n) + [0.0] * (n - round(a * n))) for _, a in run))
+            error = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
+            left.errorbar([t / 1e3 for t, _ in run], y, error, fmt="-o", color=COLOURS[arm[3:]], alpha=0.7, markersize=4,
+                          elinewidth=0.8, label=None if i else NAMES[arm])
     left.set(xlabel="tokens sampled in RL, thousands", ylabel=f"sampled accuracy, val ({n} draws)",
              title="RL from the RFT policy (a line a seed; bars: 95%)")
     colours = ("#0072B2", "#009E73", "#7f7f7f", "#cccccc", "#D55E00", "#CC79A7")
