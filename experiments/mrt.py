@@ -1,6 +1,6 @@
 """Meta reinforcement fine-tuning against outcome rewards: what is the answer worth when the thinking is stopped early?
 
-    python experiments/mrt.py              # about 30 minutes of one core
+    python experiments/mrt.py              # about 15 minutes of one core; with --tune 20
     python experiments/mrt.py --smoke      # the same road in 20 seconds
     -> docs/results/mrt/: results.json, table.md, curves.png
 
@@ -16,9 +16,10 @@ or better accuracy, lower regret, and 1.5 times the token efficiency of outcome-
     mrt_scalar     one number for all that follows a random cut, as in the paper
     star           the STaR form (mrt.py): as many solutions in three rounds
 
-All arms of a seed start from one base policy and sample equally many solutions (outcome_long: three times as many). Four
-settings an arm are tried on a tuning seed and `val`, chosen by regret; other seeds and `test` are reported. The meta-prover's
-tokens are counted beside the policy's.
+All arms of a seed start from one base policy and sample equally many solutions (outcome_long: three times as many). No arm is
+tuned: all have the learning rate 1e-3, and the second dials are first guesses (COMMON). With --tune four settings an arm are
+tried on a seed of their own and `val`, and chosen by regret. Reported is `test`. The meta-prover's tokens are counted
+beside the policy's.
 
 Measured: accuracy when stopped after t tokens (stepwise: episodes finished by then; J from 4 answers of the policy itself),
 normalised regret (comparator constant 1, linear between episode ends, over the task's limit of tokens), the same with the
@@ -26,9 +27,9 @@ exact J of one who believes the written tests (no policy can talk it up), and to
 reaches 95% of outcome-only's accuracy, outcome-only's over the arm's.
 
 What would have falsified the claim: regret or efficiency of MRT not better than outcome-only's by more than the spread of the
-paired differences; the length penalty or outcome_long as good, as then progress is not what helps. Where it should fail, and
-is measured: a budget so short that the outcome itself punishes idling (--max-completion-length 24, seven episodes), at the
-chosen settings.
+paired differences; the length penalty or outcome_long as good, as then progress is not what helps. Regimes where it was
+expected to help less, at the same settings: a budget so short that the outcome itself punishes idling (24 tokens, seven
+episodes), and with --brisk-seeds a base policy that tests something new in every episode (strength 1).
 
 Runs stay in runs/mrt: killed, the same command goes on. --only 3 4 builds these seeds alone, beside another process.
 """
@@ -61,22 +62,28 @@ COLOUR = {"base": "#aaaaaa", "outcome": COLOURS["outcome"], "outcome_long": COLO
           "mrt": COLOURS["mrt"], "mrt_scalar": "#56B4E9", "star": "#009E73"}
 TUNING = 1000  # this seed chooses settings, on val; those below are reported, on test
 LONG = 3
+COMMON = {"outcome": dict(learning_rate=1e-3), "outcome_long": dict(learning_rate=1e-3), "base": {},
+          "length": dict(learning_rate=1e-3, length_penalty=0.3), "mrt": dict(learning_rate=1e-3, alpha=1.0),
+          "mrt_scalar": dict(learning_rate=1e-3, alpha=1.0), "star": dict(learning_rate=1e-3, steps=15)}
 SHORT = 24  # tokens: seven episodes and the answer
+REGIMES = {"": {}, "short": dict(limit=SHORT), "brisk": dict(strength=1.0)}
 
 
 @dataclass
 class Config:
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
+    brisk_seeds: int = opt(0, "of them for a base policy that makes progress in every episode", low=0)
     sft_steps: int = opt(600, "optimizer steps of the base policies, 64 demonstrations each", low=1)
     rl_steps: int = opt(20, "RL steps; STaR samples as many solutions", low=1)
     num_prompts: int = opt(16, "prompts a step, with 4 solutions each", low=1)
+    tune: bool = opt(False, "choose each arm's setting among four, by regret on a seed of its own")
     learning_rates: list = opt([5e-4, 1e-3, 2e-3, 4e-3], "grid; the arms with a second dial take the inner two")
     penalties: list = opt([0.3, 1.0], "grid of the length penalty")
     alphas: list = opt([1.0, 3.0], "grid of both MRT arms: weight of the progress")
     star_steps: list = opt([5, 15], "grid of STaR: optimizer steps a round")
     star_rounds: int = opt(3, "rounds of STaR", low=1)
     test_problems: int = opt(256, "problems of a measurement", low=1)
-    only: list = opt([-1], "build the runs of these seeds and stop (1000: the tuning)")
+    only: list = opt([-1], "build the runs of these seeds and stop")
     out: str = opt("docs/results/mrt", "where table, figure and numbers go")
     smoke: bool = opt(False, "a few steps of everything")
 
@@ -104,16 +111,18 @@ def measured(cfg, run, seed, train, config, limit=0):
     return row
 
 
-def run_arm(cfg, root, name, seed, setting, limit=0):
-    """One arm at one seed and setting -> its row. limit: tokens of a completion (0: the task's own)."""
-    base = root / f"seed{seed}" / "base"
+def run_arm(cfg, root, name, seed, setting, limit=0, strength=-1.0):
+    """One arm at one seed and setting -> its row. limit: tokens of a completion (0: the task's own); strength: of the
+    demonstrator behind the base policy (-1: the task's own)."""
+    home = root / (f"seed{seed}" if strength < 0 else f"seed{seed}_strength{strength:g}")
+    base = home / "base"
     shared = dict(task="probe", seed=seed, threads=1, device="cpu")
     if name == "base":
-        config = train_sft.Config(**shared, run_dir=str(base), steps=cfg.sft_steps, batch_size=64,
+        config = train_sft.Config(**shared, run_dir=str(base), steps=cfg.sft_steps, batch_size=64, strength=strength,
                                   num_examples=min(20000, 64 * cfg.sft_steps), learning_rate=4e-3, save_steps=10**6,
                                   eval_problems=32)
         return measured(cfg, base, seed, train_sft.train, config, limit)
-    run = root / f"seed{seed}" / name / "_".join([f"{k}{v:g}" for k, v in setting.items()] + ["short"] * bool(limit))
+    run = home / name / "_".join([f"{k}{v:g}" for k, v in setting.items()] + ["short"] * bool(limit))
     shared |= dict(policy=str(base), run_dir=str(run), max_completion_length=limit, num_generations=4, eval_problems=8) | setting
     if name == "star":
         config = mrt.Config(**shared, rounds=cfg.star_rounds, num_prompts=cfg.rl_steps * cfg.num_prompts // cfg.star_rounds)
@@ -161,7 +170,7 @@ def spread(values):
 
 def summarise(runs):
     """{arm: rows, one a seed} -> {arm: means, spreads, paired differences to outcome-only, token efficiency}."""
-    keys = ("accuracy", "tokens", "regret", "regret_exact", "J0", "J_bias", "clipped", "train_tokens", "mu_tokens",
+    keys = ("accuracy", "tokens", "regret", "regret_exact", "J0", "J_bias", "clipped", "budget", "train_tokens", "mu_tokens",
             "train_seconds")
     out = {}
     for name, rows in runs.items():
@@ -199,7 +208,7 @@ def table(rows, best):
     return "\n".join(lines)
 
 
-def claims(rows, short, seeds):
+def claims(rows, regimes, seeds, tuned):
     """For README's table. Holds: regret and tokens both better than outcome-only's by more than one sd of the paired
     differences; "partly" if a plainer rival (length penalty, more steps) is within that."""
     m, o = rows["mrt"], rows["outcome"]
@@ -208,20 +217,24 @@ def claims(rows, short, seeds):
     rivals = {n: [a - b for a, b in zip(rows[n]["regret_per_seed"], m["regret_per_seed"])] for n in ("length", "outcome_long")}
     close = [NAMES[n] for n, d in rivals.items() if not sure(mean(d), spread(d))]
     efficiency = f"{m['efficiency']:.2f} (sd {m['efficiency_sd']:.2f})" if m["efficiency"] else "undefined"
-    s = short["mrt"]
+    gains = {n: f"{r['mrt']['gain']:+.3f} (sd {r['mrt']['gain_sd']:.3f})" for n, r in regimes.items()}
     scalar = rows["mrt_scalar"]
     return [dict(
         paper="2503.07572", claim="MRT has lower cumulative regret than outcome-reward RL and 1.5 times its token efficiency.",
         measured=f"Regret {m['regret']:.3f} (sd {m['regret_sd']:.3f}) against {o['regret']:.3f} ({o['regret_sd']:.3f}), accuracy "
-                 f"{m['accuracy']:.3f} against {o['accuracy']:.3f}, token efficiency {efficiency}, {seeds} seeds; length penalty "
-                 f"{rows['length']['regret']:.3f}, outcome-only for {LONG} times the steps {rows['outcome_long']['regret']:.3f}"
+                 f"{m['accuracy']:.3f} against {o['accuracy']:.3f}, token efficiency {efficiency}, {seeds} seeds, "
+                 f"{'four settings an arm tried' if tuned else 'no arm tuned'}; regret of the length penalty "
+                 f"{rows['length']['regret']:.3f}, of outcome-only for {LONG} times the steps "
+                 f"{rows['outcome_long']['regret']:.3f}"
                  + (f". Within the spread of MRT: {', '.join(close)}." if close else "."),
         holds=False if not better else "partly" if close else True, command="python experiments/mrt.py",
-        fails_when=f"Limit of {SHORT} tokens, where idling costs the outcome itself: regret lower by {s['gain']:+.3f} "
-                   f"(sd {s['gain_sd']:.3f}). Where the meta-prover's tokens count, "
-                   f"{m['mu_tokens'] / m['train_tokens']:.1f} times the policy's own."), dict(
-        paper="2503.07572", claim="A single progress bonus after a random cut is enough (the paper's RL form).",
-        measured=f"Regret {scalar['regret']:.3f} (sd {scalar['regret_sd']:.3f}), {scalar['gain']:+.3f} "
+        fails_when=f"Less is gained under a limit of {SHORT} tokens (regret lower by {gains['short']}, paired)"
+                   + (f" and from a base policy that idles nowhere ({gains.get('brisk')})" * ("brisk" in gains))
+                   + f"; the STaR form does not reach it ({rows['star']['regret']:.3f}); mu samples "
+                   f"{m['mu_tokens'] / m['train_tokens']:.1f} times the policy's own tokens."), dict(
+        paper="2503.07572",
+        claim="The RL form, one progress bonus for all that follows a cut, beats GRPO (AIME 2024: 47.2 against 44.5).",
+        measured=f"On-policy reading of it: regret {scalar['regret']:.3f} (sd {scalar['regret_sd']:.3f}), {scalar['gain']:+.3f} "
                  f"({scalar['gain_sd']:.3f}) less than outcome-only's, paired, {seeds} seeds; per episode {m['gain']:+.3f} "
                  f"({m['gain_sd']:.3f}).",
         holds=sure(scalar["gain"], scalar["gain_sd"]), command="python experiments/mrt.py",
@@ -233,7 +246,7 @@ def claims(rows, short, seeds):
 # Figure and files.
 
 
-def figure(rows, short, path):
+def figure(rows, regimes, path):
     """Left: accuracy when stopped. Middle: regret against what was sampled in training. Right: regret, both limits."""
     try:
         import matplotlib
@@ -253,20 +266,23 @@ def figure(rows, short, path):
         if r["mu_tokens"]:
             middle.plot([r["train_tokens"] / 1e3, total], [r["regret"]] * 2, color=COLOUR[name], linestyle=":", linewidth=1)
             middle.plot(r["train_tokens"] / 1e3, r["regret"], marker="o", markerfacecolor="white", color=COLOUR[name])
-        middle.annotate(NAMES[name], (total, r["regret"]), fontsize=7, xytext=(6, 5), textcoords="offset points")
     left.set(xlabel="tokens of thinking before the time is up", ylabel="accuracy of the answer given then", ylim=(0, 1.02),
              title="Budget curves (band: worst to best seed)")
     left.legend(frameon=False, fontsize=8, loc="lower right")
     middle.set(xlabel="sampled in training, thousands of tokens (hollow: without mu's)", ylabel="normalised regret",
                title="Regret and its price (bars: sd over seeds)")
     middle.set_ylim(bottom=0)
-    middle.margins(x=0.25)
-    for i, name in enumerate(short):
-        for offset, group, face in ((-0.12, rows, COLOUR[name]), (0.12, short, "white")):
+    middle.margins(x=0.08)
+    groups = [("63 tokens", rows, "o"), (f"{SHORT} tokens", regimes["short"], "s"),
+              ("63 tokens, brisk base", regimes.get("brisk"), "^")][: 1 + len(regimes)]
+    for i, (_, group, marker) in enumerate(groups):
+        for offset, name in ((-0.12, "outcome"), (0.12, "mrt")):
             values = group[name]["regret_per_seed"]
-            right.plot([i + offset] * len(values), values, "o", color=COLOUR[name], markerfacecolor=face, alpha=0.8, markersize=5)
-    right.set_xticks(range(len(short)), [NAMES[n].replace(", ", ",\n") for n in short], fontsize=8)
-    right.set(ylabel="normalised regret, a dot a seed", title=f"Limit of 63 tokens (full) and of {SHORT} (hollow)")
+            right.plot([i + offset] * len(values), values, marker, color=COLOUR[name], alpha=0.7, markersize=6,
+                       label=NAMES[name] if i == 0 else None)
+    right.set_xticks(range(len(groups)), [g[0] for g in groups])
+    right.legend(frameon=False, fontsize=8)
+    right.set(ylabel="normalised regret, a mark a seed", title="Other regimes, same settings")
     right.set_ylim(bottom=0)
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -275,21 +291,26 @@ def figure(rows, short, path):
     plt.close(fig)
 
 
-def write(cfg, root, best, tried, runs, short_runs):
+def write(cfg, root, best, tried, runs):
+    """runs: {regime: {arm: rows, one a seed}}."""
     out = root / "results" if cfg.smoke else Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows, short = summarise(runs), summarise(short_runs)
-    tables = [f"Limit of {runs['base'][0]['budget']} tokens (20 episodes), {cfg.seeds} seeds, {cfg.test_problems} test problems:",
-              table(rows, best), f"Limit of {SHORT} tokens (7 episodes), same settings:", table(short, best)]
+    regimes = {name: summarise(found) for name, found in runs.items()}
+    rows = regimes.pop("")
+    limit = int(rows["base"]["budget"])
+    titles = [f"Limit of {limit} tokens (20 episodes), {cfg.seeds} seeds, {cfg.test_problems} test problems:",
+              f"Limit of {SHORT} tokens (7 episodes), same settings:",
+              f"Base policy that tests something new in every episode (strength 1), same settings, {cfg.brisk_seeds} seeds:"]
+    tables = [t for title, r in zip(titles, (rows, *regimes.values())) for t in (title, table(r, best))]
     (out / "table.md").write_text("\n\n".join(tables) + "\n")
     seconds = sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("seed*/**/measured*.json"))
     write_json(out / "results.json", dict(
-        command="python experiments/mrt.py" + " --smoke" * cfg.smoke, claims=claims(rows, short, cfg.seeds), machine=machine(),
-        torch=torch.__version__, settings=vars(cfg),
+        command="python experiments/mrt.py" + " --smoke" * cfg.smoke, machine=machine(), torch=torch.__version__,
+        claims=claims(rows, regimes, cfg.seeds, cfg.tune), settings=vars(cfg),
         regret="1 - area under J(tokens) / limit; comparator 1; linear between episode ends",
-        chosen=best, rows=rows, short=short, tuning=tried, cpu_seconds=round(seconds),
-        details={n: [{k: v for k, v in r.items() if "curve" not in k} for r in rs] for n, rs in runs.items()}))
-    figure(rows, short, out / "curves.png")
+        chosen=best, rows=rows, **regimes, tuning=tried, cpu_seconds=round(seconds),
+        details={n: [{k: v for k, v in r.items() if "curve" not in k} for r in rs] for n, rs in runs[""].items()}))
+    figure(rows, regimes, out / "curves.png")
     print("\n" + "\n\n".join(tables))
     print(f"\nfigure: {out}/curves.png   numbers: {out}/results.json   {seconds / 60:.0f} CPU minutes")
 
@@ -298,19 +319,22 @@ def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     root = Path("runs/mrt_smoke" if cfg.smoke else "runs/mrt")
     if cfg.smoke:
-        cfg.seeds, cfg.sft_steps, cfg.rl_steps, cfg.num_prompts, cfg.test_problems = 2, 10, 1, 4, 8
+        cfg.tune = True
+        cfg.seeds, cfg.brisk_seeds, cfg.sft_steps, cfg.rl_steps, cfg.num_prompts, cfg.test_problems = 2, 2, 10, 1, 4, 8
         cfg.learning_rates, cfg.penalties, cfg.alphas, cfg.star_steps, cfg.star_rounds = [1e-3], [0.3], [1.0], [2], 1
-    best, tried = tune(cfg, root)
+    best, tried = tune(cfg, root) if cfg.tune else (COMMON, {})
     seeds = cfg.only if cfg.only != [-1] else range(cfg.seeds)
-    runs, short = {n: [] for n in NAMES}, {n: [] for n in ("outcome", "mrt")}
-    for seed in seeds if TUNING not in seeds else []:
-        for name, rows in runs.items():
-            rows.append(run_arm(cfg, root, name, seed, best[name]))
-        for name, rows in short.items():
-            rows.append(run_arm(cfg, root, name, seed, best[name], SHORT))
-        print(f"seed {seed}: regret " + "  ".join(f"{NAMES[n]} {r[-1]['regret']:.3f}" for n, r in runs.items()), flush=True)
+    regimes = [r for r in REGIMES if r != "brisk" or cfg.brisk_seeds]
+    runs = {r: {n: [] for n in (NAMES if not r else ("base", "outcome", "mrt"))} for r in regimes}
+    for seed, regime in itertools.product(seeds, runs):
+        arms = runs[regime]
+        if regime != "brisk" or seed < cfg.brisk_seeds:
+            for name, rows in arms.items():
+                rows.append(run_arm(cfg, root, name, seed, best[name], **REGIMES[regime]))
+            print(f"seed {seed} {regime}: regret " + "  ".join(f"{NAMES[n]} {r[-1]['regret']:.3f}" for n, r in arms.items()),
+                  flush=True)
     if cfg.only == [-1]:
-        write(cfg, root, best, tried, runs, short)
+        write(cfg, root, best, tried, runs)
 
 
 if __name__ == "__main__":
