@@ -89,3 +89,11 @@ def test_votes_and_paired_differences():
     assert openweights.voted(said, correct, 2).tolist() == [0.5, 0.5]
     middle, low, high = openweights.paired([1.0, 0.0, 1.0], [0.0, 0.0, 1.0])
     assert middle == pytest.approx(1 / 3) and middle - low == pytest.approx(1.96 / 3) == pytest.approx(high - middle)
+
+
+def test_auc_within_a_problem_does_not_see_which_problems_are_hard():
+    correct = torch.tensor([[1.0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
+    knows_problems = torch.tensor([[0.9] * 4, [0.2] * 4, [0.1] * 4])
+    assert openweights.auc_within(knows_problems, correct) == pytest.approx(0.5)
+    knows_solutions = torch.tensor([[0.3, 0.3, 0.3, 0.1], [0.5, 0.5, 0.5, 0.8], [0.9, 0.1, 0.5, 0.2]])
+    assert openweights.auc_within(knows_solutions, correct) == pytest.approx(1)
