@@ -1,6 +1,6 @@
 """What breaks: the classic mistakes with process rewards, each against the right way, same seeds, same everything else.
 
-    python experiments/breaks.py              # about 10 minutes of one core
+    python experiments/breaks.py              # about 13 minutes of one core
     python experiments/breaks.py --no-transformer                         # the tables alone, under a minute
     python experiments/breaks.py --smoke      # the same road in a few seconds
     -> docs/results/breaks/: results.json, table.md, curves.png
@@ -267,7 +267,7 @@ def claims(results, command):
                           f"reward its score goes from {score[0]:.2f} to {score[1]:.2f}, accuracy from {fooled['start']:.2f} to "
                           f"{last(fooled)}; beside the grader without the anchor {last(weak['unguarded'])}, with it "
                           f"{last(weak['guarded'])}, grader alone {last(weak['graded'])}.",
-                 holds=score[1] > score[0] and fooled["end"] < weak["guarded"]["end"],
+                 holds=score[1] > 2 * score[0] and all(r["accuracy"][-1] <= r["accuracy"][0] for r in fooled["runs"]),
                  fails_when=f"the policy already solves a tenth: from {able['believed']['start']:.2f} that verifier alone leads "
                             f"to {last(able['believed'])}, the grader alone to {last(able['graded'])}."),
             dict(claim="Dividing a learned, dense reward by its group's std makes phantom advantages.",
