@@ -21,6 +21,7 @@ Where ids still differ from the `tokenizers` library, all of it far from ordinar
 3. Characters newer than the Unicode tables of one of the two.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -341,12 +342,18 @@ def _read_json(path):
 
 
 def load_tokenizer(folder):
-    """Tokenizer from tokenizer.json; stop ids from tokenizer_config.json and generation_config.json."""
+    """Tokenizer from tokenizer.json, or from Llama 3's tokenizer.model (tiktoken's format); stop ids from
+    tokenizer_config.json and generation_config.json."""
     folder = Path(folder)
-    path = folder / "tokenizer.json"
-    spec, config, generation = _read_json(path), {}, {}
+    path, config, generation = folder / "tokenizer.json", {}, {}
+    if not path.exists() and (folder / "tokenizer.model").exists():
+        path = folder / "tokenizer.model"
+        spec, config = llama3_spec(path), dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", add_bos_token=True,
+                                               chat_format="llama3")
+    else:
+        spec = _read_json(path)
     if (folder / "tokenizer_config.json").exists():
-        config = _read_json(folder / "tokenizer_config.json")
+        config |= _read_json(folder / "tokenizer_config.json")
     if (folder / "generation_config.json").exists():
         generation = _read_json(folder / "generation_config.json")
     if (folder / "chat_template.jinja").exists():
@@ -364,6 +371,38 @@ def load_tokenizer(folder):
         raise UserError(f"{path}: {e}") from None
     except Exception as e:  # a damaged file fails in a hundred ways
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); copy the folder again") from None
+
+
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+                r"\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+                  "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"]
+
+
+def llama3_spec(path):
+    """Meta's tokenizer.model of Llama 3, a line "base64 rank" a token -> the content of a tokenizer.json. tiktoken merges
+    any neighbours that make a token, the lowest rank first, so every split of a token into two tokens is a merge."""
+    ranks = {}
+    try:
+        for line in Path(path).read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{path} is not tiktoken's list of ranks (SentencePiece's tokenizer.model is not read: take the "
+                        "folder with a tokenizer.json)") from None
+    spell = {b: c for c, b in ALPHABET.items()}
+    text = lambda token: "".join(map(spell.__getitem__, token))  # noqa: E731
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += [[text(a), text(b)] for a, b in sorted(pairs, key=lambda p: (ranks[p[0]], ranks[p[1]]))]
+    names = LLAMA3_SPECIAL + [f"reserved_special_token_{i}" for i in range(2, 2 + 256 - len(LLAMA3_SPECIAL))]
+    added = [added_token(f"<|{name}|>", len(ranks) + i, True) for i, name in enumerate(names)]
+    bytelevel = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    return tokenizer_json(dict(type="BPE", vocab={text(t): r for t, r in ranks.items()}, merges=merges, ignore_merges=True),
+                          added, dict(type="Sequence", pretokenizers=[_isolate(LLAMA3_SPLIT), bytelevel]), bytelevel)
 
 
 def added_token(content, id, special):

@@ -1,5 +1,6 @@
 """Round trips, parity with the `tokenizers` library where it is installed, chat markers, refusals."""
 
+import base64
 import copy
 import json
 import random
@@ -9,7 +10,7 @@ import pytest
 import tiktoken
 
 from common import UserError
-from tokenizer import ALPHABET, alphabet_tokenizer, load_tokenizer
+from tokenizer import ALPHABET, LLAMA3_SPLIT, alphabet_tokenizer, load_tokenizer
 
 CHAR = {b: c for c, b in ALPHABET.items()}
 BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
@@ -493,3 +494,33 @@ def test_smollm2_ids_chat_and_reload(smollm2):
     for history in (messages[:1], messages, [dict(role="system", content="Hi"), *messages, messages[0]]):
         text = render(messages=history, add_generation_prompt=True)
         assert tok.chat(history) == theirs.encode(text, add_special_tokens=False).ids
+
+
+def write_ranks(path, words):
+    """A tiktoken file: all bytes, then what makes the words, left to right."""
+    ranks = {bytes([b]): b for b in range(256)}
+    for word in words:
+        for i in range(2, len(word) + 1):
+            ranks.setdefault(word[:i], len(ranks))
+    lines = [base64.b64encode(t) + b" " + str(r).encode() for t, r in ranks.items()]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return ranks
+
+
+def test_llama3s_own_file_encodes_as_tiktoken_does(tmp_path):
+    words = [b"the", b" the", b"hello", b"123", "\u00e9t\u00e9".encode(), b"  ", b"\n\n"]
+    ranks = write_ranks(tmp_path / "tokenizer.model", words)
+    ours = load_tokenizer(tmp_path)
+    theirs = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    for text in ("hello the  the\n\n12345 l'\u00e9t\u00e9 \U0001f600", "<|eot_id|>", "\t \r\n", "tHE the"):
+        assert ours.encode(text) == theirs.encode(text, disallowed_special=()) and ours.decode(ours.encode(text)) == text
+    assert ours.n_vocab == len(ranks) + 256 and ours.special["<|begin_of_text|>"] == ours.bos_id == len(ranks)
+    assert ours.eos_ids == (ours.special["<|eot_id|>"],) and ours.special["<|eot_id|>"] == len(ranks) + 9 and ours.add_bos
+    assert ours.chat_format == "llama3"
+
+
+@pytest.mark.parametrize("data", [b"\n\x0e\n\x05<unk>", b"AA== 0\n", b"AA== x\n", b"", b"!!!! 0\n"])
+def test_another_tokenizer_model_is_refused(tmp_path, data):
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(UserError, match="not tiktoken's list"):
+        load_tokenizer(tmp_path)
