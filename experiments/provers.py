@@ -1,6 +1,7 @@
 """Which prover? The two terms of PAV's theory, computed exactly, beside the improvement that is measured.
 
-    python experiments/provers.py              # about 10 minutes of one core
+    python experiments/provers.py              # about 15 minutes of one core (estimated)
+    python experiments/provers.py --learned-arms                           # without 4 below: docs/results/provers
     python experiments/provers.py --no-transformer                         # 1 and 2 below, about a minute
     python experiments/provers.py --smoke      # the same road in a few seconds
     -> docs/results/provers/: results.json, table.md, curves.png
@@ -292,7 +293,7 @@ def transformer_part(cfg, root):
 def write(cfg, exact, rows, seconds):
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    command = "python experiments/provers.py" + " --smoke" * cfg.smoke + " --no-transformer" * (not cfg.transformer)
+    command = " ".join(["python experiments/provers.py", *sys.argv[1:]])
     text = "\n\n".join([
         "Exact, base of strength 5, six hidden letters in 12 (no sampling, no spread). First order and the terms are per unit of "
         "eta, summed over the base's visits; outcome: A^mu = 0.", exact_table(exact["rows"]),
