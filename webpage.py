@@ -207,7 +207,7 @@ def verifier_series(arms, names, colours):
             points = [(r["eval/verifier_score"], r["eval/accuracy"]) for r in e if "eval/verifier_score" in r]
             if points and info:
                 goodhart.append((names[arm], colours[arm], points, None, "line"))
-            if info and info.get("reliability") and not arm.startswith("outcome"):  # whose reward it is; the outcome arm only looks
+            if info and info.get("reliability") and not arm.startswith("outcome"):  # who is paid by it
                 reliability.append((names[arm], colours[arm], [(p, o) for p, o, _ in info["reliability"]], None, "dots"))
     return goodhart, reliability
 
