@@ -1,6 +1,6 @@
 """What wrong solutions are worth: accuracy against the number of training problems, with and without negatives.
 
-    python experiments/negatives.py              # about 15 minutes of one core
+    python experiments/negatives.py              # about 20 minutes of one core
     python experiments/negatives.py --smoke      # the same road in under a minute
     -> docs/results/negatives/: results.json, table.md, curves.png
 
@@ -305,8 +305,8 @@ def chain_claims(rows, sizes, seeds):
             claim=says, holds=verdict(minus(name, "sft")),
             measured=f"{over}, minus SFT with as many epochs as help it: {show(minus(name, 'sft'))}; worth {words} times the "
                      f"problems (chain, greedy accuracy, {seeds} seeds, sd of the paired differences in brackets)",
-            fails_when="SFT may train as long as it helps: the weights of this small model still generalise better after the "
-                       "last wrong sample of a training problem is gone"))
+            fails_when="SFT may train as long as it helps (the longest of its grid won at every size): on this task that alone "
+                       "goes further, and leaves hardly a wrong sample to learn from"))
     policy = [[x - y for x, y in zip(at[s, "dpo_per_step"]["per_seed"], at[s, "dpo_per_step"]["policy_per_seed"])] for s in sizes]
     found.append(shared | dict(
         claim="negatives cut at the first pit improve the policy they were sampled from; whole negatives do not",
