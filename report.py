@@ -92,17 +92,33 @@ def table(rows):
     return "\n".join(lines)
 
 
-def figure(arms, path, title):
-    """Left: accuracy against sampled tokens, mean over seeds, band from the worst to the best seed. Right: the
-    Goodhart plot, what the verifier believes against what is true, one line a seed, a dot where it ends."""
+def pyplot():
+    """matplotlib.pyplot without a window, or None (said on screen) where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         print("no figure: pip install matplotlib")
-        return
+        return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def finish(plt, fig, axes, path):
+    """What every figure here ends with: two spines, a faint grid, a file."""
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def figure(arms, path, title):
+    """Left: accuracy against sampled tokens, mean over seeds, band from the worst to the best seed. Right: the
+    Goodhart plot, what the verifier believes against what is true, one line a seed, a dot where it ends."""
+    if (plt := pyplot()) is None:
+        return
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for name, runs in arms.items():
         end = min(e[-1]["num_tokens"] for _, e, *_ in runs)
@@ -124,11 +140,7 @@ def figure(arms, path, title):
     right.plot([0, 1], [0, 1], color="#aaaaaa", linestyle=":", linewidth=1)
     right.set(xlabel="verifier's mean score of the same solutions", ylabel="true accuracy", xlim=(-0.02, 1.02),
               ylim=(-0.02, 1.02), title="Goodhart plot: below the diagonal it is fooled")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    finish(plt, fig, (left, right), path)
 
 
 def reliability_figure(rows, path):

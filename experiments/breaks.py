@@ -46,7 +46,7 @@ from provers import SMOKE, TUNING, clone, learn_verifier, spread  # noqa: E402
 
 import train_rl  # noqa: E402
 from common import mean, opt, parse, read_metrics, script, write_json  # noqa: E402
-from report import COLOURS, machine  # noqa: E402
+from report import COLOURS, finish, machine, pyplot  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 PROVER = 16
@@ -175,14 +175,8 @@ def draw_curves(axis, results, arms, names, title, weight=2.0):
 
 def figure(results, path):
     """Small multiples: one mistake a panel, for a table and for a transformer; its easy regime; the Goodhart plot."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: pip install matplotlib")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [("table", "table"), ("main", "transformer")] if "main" in results else [("table", "table")]
     last = len(rows)
     fig, axes = plt.subplots(last + 1, 3, figsize=(14.5, 4 * (last + 1)), constrained_layout=True, squeeze=False)
@@ -197,11 +191,7 @@ def figure(results, path):
     else:
         axes[last][1].set_axis_off()
         axes[last][2].set_axis_off()
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    finish(plt, fig, axes.flat, path)
 
 
 def draw_goodhart(axis, results):

@@ -52,7 +52,7 @@ import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from common import mean, opt, parse, script, write_json  # noqa: E402
 from model import load_model  # noqa: E402
-from report import COLOURS, machine  # noqa: E402
+from report import COLOURS, finish, machine, pyplot  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 NAMES = {"base": "base (SFT)", "outcome": "outcome only", "outcome_long": "outcome only, 3x the steps",
@@ -248,14 +248,8 @@ def claims(rows, regimes, seeds, tuned):
 
 def figure(rows, regimes, path):
     """Left: accuracy when stopped. Middle: regret against what was sampled in training. Right: regret, both limits."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: pip install matplotlib")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
     for name, r in rows.items():
         x, label = range(len(r["curve"])), f"{NAMES[name]} (n={len(r['regret_per_seed'])})"
@@ -284,11 +278,7 @@ def figure(rows, regimes, path):
     right.legend(frameon=False, fontsize=8)
     right.set(ylabel="normalised regret, a mark a seed", title="Other regimes, same settings")
     right.set_ylim(bottom=0)
-    for axis in (left, middle, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    finish(plt, fig, (left, middle, right), path)
 
 
 def write(cfg, root, best, tried, runs):

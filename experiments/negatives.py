@@ -48,7 +48,7 @@ import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 from common import UserError, mean, opt, parse, script, write_json  # noqa: E402
 from model import load_model  # noqa: E402
-from report import METHOD_COLOURS, machine  # noqa: E402
+from report import METHOD_COLOURS, finish, machine, pyplot  # noqa: E402
 from sample import generate  # noqa: E402
 from tasks import get_task  # noqa: E402
 from train_dpo import load_pairs  # noqa: E402
@@ -329,26 +329,6 @@ def chain_table(rows):
         lines.append(f"| {r['size']} | {NAMES[r['method']]} | {setting} | {r['test']:.3f} ({r['sd']:.3f}) | {gain} | {own} | "
                      f"{r['sampled']:.3f} | {r['tokens'] / 1e3:.0f}k | {factor} |")
     return "\n".join(lines)
-
-
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: pip install matplotlib")
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def finish(plt, fig, axes, path):
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
 
 
 def chain_figure(rows, clean, reference, sizes, path):

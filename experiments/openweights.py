@@ -49,7 +49,7 @@ from evaluate import Z, interval, vote  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
 from model import Transformer, init_weights, load_model, write_model  # noqa: E402
-from report import COLOURS, machine  # noqa: E402
+from report import COLOURS, finish, machine, pyplot  # noqa: E402
 from solutions import sample_solutions  # noqa: E402
 from tasks import get_task  # noqa: E402
 from tokenizer import alphabet_tokenizer  # noqa: E402
@@ -321,14 +321,8 @@ def table(r):
 
 def figure(r, size, path):
     """Left: RL, accuracy on val against sampled tokens, a line a seed. Right: search, test accuracy against tokens, 95% bars."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: pip install matplotlib")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     n = size["rl"]["eval_problems"]
     for arm, runs in r["curves"].items():
@@ -353,10 +347,7 @@ def figure(r, size, path):
               title="search with the RFT policy (bars: 95%)")
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    finish(plt, fig, (left, right), path)
 
 
 def main(argv=None):

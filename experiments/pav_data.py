@@ -51,7 +51,7 @@ from labels import collect, concatenate  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import Config as VerifierConfig  # noqa: E402
 from pav import Verifier, fit, judge  # noqa: E402
-from report import machine  # noqa: E402
+from report import finish, machine, pyplot  # noqa: E402
 from solutions import write_shard  # noqa: E402
 from tasks import get_task  # noqa: E402
 
@@ -283,14 +283,8 @@ def claims(rows, summary, cfg, command):
 
 def figure(summary, rl, cfg, path):
     """Correlation of the advantage and AUC against tokens (bars: sd over seeds; dashed: later step ends labelled), and RL."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: pip install matplotlib")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
     for axis, metric in ((left, "corr_advantage_exact"), (middle, "auc")):
         for j, (arm, label) in enumerate(NAMES.items()):
@@ -309,11 +303,7 @@ def figure(summary, rl, cfg, path):
     right.set_xticks(range(len(rl)), [NAMES[r["arm"]].replace(": ", "\n").replace(", ", "\n") for r in rl], fontsize=8)
     right.set(ylabel=f"accuracy after {cfg.rl_steps} RL steps", ylim=(0, 1.03),
               title=f"RL on verifiers of {cfg.budgets[-1] // 1000}k tokens (dots: seeds)")
-    for axis in (left, middle, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    finish(plt, fig, (left, middle, right), path)
 
 
 def main(argv=None):

@@ -54,7 +54,7 @@ from kernels import packed_weights  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import load_verifier  # noqa: E402
 from report import COLOURS as REPORT_COLOURS  # noqa: E402
-from report import machine  # noqa: E402
+from report import finish, machine, pyplot  # noqa: E402
 from sample import pass_at_k  # noqa: E402
 from search import beam, best_of_n, learned_values, majority  # noqa: E402
 from tasks import get_task  # noqa: E402
@@ -398,14 +398,8 @@ def claims(results, cfg, command):
 def figure(results, cfg, path):
     """A row a task. Left: accuracy against tokens, band: sd over seeds. Middle: the grid of alpha and K. Right: gain over the
     ORM in the main setting (lines), with weak verifiers (diamonds) and at a low temperature (squares)."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: pip install matplotlib")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     fig, grid = plt.subplots(len(results), 3, figsize=(14.5, 4.2 * len(results)), constrained_layout=True, squeeze=False)
     for (task, r), (left, middle, right) in zip(results.items(), grid):
         for name, a in r["arms"].items():
@@ -440,11 +434,7 @@ def figure(results, cfg, path):
         right.minorticks_off()
         right.set(xlabel=f"N (diamonds: weak verifiers; squares: temperature {cfg.cold:g})",
                   ylabel="accuracy minus best-of-N with the ORM", title="Gain, paired by seed (bars: sd)")
-        for axis in (left, middle, right):
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(alpha=0.2)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    finish(plt, fig, grid.flat, path)
 
 
 def main(argv=None):

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from planted_exact import spearman  # noqa: E402
 
 from common import mean  # noqa: E402
+from report import finish, pyplot  # noqa: E402
 
 
 def spread(values):
@@ -74,14 +75,8 @@ def runs_table(rows):
 def figure(exact, rows, path):
     """The two terms and the first-order gain against the prover's success; the prediction against the time to 50%; the same
     in steps of equal KL; accuracy of the transformer, exact and learned values."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: pip install matplotlib")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     kinds = {"scripted": dict(marker="o", color="#0072B2"), "best-of": dict(marker="s", color="#D55E00")}
     names = {"scripted": "scripted prover, strength", "best-of": "Best-of-K of the base, K"}
     fig, ((left, middle), (equal, right)) = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
@@ -122,10 +117,7 @@ def figure(exact, rows, path):
               title="Sampled gradient and Adam (bars: sd over seeds)")
     for axis in (left, middle, equal, right):
         axis.legend(frameon=False, fontsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    finish(plt, fig, (left, middle, equal, right), path)
 
 
 def verdict(*tests):

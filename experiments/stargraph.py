@@ -30,10 +30,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from negatives import DPO, NAMES, SAMPLING, TUNING, Arm, finish, pyplot, spread, verdict  # noqa: E402
+from negatives import DPO, NAMES, SAMPLING, TUNING, Arm, spread, verdict  # noqa: E402
 
 from common import UserError, mean, opt, parse, script, write_json  # noqa: E402
-from report import METHOD_COLOURS, machine  # noqa: E402
+from report import METHOD_COLOURS, finish, machine, pyplot  # noqa: E402
 
 
 @dataclass

@@ -29,12 +29,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from negatives import finish, pyplot  # noqa: E402
 from vbvf_report import MIXTURES  # noqa: E402
 
 from common import opt, parse, script, write_json  # noqa: E402
 from contextual import Contextual  # noqa: E402
-from report import METHOD_COLOURS, machine  # noqa: E402
+from report import METHOD_COLOURS, finish, machine, pyplot  # noqa: E402
 
 
 @dataclass
