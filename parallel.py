@@ -19,6 +19,7 @@ Without torchrun every function here is a no-op for one process.
 """
 
 import copy
+import importlib
 import os
 import sys
 
@@ -49,6 +50,10 @@ def join(device):
     if cuda:
         device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
         torch.cuda.set_device(device)
+    # Before the group exists: the first import of this module binds the group of that moment as the default of every function,
+    # destroy_process_group() then frees nothing, and gloo's threads abort about one exit in eight.
+    importlib.import_module("torch.distributed.nn.functional")
+
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
@@ -56,8 +61,20 @@ def join(device):
 
 
 def leave():
+    """Leave the group together: who goes first would break the other's last message."""
     if size() > 1:
+        barrier()
         dist.destroy_process_group()
+
+
+def leave_alone(code):
+    """End this process with an error while the others may wait for it: torchrun ends them. The interpreter's own end would
+    abort in gloo's threads and hide the exit code."""
+    if size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def barrier():

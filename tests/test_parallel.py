@@ -100,6 +100,31 @@ def test_two_processes_are_one_sharded_or_not(home, tmp_path, argv):
     same(tmp_path / "one", tmp_path / "sharded")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the threads of /proc")
+@pytest.mark.parametrize("ending, code", [("parallel.leave()", 0), ("common.script(fail)", 2)])
+def test_gloo_threads_are_gone_before_the_interpreter_ends(tmp_path, ending, code):
+    """Threads that outlive the group abort the process now and then, after all is written, with exit code -6."""
+    (tmp_path / "go.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, parallel
+device = parallel.join("cpu")
+import torch.distributed.nn.functional  # as torch.optim does sooner or later
+assert parallel.summed(dict(n=1)) == dict(n=2)
+
+def fail():
+    raise common.UserError("to be mended")
+
+{ending}
+threads = [open(f"/proc/self/task/{{t}}/comm").read() for t in os.listdir("/proc/self/task")]
+assert not [t for t in threads if "gloo" in t], threads
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           str(tmp_path / "go.py")], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert (done.returncode == 0) == (code == 0), done.stderr
+    assert code == 0 or f"exitcode  : {code} " in done.stderr and "terminate called" not in done.stderr, done.stderr
+
+
 def test_a_killed_rank_ends_the_run_and_it_goes_on_alone(home, tmp_path):
     """Rank 1 is killed after the first checkpoint: torchrun ends rank 0 with an error; one process finishes the run."""
     run = tmp_path / "killed"
