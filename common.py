@@ -13,8 +13,8 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -119,6 +119,18 @@ def flags(cfg, names=None):
         else:
             out.append(f"--{flag}={value}")
     return out
+
+
+SAME_TASK = ("task", "data", "question_field", "answer_field", "template", "shots", "planted_prompts", "planted_length", "seed")
+
+
+def say_next(cfg, *commands):
+    """Below a script's summary: what to run now. commands: (what it gives, its argv but for the flags that name the task).
+    Called by main() alone: who calls train() from a program wants no advice."""
+    plain = type(cfg)()
+    same = [n for n in SAME_TASK if n == "task" or getattr(cfg, n, None) != getattr(plain, n, None)]
+    for gives, argv in commands if parallel.rank() == 0 else ():
+        print(f"next, {gives}:\n  python {shlex.join([*map(str, argv), *flags(cfg, same)])}")
 
 
 def script(main):
@@ -407,39 +419,6 @@ def progress(iterable, label, total=None, every=10.0):
         if time.time() - last > every:
             last = time.time()
             print(f"  {label}: {i + 1}" + (f"/{total}" if total else ""), flush=True)
-
-
-def run_jobs(jobs, workers, log_dir):
-    """Run command lines side by side, at most `workers` at once; jobs: list of (label, needs, argv).
-
-    `needs` names labels that must have ended first. Output goes to log_dir/LABEL.log, its last line to
-    the screen. Each job resumes by itself, so a killed batch is simply run again.
-    """
-    log_dir = Path(log_dir)
-    log_dir.mkdir(parents=True, exist_ok=True)
-    waiting, running, done = list(jobs), {}, set()
-    try:
-        while waiting or running:
-            ready = [j for j in waiting if set(j[1]) <= done][: workers - len(running)]
-            for job in ready:
-                waiting.remove(job)
-                log = open(log_dir / f"{job[0].replace('/', '_')}.log", "w")  # noqa: SIM115 (the child's)
-                child = subprocess.Popen([sys.executable, *job[2]], stdout=log, stderr=subprocess.STDOUT)
-                running[job[0]] = (child, log, time.time())
-            time.sleep(0.1)
-            for label, (child, log, start) in list(running.items()):
-                if child.poll() is None:
-                    continue
-                log.close()
-                del running[label]
-                lines = Path(log.name).read_text().strip().splitlines() or [""]
-                if child.returncode:
-                    raise UserError(f"stage {label} failed ({lines[-1]}); all of its output: {log.name}")
-                done.add(label)
-                print(f"  {label:<28} {time.time() - start:6.0f} s   {lines[-1]}", flush=True)
-    finally:
-        for child, _, _ in running.values():
-            child.terminate()
 
 
 def shuffled(n, seed, *purpose):

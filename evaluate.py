@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from answers import answers_equal
-from common import UserError, lock_file, mean, write_json
+from common import UserError, lock_file, mean, say_next, write_json
 from sample import generate, pass_at_k
 from symbolic import available
 
@@ -185,6 +185,7 @@ def evaluate(cfg, model, tokenizer, options):
         write_json(out.with_suffix(".json"), dict(settings=settings, results=result))
         print(f"completions: {out}, settings and results: {out.with_suffix('.json')}")
         file.close()
+        say_next(cfg, ("a vote of eight", ["sample.py", "--model", cfg.model, "--search", "majority", "--n", 8]))
     return result
 
 

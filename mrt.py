@@ -53,6 +53,7 @@ from common import (
     parse,
     progress,
     save_checkpoint,
+    say_next,
     script,
     setup,
     shuffled,
@@ -384,7 +385,10 @@ def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     if cfg.smoke:
         cfg.rounds, cfg.num_prompts, cfg.num_generations, cfg.steps, cfg.eval_problems = min(cfg.rounds, 1), 8, 4, 2, 16
-    return train(cfg)
+    summary = train(cfg)
+    say_next(cfg, ("the same by RL", ["train_rl.py", "--reward", "mrt", "--policy", cfg.policy, "--run-dir",
+                                      f"{cfg.run_dir}_rl"]))
+    return summary
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from common import (
     progress,
     require_finite,
     save_checkpoint,
+    say_next,
     script,
     setup,
     shuffled,
@@ -401,7 +402,12 @@ def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     if cfg.smoke:
         cfg.num_problems, cfg.epochs, cfg.eval_problems, cfg.eval_mc = 64, 1, 16, 4
-    return train(cfg)
+    summary = train(cfg)
+    reward, search = ("orm", "best-of-n") if cfg.label == "outcome" else ("pav", "beam")
+    say_next(cfg, ("RL that it pays for", ["train_rl.py", "--reward", reward, "--policy", cfg.policy, "--verifier", cfg.run_dir,
+                                           "--run-dir", f"{cfg.run_dir}_rl"]),
+             ("search with it", ["sample.py", "--model", cfg.policy, "--verifier", cfg.run_dir, "--search", search, "--n", 12]))
+    return summary
 
 
 if __name__ == "__main__":

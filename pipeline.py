@@ -9,10 +9,13 @@ killed and resumed alone; the log of each holds the exact command.
 import json
 import os
 import shlex
+import subprocess
+import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
-from common import UserError, flags, run_jobs, write_json
+from common import UserError, flags, say_next, write_json
 
 # Settings of the stages, per task. What was searched to arrive at them stands in docs/log.md; the RL settings
 # are shared by all arms of a comparison.
@@ -162,7 +165,45 @@ def run(cfg, given):
     import report
 
     report.write(root)
+    argv = next((j[2] for j in jobs if j[0].endswith("/rl_pav")), None)
+    if argv:
+        policy, verifier = flag_value(argv, "run-dir"), flag_value(argv, "verifier")
+        say_next(replace(cfg, seed=int(flag_value(argv, "seed"))), ("its solutions, each step with its value and progress",
+                 ["sample.py", "--model", policy, "--verifier", verifier, "--show"]))
     return root
+
+
+def run_jobs(jobs, workers, log_dir):
+    """Run command lines side by side, at most `workers` at once; jobs: list of (label, needs, argv).
+
+    `needs` names labels that must have ended first. Output goes to log_dir/LABEL.log, its last line to
+    the screen. Each job resumes by itself, so a killed batch is simply run again.
+    """
+    log_dir = Path(log_dir)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    waiting, running, done = list(jobs), {}, set()
+    try:
+        while waiting or running:
+            ready = [j for j in waiting if set(j[1]) <= done][: workers - len(running)]
+            for job in ready:
+                waiting.remove(job)
+                log = open(log_dir / f"{job[0].replace('/', '_')}.log", "w")  # noqa: SIM115 (the child's)
+                child = subprocess.Popen([sys.executable, *job[2]], stdout=log, stderr=subprocess.STDOUT)
+                running[job[0]] = (child, log, time.time())
+            time.sleep(0.1)
+            for label, (child, log, start) in list(running.items()):
+                if child.poll() is None:
+                    continue
+                log.close()
+                del running[label]
+                lines = [n for n in Path(log.name).read_text().splitlines() if not n.startswith(("next, ", "  python "))] or [""]
+                if child.returncode:
+                    raise UserError(f"stage {label} failed ({lines[-1]}); all of its output: {log.name}")
+                done.add(label)
+                print(f"  {label:<28} {time.time() - start:6.0f} s   {lines[-1]}", flush=True)
+    finally:
+        for child, _, _ in running.values():
+            child.terminate()
 
 
 def refuse_other_settings(root, jobs, complete):

@@ -47,6 +47,7 @@ from common import (
     progress,
     require_finite,
     save_checkpoint,
+    say_next,
     script,
     setup,
     shuffled,
@@ -398,7 +399,9 @@ def main(argv=None):
     if cfg.smoke:
         cfg.num_generations, cfg.n_mc, cfg.epochs, cfg.eval_problems = 8, max(2, cfg.best_of_k), 1, 32
         cfg.num_problems = min(cfg.num_problems or 32, 32)
-    return train(cfg)
+    summary = train(cfg)
+    say_next(cfg, ("how often it is right on test problems", ["sample.py", "--model", cfg.run_dir, "--eval"]))
+    return summary
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from common import (
     read_metrics,
     require_finite,
     save_checkpoint,
+    say_next,
     script,
     setup,
     shuffled,
@@ -414,12 +415,16 @@ def completion_kl(model, reference, rollouts, cfg, device):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     cfg = parse(Config, argv, __doc__)
+    if cfg.smoke:
+        cfg.steps, cfg.eval_steps, cfg.eval_problems = min(cfg.steps, 3), 1, min(cfg.eval_problems, 32)
     if cfg.data:
         task = get_task(cfg)  # what is wrong with the files is said before any stage is built
         for split in ("train", "val", cfg.eval_split):
             task.problems(split, 1, 0)
     if cfg.policy and cfg.run_dir and (cfg.verifier or cfg.reward in ("outcome", "mrt")):
-        return train(cfg)  # every stage is given: one arm
+        summary = train(cfg)  # every stage is given: one arm
+        say_next(cfg, ("how often it is right on test problems", ["sample.py", "--model", cfg.run_dir, "--eval"]))
+        return summary
     import pipeline
 
     if parallel.size_asked() > 1 or cfg.rollout_url:

@@ -39,6 +39,7 @@ from common import (
     progress,
     require_finite,
     save_checkpoint,
+    say_next,
     script,
     setup,
     shuffled,
@@ -314,7 +315,10 @@ def main(argv=None):
     if cfg.smoke:
         cfg.steps, cfg.num_examples, cfg.eval_problems = min(cfg.steps, 20), min(cfg.num_examples, 256), 32
         cfg.num_generations = 4
-    return train(cfg)
+    summary = train(cfg)
+    say_next(cfg, ("how often it is right on test problems", ["sample.py", "--model", cfg.run_dir, "--eval"]),
+             ("a verifier of its steps", ["pav.py", "--policy", cfg.run_dir]))
+    return summary
 
 
 if __name__ == "__main__":

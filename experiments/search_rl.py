@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pipeline  # noqa: E402
-from common import mean, opt, parse, read_metrics, run_jobs, script, write_json  # noqa: E402
+from common import mean, opt, parse, read_metrics, script, write_json  # noqa: E402
 from train_rl import Config as RLConfig  # noqa: E402
 
 ARMS = ["outcome", "pav"]
@@ -54,7 +54,7 @@ def main():
         argv += [f"--learning-rate={lr}", f"--entropy-coef={entropy}", f"--num-generations={group}",
                  f"--num-prompts={128 // group}", f"--run-dir={run}"]
         stages.append((name, needs, argv))
-    run_jobs(stages, cfg.workers or os.cpu_count() or 1, root / "logs")
+    pipeline.run_jobs(stages, cfg.workers or os.cpu_count() or 1, root / "logs")
     rows = []
     for (arm, lr, entropy, group), run in where.items():
         curve = [r["eval/accuracy"] for r in read_metrics(run) if "eval/accuracy" in r]

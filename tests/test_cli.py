@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,26 @@ def test_tensorboard_is_optional_and_gets_the_numbers(tmp_path, monkeypatch):
     assert seen == [(str(tmp_path / "tensorboard"), 5), ("step", 5, 5), ("loss", 0.5, 5)]
     common.Metrics(tmp_path).write(1, loss=1.0)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("script, argv, said", [
+    ("train_sft", ["--task", "jsonl", "--data", "a b.jsonl", "test=c.jsonl"], ["sample", "pav"]),
+    ("pav", ["--policy", "p"], ["train_rl", "sample"]),
+    ("pav", ["--policy", "p", "--label", "outcome", "--planted-length", "3"], ["train_rl", "sample"]),
+    ("train_rl", ["--policy", "p", "--reward", "outcome", "--seed", "3"], ["sample"]),
+    ("train_dpo", ["--policy", "p"], ["sample"]),
+    ("mrt", ["--policy", "p", "--task", "probe"], ["train_rl"]),
+])
+def test_what_a_script_says_to_run_next_would_run(script, argv, said, monkeypatch, capsys):
+    """Its flags exist there, and name the same task, seed and run."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "train", lambda cfg: {})
+    monkeypatch.setattr(module, "get_task", lambda cfg: get_task("planted"), raising=False)  # no file is looked for
+    module.main([*argv, "--run-dir", "here is/it"])
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  python ")]
+    assert [c[1] for c in commands] == [f"{s}.py" for s in said]
+    cfg = common.parse(module.Config, argv)
+    for command in commands:
+        assert any(a.startswith("here is/it") for a in command)
+        theirs = common.parse(importlib.import_module(command[1][:-3]).Config, command[2:])
+        assert all(getattr(theirs, f) == getattr(cfg, f) for f in ("task", "data", "seed", "planted_length"))
