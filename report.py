@@ -186,6 +186,14 @@ def write(root, out=None):
     print("metrics of each arm: " + ", ".join(f"{root}/seed*/rl_{a}/metrics.jsonl" for a in rows))
 
 
+def print_results(text, out, seconds=0, figure="curves", numbers="results"):
+    """What every experiment ends with: its table, where the files lie, and what to run next."""
+    cost = f"   {seconds / 60:.0f} CPU minutes" if seconds else ""
+    print(f"\n{text}\n\nfigure: {out}/{figure}.png   numbers: {out}/{numbers}.json{cost}")
+    if str(out).startswith("docs/results"):
+        print("next, its claims in README's table:\n  python experiments/claims.py")
+
+
 def machine():
     """Processor and core count, for the record beside the numbers."""
     try:

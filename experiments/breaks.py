@@ -46,7 +46,7 @@ from provers import SMOKE, TUNING, clone, learn_verifier, spread  # noqa: E402
 
 import train_rl  # noqa: E402
 from common import mean, opt, parse, read_metrics, script, write_json  # noqa: E402
-from report import COLOURS, finish, machine, pyplot  # noqa: E402
+from report import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 PROVER = 16
@@ -300,7 +300,7 @@ def main(argv=None):
         claims=from_paper, lessons=lessons, command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
         results=results, cpu_seconds_of_this_call=round(time.process_time() - clock)))
     figure(results, out / "curves.png")
-    print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+    print_results(text, out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python experiments/memorization.py                            # own runs and curation: about 25 CPU minutes
     python experiments/memorization.py --published FILE.npz       # the authors' measurements, seconds
-    -> docs/results/memorization/{published,runs,curation}.json, *.png, table.md
+    -> docs/results/memorization/{published,runs,curation}.json, published.png, curves.png, table.md
 
 1. published  R^2 of mean pre-memorization accuracy against test accuracy (line y = x) on the arrays that the authors
               released for Llama-3-8B on GSM8K and MATH, with their thresholds, and with the threshold chosen on half of
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_sft  # noqa: E402
@@ -39,6 +40,7 @@ from memorization import (  # noqa: E402
     sampled_accuracy,
 )
 from model import load_model, resolve  # noqa: E402
+from report import finish, machine, print_results, pyplot  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 TAU = dict(gsm8k=-2.3, math=-1.7)  # the authors' thresholds: ln(nll)
@@ -189,13 +191,12 @@ def curation_claim(command, more):
                  "" if best else "another measure of difficulty does as well or better")
 
 
-def scatter(path, panels, title):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), squeeze=False)
+def scatter(path, panels, title, more=None):
+    """A panel for each {name: result of judge()}: what training shows against test accuracy. more: curation()'s, as one more."""
+    if (plt := pyplot()) is None:
+        return
+    fig, axes = plt.subplots(1, len(panels) + bool(more), figsize=(4.8 * (len(panels) + bool(more)), 4.2), squeeze=False,
+                             constrained_layout=True)
     for axis, (name, r) in zip(axes[0], panels.items()):
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=1)
         axis.scatter(r["train_accuracy"], r["test"], s=14, color="#E69F00", marker="x", label=f"train accuracy, "
@@ -204,9 +205,22 @@ def scatter(path, panels, title):
                      f"(held out {r['held_out']['median']:.2f})")
         axis.set(xlabel="measured on the training set", ylabel="test accuracy", xlim=(0, 1), ylim=(0, 1), title=name)
         axis.legend(fontsize=7, loc="upper left")
+    if more:
+        curated(axes[0][-1], more)
     fig.suptitle(title, fontsize=10)
-    fig.tight_layout()
-    fig.savefig(path, dpi=130)
+    finish(plt, fig, axes[0], path)
+
+
+def curated(axis, more):
+    """Test accuracy by how the examples were chosen: a dot a seed, a bar their mean; the seeds' start is the first column."""
+    columns = [(by, n, a) for n, arms in sorted(more.items(), key=lambda x: int(x[0])) for by, a in arms.items()]
+    for x, (by, _, a) in enumerate(columns):
+        colour = {"none": "0.5", "iid": "#000000", "premem": "#0072B2", "nll": "#D55E00", "accuracy": "#E69F00"}[by]
+        axis.scatter([x] * len(a), a, s=16, color=colour, alpha=0.6)
+        axis.hlines(np.mean(a), x - 0.3, x + 0.3, color=colour, linewidth=2)
+    axis.set(xticks=range(len(columns)), ylabel="test accuracy", title="data chosen by a measure of difficulty")
+    names = dict(none="start", premem="pre-mem.", accuracy="train acc.")
+    axis.set_xticklabels([f"{names.get(by, by)}\n{n}" for by, n, _ in columns], fontsize=8)
 
 
 def row(name, r):
@@ -222,7 +236,8 @@ def main():
     cfg, out = parse(Config, None, __doc__), None
     out = Path(cfg.out if not cfg.smoke else f"{cfg.run_dir}_smoke/results")
     out.mkdir(parents=True, exist_ok=True)
-    command = "python experiments/memorization.py " + " ".join(sys.argv[1:]).replace(cfg.published or "\0", "FILE.npz")
+    argv = " ".join(sys.argv[1:]).replace(cfg.published or "\0", "FILE.npz")
+    command = f"python experiments/memorization.py {argv}".strip()
     if cfg.published:
         panels = {name: judge(runs, fixed=float(np.exp(TAU[name]))) for name, runs in published(cfg.published).items()}
         found = [published_claim(command, name, r) for name, r in panels.items()]
@@ -244,11 +259,12 @@ def main():
                  f"percentile {result['held_out']['p10']:.3f}); training accuracy {result['r2_train_accuracy']:.2f}",
                  predicts(result))
     minutes = lambda: (time.process_time() - start) / 60  # noqa: E731
-    write_json(out / "runs.json", plain(dict(command=command, claims=[says], cpu_minutes=minutes()) | result))
-    scatter(out / "runs.png", {"chain arithmetic, 0.1M parameters": result}, "each point one snapshot of one run")
+    record = dict(command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg))
+    write_json(out / "runs.json", plain(record | dict(claims=[says], cpu_minutes_of_this_call=minutes()) | result))
     more = curation(cfg, float(result["threshold"]))
-    write_json(out / "curation.json", plain(dict(command=command, claims=[curation_claim(command, more)], cpu_minutes=minutes(),
-                                                 threshold=result["threshold"], test_accuracy=more)))
+    scatter(out / "curves.png", {"--task worded, our own runs": result}, "left: each point one snapshot of one run", more)
+    write_json(out / "curation.json", plain(record | dict(claims=[curation_claim(command, more)], threshold=result["threshold"],
+                                                          cpu_minutes_of_this_call=minutes(), test_accuracy=more)))
     lines = [HEAD + row("worded", result), "", f"From a first line in other words, right: {result['robustness']}", "",
              "| examples | chosen by | test accuracy, mean (sd over seeds) | better than iid, seeds |", "|---|---|---|---|"]
     for n, arms in sorted(more.items(), key=lambda x: int(x[0])):
@@ -256,8 +272,7 @@ def main():
             wins = f"{sum(x > y for x, y in zip(a, arms['iid']))} of {len(a)}" if "iid" in arms and by != "iid" else ""
             lines.append(f"| {n} | {by} | {np.mean(a):.3f} ({np.std(a, ddof=1) if len(a) > 1 else 0:.3f}) | {wins} |")
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    print((out / "table.md").read_text())
-    print(f"results: {out}")
+    print_results("\n".join(lines), out, figure="curves", numbers="runs.json, curation")
 
 
 if __name__ == "__main__":

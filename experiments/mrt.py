@@ -52,7 +52,7 @@ import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from common import mean, opt, parse, script, write_json  # noqa: E402
 from model import load_model  # noqa: E402
-from report import COLOURS, finish, machine, pyplot  # noqa: E402
+from report import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 NAMES = {"base": "base (SFT)", "outcome": "outcome only", "outcome_long": "outcome only, 3x the steps",
@@ -301,8 +301,7 @@ def write(cfg, root, best, tried, runs):
         chosen=best, rows=rows, **regimes, tuning=tried, cpu_seconds=round(seconds),
         details={n: [{k: v for k, v in r.items() if "curve" not in k} for r in rs] for n, rs in runs[""].items()}))
     figure(rows, regimes, out / "curves.png")
-    print("\n" + "\n\n".join(tables))
-    print(f"\nfigure: {out}/curves.png   numbers: {out}/results.json   {seconds / 60:.0f} CPU minutes")
+    print_results("\n\n".join(tables), out, seconds)
 
 
 def main(argv=None):

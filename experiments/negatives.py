@@ -48,7 +48,7 @@ import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 from common import UserError, mean, opt, parse, script, write_json  # noqa: E402
 from model import load_model  # noqa: E402
-from report import METHOD_COLOURS, finish, machine, pyplot  # noqa: E402
+from report import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 from sample import generate  # noqa: E402
 from tasks import get_task  # noqa: E402
 from train_dpo import load_pairs  # noqa: E402
@@ -393,7 +393,7 @@ def chain(cfg, root, out):
         clean_details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in clean.items()},
         cpu_seconds=round(sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("**/accuracy.json")))))
     chain_figure(rows, clean_rows, reference, cfg.sizes, out / "curves.png")
-    print("\n" + "\n\n".join(tables) + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+    print_results("\n\n".join(tables), out)
 
 
 def reference_table(rows):

@@ -49,7 +49,7 @@ from evaluate import Z, interval, vote  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
 from model import Transformer, init_weights, load_model, write_model  # noqa: E402
-from report import COLOURS, finish, machine, pyplot  # noqa: E402
+from report import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 from solutions import sample_solutions  # noqa: E402
 from tasks import get_task  # noqa: E402
 from tokenizer import alphabet_tokenizer  # noqa: E402
@@ -387,7 +387,7 @@ def main(argv=None):
         if kind != "sample":
             shutil.copy(root / name / "metrics.jsonl", out / f"metrics_{name}.jsonl")
     figure(result, size, out / "curves.png")
-    print(f"\n{text}\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+    print_results(text, out)
 
 
 if __name__ == "__main__":

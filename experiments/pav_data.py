@@ -51,7 +51,7 @@ from labels import collect, concatenate  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import Config as VerifierConfig  # noqa: E402
 from pav import Verifier, fit, judge  # noqa: E402
-from report import finish, machine, pyplot  # noqa: E402
+from report import finish, machine, print_results, pyplot  # noqa: E402
 from solutions import write_shard  # noqa: E402
 from tasks import get_task  # noqa: E402
 
@@ -323,7 +323,7 @@ def main(argv=None):
                                           designs=DESIGNS, claims=claims(rows, summary, cfg, command),
                                           cpu_seconds=round(seconds), rows=summary, rl=accuracy, details=rows, tuning=tried))
     figure(summary, accuracy, cfg, out / "curves.png")
-    print(f"\n{text}\n\nfigure: {out}/curves.png   numbers: {out}/results.json   {seconds / 60:.0f} CPU minutes")
+    print_results(text, out, seconds)
 
 
 if __name__ == "__main__":

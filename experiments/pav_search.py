@@ -54,7 +54,7 @@ from kernels import packed_weights  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import load_verifier  # noqa: E402
 from report import COLOURS as REPORT_COLOURS  # noqa: E402
-from report import finish, machine, pyplot  # noqa: E402
+from report import finish, machine, print_results, pyplot  # noqa: E402
 from sample import pass_at_k  # noqa: E402
 from search import beam, best_of_n, learned_values, majority  # noqa: E402
 from tasks import get_task  # noqa: E402
@@ -469,7 +469,7 @@ def main(argv=None):
     write_json(out / "results.json", dict(command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
                                           claims=claims(results, cfg, command), cpu_seconds=round(seconds), tasks=results))
     figure(results, cfg, out / "curves.png")
-    print(f"\n{text}\n\nfigure: {out}/curves.png   numbers: {out}/results.json   {seconds / 60:.0f} CPU minutes")
+    print_results(text, out, seconds)
 
 
 if __name__ == "__main__":

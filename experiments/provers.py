@@ -72,7 +72,7 @@ import train_sft  # noqa: E402
 from common import derive, mean, opt, parse, read_metrics, script, write_json  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import load_model  # noqa: E402
-from report import machine  # noqa: E402
+from report import machine, print_results  # noqa: E402
 from sample import generate  # noqa: E402
 from tasks import get_task  # noqa: E402
 
@@ -307,7 +307,7 @@ def write(cfg, exact, rows, seconds):
                                           torch=torch.__version__, settings=vars(cfg), exact=exact, runs=rows,
                                           cpu_seconds_of_this_call=round(seconds)))
     figure(exact, rows, out / "curves.png")
-    print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+    print_results(text, out)
 
 
 def main(argv=None):

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from negatives import DPO, NAMES, SAMPLING, TUNING, Arm, spread, verdict  # noqa: E402
 
 from common import UserError, mean, opt, parse, script, write_json  # noqa: E402
-from report import METHOD_COLOURS, finish, machine, pyplot  # noqa: E402
+from report import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 
 
 @dataclass
@@ -148,7 +148,7 @@ def main(argv=None):
         claims=claims(rows, cfg), rows=rows,
         cpu_seconds=round(sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("**/accuracy.json")))))
     figure(rows, cfg, out / "curves.png")
-    print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+    print_results(text, out)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ from common import derive, generator, opt, parse, script, shuffled, write_json  
 from contextual import Contextual  # noqa: E402
 from model import load_model, token_logprobs, write_model  # noqa: E402
 from pav import Verifier, value_loss  # noqa: E402
-from report import machine  # noqa: E402
+from report import machine, print_results  # noqa: E402
 from sample import generate  # noqa: E402
 
 TUNING = 1000  # this seed chooses settings, on val; seeds below are reported, on test
@@ -412,7 +412,7 @@ def main(argv=None):
         claims=claims(rows, cfg, command), command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
         mixtures=MIXTURES, tuning=tuning, rows=rows, cpu_seconds=round(sum(r["cpu_seconds"] for r in rows))))
     figure(rows, cfg, out / "curves.png")
-    print("\n" + text + f"\n\nfigure: {out}/curves.png   numbers: {out}/results.json")
+    print_results(text, out)
 
 
 if __name__ == "__main__":

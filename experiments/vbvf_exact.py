@@ -33,7 +33,7 @@ from vbvf_report import MIXTURES  # noqa: E402
 
 from common import opt, parse, script, write_json  # noqa: E402
 from contextual import Contextual  # noqa: E402
-from report import METHOD_COLOURS, finish, machine, pyplot  # noqa: E402
+from report import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 
 
 @dataclass
@@ -146,7 +146,7 @@ def main(argv=None):
     write_json(out / "exact.json", dict(claims=claims(rows, cfg.n, command), command=command, machine=machine(),
                                         settings=vars(cfg), mixtures=MIXTURES, rows=rows))
     figure(rows, cfg.n, out / "exact.png")
-    print(text + f"\n\nfigure: {out}/exact.png   numbers: {out}/exact.json")
+    print_results(text, out, figure="exact", numbers="exact")
 
 
 if __name__ == "__main__":
