@@ -90,9 +90,9 @@ class Config:
     transformer: bool = opt(True, "also train transformers, with exact and with learned values")
     exact_arms: list = opt(["scripted-5", "scripted-8", "scripted-16", "scripted-100", "scripted-1000", "best-of-4",
                             "best-of-16"], "provers whose exact values pay a transformer")
-    learned_arms: list = opt(["scripted-16", "best-of-1", "best-of-4"], "provers with a learned verifier")
-    verifier_problems: int = opt(20000, "continuations that a learned verifier is trained on", low=1)
-    verifier_epochs: int = opt(2, "passes over them", low=1)
+    learned_arms: list = opt(["scripted-16", "scripted-1000", "best-of-1", "best-of-4"], "provers with a learned verifier")
+    verifier_problems: int = opt(40000, "continuations that a learned verifier is trained on (train_rl.py's default)", low=1)
+    verifier_epochs: int = opt(6, "passes over them (also its default)", low=1)
     learning_rates: list = opt([1e-3, 3e-3], "grid of every arm with a transformer")
     seeds: int = opt(5, "seeds of the reported numbers", low=2)
     steps: int = opt(60, "RL steps", low=1)
@@ -263,8 +263,9 @@ def reinforce(cfg, root, seed, source, prover, lr):
     return [r["eval/accuracy"] for r in read_metrics(run) if "eval/accuracy" in r]
 
 
-def advantage_correlation(cfg, root, seed, task, prover):
-    """Of the learned with the exact A^mu, over the steps of 512 solutions of the base."""
+def advantage_correlation(cfg, root, seed, prover):
+    """Of the learned with the exact A^mu, over the steps of 512 solutions of the base; nan where either is constant."""
+    task = get_task(train_rl.Config(task="planted", seed=seed))  # whose hidden sequences depend on the seed
     model, tokenizer = load_model(clone(seed, "sft", 5, cfg.smoke))
     problems = task.problems("test", 512, 0)
     rolled = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=task.max_new_tokens,
@@ -276,12 +277,12 @@ def advantage_correlation(cfg, root, seed, task, prover):
 
 def transformer_part(cfg, root):
     arms = [("outcome", "none")] + [("exact", p) for p in cfg.exact_arms] + [("learned", p) for p in cfg.learned_arms]
-    task, rows = get_task(train_rl.Config(task="planted")), []
+    rows = []
     for source, prover in arms:
         tried = {lr: mean(reinforce(cfg, root, TUNING, source, prover, lr)[1:]) for lr in cfg.learning_rates}
         lr = max(tried, key=tried.get)
         curves = [reinforce(cfg, root, seed, source, prover, lr) for seed in range(cfg.seeds)]
-        corr = [advantage_correlation(cfg, root, seed, task, prover) for seed in range(cfg.seeds) if source == "learned"]
+        corr = [advantage_correlation(cfg, root, seed, prover) for seed in range(cfg.seeds) if source == "learned"]
         rows.append(row(source, prover, lr, tried, curves, corr))
     return rows
 

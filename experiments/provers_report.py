@@ -1,5 +1,6 @@
 """Tables, figure and claims of experiments/provers.py, from its numbers; nothing is computed twice."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -65,7 +66,10 @@ def runs_table(rows):
     lines = ["| policy, values | prover | learning rate | accuracy, averaged over the run (sd) | per seed | at the end (sd) "
              "| corr. of learned with exact A (sd) |", "|---|---|---|---|---|---|---|"]
     for r in rows:
-        corr = f"{mean(r['corr_advantage']):.2f} ({spread(r['corr_advantage']):.2f})" if r["corr_advantage"] else ""
+        known = [c for c in r["corr_advantage"] if c is not None and math.isfinite(c)]
+        corr = f"{mean(known):.2f} ({spread(known):.2f})" if known else ""
+        if len(known) < len(r["corr_advantage"]):
+            corr += f" the verifier is constant on {len(r['corr_advantage']) - len(known)} of {len(r['corr_advantage'])} seeds"
         per_seed = " ".join(f"{v:.2f}" for v in r["per_seed"])
         lines.append(f"| {HOW[r['source']]} | {r['prover']} | {r['learning_rate']:g} | {r['mean']:.3f} ({r['mean_sd']:.3f}) | "
                      f"{per_seed} | {r['end']:.3f} ({r['end_sd']:.3f}) | {corr} |")
@@ -116,7 +120,7 @@ def figure(exact, rows, path):
     right.set(xscale="log", xlabel="success of the prover from the prompt", ylabel="accuracy, mean over the run",
               title="Sampled gradient and Adam (bars: sd over seeds)")
     for axis in (left, middle, equal, right):
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, handlelength=3)
     finish(plt, fig, (left, middle, equal, right), path)
 
 
