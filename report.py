@@ -38,8 +38,9 @@ def load_arms(root):
             continue
         evaluations = [r for r in read_metrics(run) if "eval/accuracy" in r]
         config = json.loads((run / "run_config.json").read_text())
-        verifier = Path(config["verifier"]) / "summary.json" if config["verifier"] else None
-        info = json.loads(verifier.read_text()) if verifier and verifier.exists() else None
+        beside = run.parent / Path(config["verifier"]).name / "summary.json"  # the runs may have been moved since
+        places = [p for p in (Path(config["verifier"]) / "summary.json", beside) if config["verifier"] and p.exists()]
+        info = json.loads(places[0].read_text()) if places else None
         if run.name == "rl_mrt":  # its prover's tokens are sampled during RL
             info = dict(sampled_tokens=json.loads((run / "summary.json").read_text())["mrt_tokens"])
         arms.setdefault(run.name[3:], []).append((run.parent.name, evaluations, info, config))

@@ -285,6 +285,17 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
                            "clip_ratio/region_mean": total["clip"]}
 
 
+@torch.no_grad()
+def completion_kl(model, reference, rollouts, cfg, device):
+    """[B] sum over the completion of log pi - log ref (k1), for the reward."""
+    mask = rollouts.mask()
+    tokens, targets = rollouts.tokens.to(device), mask.to(device)
+    gap = torch.zeros(mask.shape)
+    gap[mask] = (token_logprobs(model, tokens, targets, cfg.temperature)[0]
+                 - token_logprobs(reference, tokens, targets, cfg.temperature)[0]).cpu()
+    return gap.sum(1)
+
+
 def evaluate(model, tokenizer, task, verifier, cfg, limit, keep=None):
     """Sampled accuracy on held-out problems, and what the verifier believes of the same solutions; some go to file `keep`."""
     problems = task.problems(cfg.eval_split, cfg.eval_problems, 0)
@@ -399,17 +410,6 @@ def train(cfg, verifier=None):
     print(f"{cfg.reward}: {evals[0]['eval/accuracy']:.3f} -> {summary['accuracy']:.3f} after {cfg.steps} steps, "
           f"{tokens_seen} tokens, {summary['seconds']:.0f} s -> {run}")
     return summary
-
-
-@torch.no_grad()
-def completion_kl(model, reference, rollouts, cfg, device):
-    """[B] sum over the completion of log pi - log ref (k1), for the reward."""
-    mask = rollouts.mask()
-    tokens, targets = rollouts.tokens.to(device), mask.to(device)
-    gap = torch.zeros(mask.shape)
-    gap[mask] = (token_logprobs(model, tokens, targets, cfg.temperature)[0]
-                 - token_logprobs(reference, tokens, targets, cfg.temperature)[0]).cpu()
-    return gap.sum(1)
 
 
 def main(argv=None):
