@@ -1,6 +1,8 @@
 """Open weights, word problems, the whole road: SmolLM2-135M from its base to RL with process rewards, and search.
 
     python experiments/openweights.py --size cpu --data mawps_*.jsonl          # about an hour of one core
+    python experiments/openweights.py --size cpu-gsm8k --problems gsm8k --limit 160 --data gsm8k_train.jsonl gsm8k_test.jsonl \
+                                      --out docs/results/openweights_gsm8k     # 90 minutes of one core
     python experiments/openweights.py --size gpu --data mawps_*.jsonl          # written for one H100; nobody has run it yet
     python experiments/openweights.py --size gpu --problems gsm8k --limit 256 --data gsm8k_train.jsonl gsm8k_test.jsonl
     python experiments/openweights.py --smoke                                  # a tiny random model, made-up problems
@@ -64,7 +66,7 @@ SIZES = dict(
         rl_seeds=[0], test=100, n=2, base=40, beam_test=50, dtype="float32",
         sft=dict(steps=36, batch_size=16, learning_rate=2e-4, warmup_steps=4, eval_problems=48, logging_steps=4),
         rft=dict(steps=10, batch_size=16, learning_rate=1e-4, warmup_steps=2, num_problems=150, num_generations=4, slots=128,
-                 eval_problems=48, logging_steps=2),
+                 rft_demonstrations=False, eval_problems=48, logging_steps=2),
         verifier=dict(epochs=2, batch_size=8, learning_rate=5e-5, slots=128, eval_problems=48, eval_mc=4),
         orm=dict(num_problems=200, n_cov=1), q=dict(num_problems=100, n_cov=1, cuts=1, n_mc=2),
         rl=dict(num_prompts=4, num_generations=8, steps=8, learning_rate=2e-5, warmup_steps=2, alpha=1.0, slots=128,
@@ -73,13 +75,20 @@ SIZES = dict(
     gpu=dict(
         rl_seeds=[0, 1, 2], test=0, n=8, base=0, beam_test=0, dtype="bfloat16",  # sampling alone: such weights swallow updates
         sft=dict(steps=100, batch_size=32, learning_rate=1e-4, warmup_steps=10, eval_problems=256),
-        rft=dict(steps=60, batch_size=32, learning_rate=5e-5, warmup_steps=5, num_generations=16, eval_problems=256),
+        rft=dict(steps=60, batch_size=32, learning_rate=5e-5, warmup_steps=5, num_generations=16, rft_demonstrations=False,
+                 eval_problems=256),
         verifier=dict(epochs=2, batch_size=64, learning_rate=3e-5, eval_problems=160, eval_mc=16),
         orm=dict(num_problems=0, n_cov=32), q=dict(num_problems=0, n_cov=4, cuts=2, n_mc=4),
         rl=dict(num_prompts=16, num_generations=16, steps=100, learning_rate=1e-5, warmup_steps=5, alpha=1.0, eval_steps=10,
                 eval_problems=256),
         search=dict(n=64, beam=12)),
 )
+# GSM8K's solutions are five times as long as MAWPS' here: fewer of them, so that it stays a matter of one core and 90 minutes. Of
+# its own few are right, so that RFT trains on them and the demonstrations.
+SIZES["cpu-gsm8k"] = SIZES["cpu"] | dict(
+    test=50, beam_test=25, rft=SIZES["cpu"]["rft"] | dict(num_problems=100, rft_demonstrations=True),
+    orm=dict(num_problems=120, n_cov=1), q=dict(num_problems=60, n_cov=1, cuts=1, n_mc=2),
+    rl=SIZES["cpu"]["rl"] | dict(steps=6, eval_steps=3))
 SMOKE = dict(
     rl_seeds=[0], test=8, n=2, base=8, beam_test=8, dtype="float32",
     sft=dict(steps=4, batch_size=8, eval_problems=8),
@@ -91,13 +100,13 @@ SMOKE = dict(
 
 @dataclass
 class Config:
-    size: str = opt("cpu", "which column of SIZES", choices=["cpu", "gpu"])
+    size: str = opt("cpu", "which column of SIZES", choices=["cpu", "cpu-gsm8k", "gpu"])
     problems: str = opt("mawps", "what the files hold", choices=["mawps", "gsm8k"])
     data: list = opt(MAWPS, "files: MAWPS' four parts, or GSM8K's train and test")
     model: str = opt("smollm2", "open weights to start from: a folder, smollm2 or a hub id")
     limit: int = opt(48, "tokens of a completion (GSM8K needs 256)", low=1)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
-    threads: int = opt(0, "CPU threads (0: 1 with --size cpu, else torch's choice)", low=0)
+    threads: int = opt(0, "CPU threads (0: 1 with --size cpu*, else torch's choice)", low=0)
     run_dir: str = opt("", "where the stages are kept (default: runs/openweights/PROBLEMS_SIZE)")
     out: str = opt("docs/results/openweights", "where table, figure and numbers go")
     only: list = opt([], "run these stages alone, e.g. rft q test_sft, so that several processes share the work; report: the "
@@ -133,14 +142,16 @@ def tiny_model(folder):
 def plan(cfg, size, root):
     """[(name, script, argv, file that exists when it is done)], in order."""
     file = lambda part: str(root / "data" / f"{part}.jsonl")  # noqa: E731
-    device = [f"--device={cfg.device}", f"--threads={cfg.threads or (1 if cfg.size == 'cpu' or cfg.smoke else 0)}"]
+    device = [f"--device={cfg.device}", f"--threads={cfg.threads or (1 if cfg.size != 'gpu' or cfg.smoke else 0)}"]
     task = lambda part, template="plain": ["--task=jsonl", f"--template={template}", "--data", f"train={file(part)}",  # noqa: E731
                                            f"val={file('val')}", f"test={file('test')}", *device]
     stages = []
 
     def stage(name, kind, part, settings, *more):
         argv = [*task(part), f"--max-completion-length={cfg.limit}", f"--run-dir={root / name}", *more]
-        argv += [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
+        for k, v in settings.items():
+            flag = k.replace("_", "-")
+            argv.append((f"--{flag}" if v else f"--no-{flag}") if isinstance(v, bool) else f"--{flag}={v}")
         stages.append((name, kind, argv, root / name / "summary.json"))
 
     def measure(name, model, *more, template="plain", n=size["n"], limit=cfg.limit, tests=size["test"]):
@@ -152,7 +163,7 @@ def plan(cfg, size, root):
     base = str(root / "tiny") if cfg.smoke else cfg.model
     stage("sft", "sft", "demonstrated", size["sft"], f"--model={base}")
     measure("sft", root / "sft")
-    rft = ["--rft", f"--policy={root / 'sft'}"] + ([] if cfg.smoke else ["--no-rft-demonstrations"])
+    rft = ["--rft", f"--policy={root / 'sft'}"]
     stage("rft", "sft", "first", size["rft"], f"--model={root / 'sft'}", *rft)
     for name, label in (("orm", ["--label=outcome"]), ("q", ["--label=q", "--prover=base", "--prover-k=4"])):
         stage(name, "pav", "second", size["verifier"] | size[name], f"--policy={root / 'rft'}", *label)
@@ -189,7 +200,7 @@ def reranked(cfg, size, root):
     path, n = root / "test" / "reranked.safetensors", size["search"]["n"]
     task = get_task("jsonl", 0, [f"{p}={root / 'data' / p}.jsonl" for p in ("val", "test")], template="plain")
     problems = task.problems("test", size["test"] or None)
-    model, tokenizer = load_model(root / "rft", setup(cfg.device, cfg.threads or (1 if cfg.size == "cpu" else 0)))
+    model, tokenizer = load_model(root / "rft", setup(cfg.device, cfg.threads or (1 if cfg.size != "gpu" else 0)))
     settings = train_sft.Config(seed=1, slots=128, shard_problems=50, max_completion_length=cfg.limit)
     found = sample_solutions(model, tokenizer, task, problems, n, settings, root / "test" / "rft_samples")
     if not path.exists():
