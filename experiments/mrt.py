@@ -1,6 +1,6 @@
 """Meta reinforcement fine-tuning against outcome rewards: what is the answer worth when the thinking is stopped early?
 
-    python experiments/mrt.py              # about 17 minutes of one core; with --tune 22
+    python experiments/mrt.py              # about 20 minutes of one core; --no-tune 15
     python experiments/mrt.py --smoke      # the same road in 20 seconds
     -> docs/results/mrt/: results.json, table.md, curves.png
 
@@ -16,10 +16,9 @@ or better accuracy, lower regret, and 1.5 times the token efficiency of outcome-
     mrt_scalar     one number for all that follows a random cut, as in the paper
     star           the STaR form (mrt.py): as many solutions in three rounds
 
-All arms of a seed start from one base policy and sample equally many solutions (outcome_long: three times as many). No arm is
-tuned: all have the learning rate 1e-3, and the second dials are first guesses (COMMON). With --tune four settings an arm are
-tried on a seed of their own and `val`, and chosen by regret. Reported is `test`. The meta-prover's tokens are counted
-beside the policy's.
+All arms of a seed start from one base policy and sample equally many solutions (outcome_long: three times as many). Four
+settings an arm are tried on a seed of their own and `val`, and chosen by regret (--no-tune: the learning rate 1e-3 for all and
+first guesses for the second dials, COMMON). Reported is `test`. The meta-prover's tokens are counted beside the policy's.
 
 Measured: accuracy when stopped after t tokens (stepwise: episodes finished by then; J from 4 answers of the policy itself),
 normalised regret (comparator constant 1, linear between episode ends, over the task's limit of tokens), the same with the
@@ -76,7 +75,7 @@ class Config:
     sft_steps: int = opt(600, "optimizer steps of the base policies, 64 demonstrations each", low=1)
     rl_steps: int = opt(20, "RL steps; STaR samples as many solutions", low=1)
     num_prompts: int = opt(16, "prompts a step, with 4 solutions each", low=1)
-    tune: bool = opt(False, "choose each arm's setting among four, by regret on a seed of its own")
+    tune: bool = opt(True, "choose each arm's setting among four, by regret on a seed of its own")
     learning_rates: list = opt([5e-4, 1e-3, 2e-3, 4e-3], "grid; the arms with a second dial take the inner two")
     penalties: list = opt([0.3, 1.0], "grid of the length penalty")
     alphas: list = opt([1.0, 3.0], "grid of both MRT arms: weight of the progress")
