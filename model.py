@@ -193,9 +193,20 @@ class Transformer(nn.Module):
         """The head's weight [V,D], which the kernels read directly."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens):
-        """tokens [B,T] int64, padded on the right -> final hidden states [B,T,D]."""
-        return self._run(tokens, self._positions(tokens.shape[1], tokens.device), self.causal.__getitem__)
+    def forward(self, tokens, share=None):
+        """tokens [B,T] int64, padded on the right -> final hidden states [B,T,D]. share: shared_prefixes(tokens, length, device):
+        what samples of a prompt have in common is computed once, and the states of the padding are anything."""
+        (B, T), positions = tokens.shape, self._positions(tokens.shape[1], tokens.device)
+        if share is None:
+            return self._run(tokens, positions, self.causal.__getitem__)
+        node, first = share
+        back = lambda x: x[0].index_select(0, node.view(-1)).view(B, T, *x.shape[2:])  # noqa: E731  [1,M,...] -> [B,T,...]
+
+        def attend(layer):  # the one operation that is not position by position, and so the one that needs whole rows
+            return lambda q, k, v: self.causal[layer](back(q), back(k), back(v)).view(B * T, -1).index_select(0, first)[None]
+
+        here = tuple(table[first % T] for table in positions)  # (M, 1, d)
+        return back(self._run(tokens.reshape(-1)[first][None], here, attend))
 
     def prefill(self, tokens, cache, rows):
         """As forward, and writes keys and values of tokens [B,T] to positions 0..T-1 of cache rows [B]."""
@@ -319,6 +330,27 @@ def capped_attention(q, k, v, visible, scale, softcap):
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+def shared_prefixes(tokens, length, device, worth=0.9):
+    """What forward() need not compute twice. tokens [B,T] on the CPU, length [B] -> on device: node [B,T], the number of the
+    distinct prefix tokens[b,:t+1] (padding: any), and first [M], where in tokens.view(-1) each stands for the first time.
+    None where the M prefixes are more than `worth` of the B*T positions. Equal rows need not be neighbours."""
+    (B, T), rows = tokens.shape, [row[:n] for row, n in zip(tokens.tolist(), length.tolist())]
+    order = torch.tensor(sorted(range(B), key=rows.__getitem__))  # who shares a prefix is next to each other now
+    tokens, length, t = tokens[order], length[order], torch.arange(T)
+    common = tokens.new_zeros(B)  # positions that a row has in common with the one before it
+    equal = (tokens[1:] == tokens[:-1]) & (t < length[1:, None]) & (t < length[:-1, None])
+    common[1:] = equal.cumprod(1).sum(1)
+    new = (t >= common[:, None]) & (t < length[:, None])
+    M = int(new.sum())
+    if worth * B * T < M:
+        return None
+    number = torch.full((B, T), -1)
+    number[new] = torch.arange(M)
+    node = torch.empty_like(number)  # in a column the newest number above is that of the row one shares with
+    node[order] = number.cummax(0).values.clamp(min=0)
+    return node.to(device), (order[:, None] * T + t)[new].to(device)
+
+
 def pad_right(rows):
     """Lists of token ids -> tokens [B,T] int64 with zeros on the right, length [B]. The zeros are never
     looked at: causal attention cannot see them and every mask is made from the lengths."""
@@ -329,26 +361,26 @@ def pad_right(rows):
     return tokens, length
 
 
-def token_logprobs(model, tokens, targets, temperature):
+def token_logprobs(model, tokens, targets, temperature, share=None):
     """Log-probs of chosen tokens under the model: for whatever looks at them, or trains on whole sequences (DPO).
 
     tokens [B,T] int64 right-padded; targets [B,T] bool, True where tokens[b,t] is to be predicted (never
     at t=0). Returns logprob [N], entropy [N] in row-major order of targets; the head runs on those N
-    positions only.
+    positions only. share: shared_prefixes(tokens[:, :-1], length - 1, device).
     """
-    hidden = model(tokens[:, :-1])[targets[:, 1:]]  # (N, D): the state before each target
+    hidden = model(tokens[:, :-1], share)[targets[:, 1:]]  # (N, D): the state before each target
     cap = model.cfg.final_logit_softcapping
     logprob, _, entropy = linear_logprob(hidden, model.head, tokens[targets], temperature, cap)
     return logprob, entropy
 
 
-def token_loss(model, tokens, targets, temperature, loss_fn, *per_token):
+def token_loss(model, tokens, targets, temperature, loss_fn, *per_token, share=None):
     """The loss of SFT and RL, a sum over chosen tokens, with a quarter less arithmetic in the head than through
     token_logprobs, whose arguments these are. per_token: tensors [N,...], row-major as targets is; loss_fn(logprob [n],
     entropy [n], *per_token [n,...]) -> scalar sum over n of the N tokens: see kernels.linear_logprob_loss.
     Returns loss (call backward on it, once), and detached logprob [N], entropy [N].
     """
-    hidden = model(tokens[:, :-1])[targets[:, 1:]]  # (N, D)
+    hidden = model(tokens[:, :-1], share)[targets[:, 1:]]  # (N, D)
     cap = model.cfg.final_logit_softcapping
     return linear_logprob_loss(hidden, model.head, tokens[targets], temperature, loss_fn, *per_token, softcap=cap)
 

@@ -56,7 +56,7 @@ from common import (
     write_json,
 )
 from labels import boundaries, collect_all
-from model import load_model, load_weights, resolve, write_model
+from model import load_model, load_weights, resolve, shared_prefixes, write_model
 from sample import generate
 from tasks import get_task
 
@@ -106,8 +106,8 @@ class Verifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens):
-        return self.head(self.backbone(tokens).float())[..., 0]
+    def forward(self, tokens, share=None):
+        return self.head(self.backbone(tokens, share).float())[..., 0]
 
 
 def prover_transform(value, k):
@@ -126,7 +126,8 @@ def step_values(verifier, tokens, ends, batch_size=256):
     out, mine = [ends.new_zeros(0, ends.shape[1]).float()], parallel.share(n)
     for i in range(mine.start, mine.stop, batch_size):
         rows = slice(i, min(i + batch_size, mine.stop))
-        logits = verifier(tokens[rows, : int(ends[rows].max())].to(device)).cpu()
+        text = tokens[rows, : int(ends[rows].max())]
+        logits = verifier(text.to(device), shared_prefixes(text, ends[rows, -1], device)).cpu()
         out.append(logits.gather(1, ends[rows] - 1) - verifier.logit_shift)  # read at the step's last token
     return prover_transform(parallel.gather(torch.cat(out), n).sigmoid(), verifier.k)
 

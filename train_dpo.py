@@ -54,7 +54,7 @@ from common import (
     spare_threads,
     write_json,
 )
-from model import load_model, load_weights, pad_right, token_logprobs, write_model
+from model import load_model, load_weights, pad_right, shared_prefixes, token_logprobs, write_model
 from pav import boundaries
 from sample import generate, pass_at_k
 from solutions import count, first_problems, keep_correct, sample_solutions, shards, write_shard
@@ -146,7 +146,8 @@ def completion_logps(model, rows, device, temperature=1.0):
     prompt_len = torch.tensor([len(p) for p, _ in rows])
     t = torch.arange(tokens.shape[1])
     targets = ((t >= prompt_len[:, None]) & (t < length[:, None])).to(device)
-    logprob, _ = token_logprobs(model, tokens.to(device), targets, temperature)
+    share = shared_prefixes(tokens[:, :-1], length - 1, device)  # a pair begins alike
+    logprob, _ = token_logprobs(model, tokens.to(device), targets, temperature, share)
     table = torch.zeros(targets.shape, device=device).masked_scatter(targets, logprob)
     return table.sum(1)
 

@@ -55,7 +55,7 @@ from common import (
     write_json,
 )
 from labels import boundaries
-from model import load_model, load_weights, token_logprobs, token_loss, write_model
+from model import load_model, load_weights, shared_prefixes, token_logprobs, token_loss, write_model
 from mrt import MRTFlags, meta_values
 from pav import guarded_values, load_verifier, step_values
 from sample import generate
@@ -230,7 +230,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     laps = laps or Laps()
     mask = rollouts.mask()
     weight = token_weights(mask, cfg.loss_type, limit)
-    rows = rollouts.length.argsort(stable=True)[parallel.rank() :: parallel.size()]  # similar lengths share a micro-batch
+    rows = torch.tensor(parallel.share(len(mask)))  # in order: samples of a prompt share a micro-batch, and what they begin with
     size = cfg.micro_batch_size or len(rows)
     old = {}  # the policy's own log-probs before the first step, per micro-batch
     logs, parts = {}, []  # parts: the policy's loss and what the clip silenced, of every chunk of tokens
@@ -252,12 +252,14 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
             b = rows[i : i + size]
             T = int(rollouts.length[b].max())
             m = mask[b, :T]
+            share = shared_prefixes(rollouts.tokens[b, : T - 1], rollouts.length[b] - 1, device)
             tokens, targets = rollouts.tokens[b, :T].to(device), m.to(device)
             w, a, ref_logprob = weight[b, :T][m].to(device), adv[b, :T][m].to(device), None
             if reference is not None:
                 with torch.no_grad():
-                    ref_logprob, _ = token_logprobs(reference, tokens, targets, cfg.temperature)
-            loss, logprob, entropy = token_loss(model, tokens, targets, cfg.temperature, loss_fn, a, w, old.get(i), ref_logprob)
+                    ref_logprob, _ = token_logprobs(reference, tokens, targets, cfg.temperature, share)
+            loss, logprob, entropy = token_loss(model, tokens, targets, cfg.temperature, loss_fn, a, w, old.get(i), ref_logprob,
+                                                share=share)
             laps.lap("logprob")  # and the head's share of the gradient
             parallel.backward(loss, model)
             laps.lap("backward")
@@ -290,9 +292,9 @@ def completion_kl(model, reference, rollouts, cfg, device):
     """[B] sum over the completion of log pi - log ref (k1), for the reward."""
     mask = rollouts.mask()
     tokens, targets = rollouts.tokens.to(device), mask.to(device)
-    gap = torch.zeros(mask.shape)
-    gap[mask] = (token_logprobs(model, tokens, targets, cfg.temperature)[0]
-                 - token_logprobs(reference, tokens, targets, cfg.temperature)[0]).cpu()
+    share, gap = shared_prefixes(rollouts.tokens[:, :-1], rollouts.length - 1, device), torch.zeros(mask.shape)
+    gap[mask] = (token_logprobs(model, tokens, targets, cfg.temperature, share)[0]
+                 - token_logprobs(reference, tokens, targets, cfg.temperature, share)[0]).cpu()
     return gap.sum(1)
 
 

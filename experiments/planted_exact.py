@@ -143,7 +143,7 @@ class ExactVerifier(nn.Module):
             table = planted_values(p.answer, task.letters, task.max_new_tokens, float(strength))
             self.tables[tokenizer.encode(p.prompt)[0]] = step, torch.tensor(table, dtype=torch.float64)
 
-    def forward(self, tokens):
+    def forward(self, tokens, share=None):
         out = torch.empty(tokens.shape)
         for prompt, (step, table) in self.tables.items():
             rows = tokens[:, 0] == prompt

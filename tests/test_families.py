@@ -10,7 +10,7 @@ import torch
 
 from common import UserError
 from families import FAMILIES, Config, file_names
-from model import load_model, save_model, token_logprobs
+from model import load_model, save_model, shared_prefixes, token_logprobs
 from sample import generate
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
@@ -100,7 +100,8 @@ def test_a_batch_of_several_lengths_decodes_as_each_row_alone(tmp_path, tokenize
     for i, prompt in enumerate(prompts):
         alone = generate(model, [prompt], max_new_tokens=24, temperature=1.0, seed=5, stop_ids=(), sequence_ids=[i])
         assert out.completion(i) == alone.completion(0)
-    logprob, _ = token_logprobs(model, out.tokens, out.mask(), 1.0)  # the sampler and the trainer agree
+    share = shared_prefixes(out.tokens[:, :-1], out.length - 1, "cpu", worth=1.0)
+    logprob, _ = token_logprobs(model, out.tokens, out.mask(), 1.0, share)  # the sampler and the trainer agree
     torch.testing.assert_close(logprob, out.logprob[out.mask()], atol=2e-4, rtol=0)
 
 

@@ -9,7 +9,17 @@ from safetensors.torch import load_file, save_file
 from toy import tiny_model
 
 from common import UserError
-from model import KVCache, load_model, load_weights, pad_right, resolve, save_model, token_logprobs
+from model import (
+    KVCache,
+    load_model,
+    load_weights,
+    pad_right,
+    resolve,
+    save_model,
+    shared_prefixes,
+    token_logprobs,
+    token_loss,
+)
 from sample import generate
 
 ROWS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9], [7, 9, 3]]
@@ -54,6 +64,51 @@ def test_padding_on_the_right_changes_nothing_before_it(model):
         alone = model(torch.tensor([row]))[0]
         for padded in (tokens, filled):
             close(model(padded)[b, : len(row)], alone)
+
+
+def few_letters(seed):
+    """Rows of up to nine tokens from an alphabet of three, 0 among them: many share how they begin. The padding is 0 too."""
+    rng = torch.Generator().manual_seed(seed)
+    B, T = (int(torch.randint(1, n, (1,), generator=rng)) for n in (12, 10))
+    length = torch.randint(1, T + 1, (B,), generator=rng)
+    return torch.randint(0, 3, (B, T), generator=rng) * (torch.arange(T) < length[:, None]), length
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_distinct_prefix_has_one_number(seed):
+    tokens, length = few_letters(seed)
+    node, first = shared_prefixes(tokens, length, "cpu", worth=1.0)
+    numbers = {}
+    for b, n in enumerate(length.tolist()):
+        for t in range(n):
+            numbers.setdefault(tuple(tokens[b, : t + 1].tolist()), set()).add(int(node[b, t]))
+    assert sorted(numbers.values(), key=min) == [{m} for m in range(len(first))]
+    for prefix, (m,) in ((p, tuple(n)) for p, n in numbers.items()):
+        b, t = divmod(int(first[m]), tokens.shape[1])
+        assert tuple(tokens[b, : t + 1].tolist()) == prefix
+
+
+def test_rows_with_nothing_in_common_are_left_alone():
+    tokens = torch.arange(12).view(3, 4)
+    assert shared_prefixes(tokens, torch.tensor([4, 4, 4]), "cpu") is None
+    tokens[2, :3] = tokens[1, :3]
+    assert len(shared_prefixes(tokens, torch.tensor([4, 4, 4]), "cpu")[1]) == 9
+
+
+def test_what_is_shared_gives_the_same_loss_and_gradients(model):
+    tokens, length = few_letters(3)
+    tokens, length = torch.cat([tokens, tokens]), torch.cat([length, length])  # whole rows twice, too
+    targets = (torch.arange(tokens.shape[1]) < length[:, None]) & (torch.arange(tokens.shape[1]) > 0)
+    weight, found = torch.randn(int(targets.sum()), generator=torch.Generator().manual_seed(0)), []
+    for share in (None, shared_prefixes(tokens[:, :-1], length - 1, "cpu")):
+        model.zero_grad()
+        loss, logprob, _ = token_loss(model, tokens, targets, 0.7, lambda lp, entropy, w: (lp * w).sum(), weight, share=share)
+        loss.backward()
+        again, _ = token_logprobs(model, tokens, targets, 0.7, share)
+        found.append([loss, logprob, again, *[p.grad for p in model.parameters()]])
+    assert len(share[1]) < 0.6 * int(length.sum())
+    for a, b in zip(*found):
+        close(a, b.detach())
 
 
 @torch.no_grad()

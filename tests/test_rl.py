@@ -117,7 +117,8 @@ def test_alpha_zero_is_the_outcome_run_bit_for_bit(start, tmp_path):
 def test_scoring_a_batch_is_one_forward_pass_of_the_verifier(start, monkeypatch):
     """Every step of every rollout: 3 training batches of 16, and the evaluations before and after."""
     batches, forward = [], Verifier.forward
-    monkeypatch.setattr(Verifier, "forward", lambda self, tokens: batches.append(len(tokens)) or forward(self, tokens))
+    counted = lambda self, tokens, share: batches.append(len(tokens)) or forward(self, tokens, share)  # noqa: E731
+    monkeypatch.setattr(Verifier, "forward", counted)
     start("counted", reward="pav", verifier=start.verifier)
     assert batches == [4, 16, 16, 16, 4]
 

@@ -123,7 +123,7 @@ class Constant(torch.nn.Module):
         super().__init__()
         self.logit = torch.tensor(logit)
 
-    def forward(self, tokens):
+    def forward(self, tokens, share=None):
         return self.logit.expand(tokens.shape)
 
 

@@ -45,7 +45,7 @@ class Position(torch.nn.Module):
         super().__init__()
         self.cfg, self.head, self.calls = SimpleNamespace(hidden_size=1), torch.zeros(1), 0
 
-    def forward(self, tokens):
+    def forward(self, tokens, share=None):
         self.calls += 1
         return torch.arange(tokens.shape[1]).expand(tokens.shape)[..., None].float()
 
@@ -208,7 +208,7 @@ def test_a_verifier_that_knows_is_told_from_one_that_does_not(task, tokenizer, m
     class Knows(torch.nn.Module):
         cfg, head = SimpleNamespace(hidden_size=1), torch.zeros(1)
 
-        def forward(self, tokens):
+        def forward(self, tokens, share=None):
             hit = (tokens == tokens[:, 1:2]) & (torch.arange(tokens.shape[1]) > 2)
             return hit.cumsum(1).clamp(max=1)[..., None] * 12.0 - 6.0
 
