@@ -333,7 +333,7 @@ def capped_attention(q, k, v, visible, scale, softcap):
 def shared_prefixes(tokens, length, device, worth=0.9):
     """What forward() need not compute twice. tokens [B,T] on the CPU, length [B] -> on device: node [B,T], the number of the
     distinct prefix tokens[b,:t+1] (padding: any), and first [M], where in tokens.view(-1) each stands for the first time.
-    None where the M prefixes are more than `worth` of the B*T positions. Equal rows need not be neighbours."""
+    (M is rounded up.) None where the M prefixes are more than `worth` of the B*T positions. Equal rows need not be neighbours."""
     (B, T), rows = tokens.shape, [row[:n] for row, n in zip(tokens.tolist(), length.tolist())]
     order = torch.tensor(sorted(range(B), key=rows.__getitem__))  # who shares a prefix is next to each other now
     tokens, length, t = tokens[order], length[order], torch.arange(T)
@@ -348,7 +348,8 @@ def shared_prefixes(tokens, length, device, worth=0.9):
     number[new] = torch.arange(M)
     node = torch.empty_like(number)  # in a column the newest number above is that of the row one shares with
     node[order] = number.cummax(0).values.clamp(min=0)
-    return node.to(device), (order[:, None] * T + t)[new].to(device)
+    first = F.pad((order[:, None] * T + t)[new], (0, -M % 32))  # rows that nobody reads: oneDNN compiles a product for each M
+    return node.to(device), first.to(device)
 
 
 def pad_right(rows):

@@ -1,6 +1,7 @@
 """One step of reinforcement learning: train_rl.py against trl.GRPOTrainer, seconds a step on the CPU.
 
     python -m bench.rl_step                 # tiny planted model; 2 minutes (--tiny: does it run?)
+    python -m bench.rl_step --model smollm2 --threads 2 --steps 3 --warmup 1     # open weights, made-up word problems; 5 minutes
 
 A step is 16 prompts x 8 samples x 12 tokens from a model of width 64 with 2 layers, graded by the task, and one
 optimizer step on the 128 samples: train_rl.py with --reward outcome, so no verifier on either side. Ours is
@@ -12,21 +13,27 @@ ids), the group's mean as baseline, loss "dapo", one iteration, beta 0, entropy 
 constant rate, gradient clipping. Off in TRL, as it costs time: gradient checkpointing, bfloat16, logging, saving. Our
 metrics and evaluations are not timed.
 
+With --model a step is --num-prompts x 8 samples of up to --new-tokens tokens to made-up word problems of about 45 tokens, in
+float32, from the model as it is; micro-batches of 8 sequences on both sides (gradient accumulation in TRL).
+
 "products" is the time of the step's matrix products alone, on their shapes, "attention" that of its attention
 (PyTorch's fused kernel, forward and backward), taken in the same run and by the CPU's clock as well as the wall's: what is left
-when all else is free. largest_ratio and largest_ratio_with_attention say how large the ratio could become if each token
-were computed once in decoding and once in the update. Ours need not do all of that: sequences that are equal so far
-are decoded once. computed_share is what remained of the decoding, over the timed steps; it falls as the policy converges.
+when all else is free. largest_ratio and largest_ratio_with_attention say how large the ratio could become if each
+sampled token were computed once in decoding and once in the update. Ours need not do all of that: what sequences begin with
+in common, the prompt of a group first of all, is computed once in both. computed_share is what remained of the sampled
+tokens, over the timed steps; it falls as the policy converges.
 "cpu" is the ratio by CPU seconds of the process, which other processes disturb less.
 
-Not compared: vLLM and GPUs, for which TRL is made; transformers' continuous batching; larger models (see
-bench.generate); long prompts, where a group shares one prefill here (a prompt of this task is one token).
+Not compared: vLLM and GPUs, for which TRL is made; transformers' continuous batching; other models and lengths: the longer
+the prompt and the larger the group, the more is shared.
 """
 
+import json
 import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +53,10 @@ class Config(timing.Flags):
     steps: int = opt(40, "timed steps of each side, for each number of threads", "timing", low=1)
     warmup: int = opt(5, "untimed steps before", "timing", low=1)
     threads: list = opt([1, 2], "CPU threads of both sides, one comparison each", "timing")
-    out: str = opt("bench/results/rl_step.json", "where the numbers go", "timing")
+    model: str = opt("", "open weights: a folder that both sides read, or smollm2 (default: the tiny model)", "what")
+    num_prompts: int = opt(2, "prompts a step, with --model", "what", low=1)
+    new_tokens: int = opt(48, "tokens of a completion, with --model", "what", low=1)
+    out: str = opt("", "where the numbers go (default: bench/results/rl_step.json, or rl_step_MODEL.json)", "timing")
 
 
 def starting_model(cfg, where):
@@ -60,12 +70,27 @@ def starting_model(cfg, where):
     return f"{where}/model", task
 
 
+def word_problems(cfg, where):
+    """Open weights as they are, and problems to ask them."""
+    things, verbs = ("apples", "stamps", "marbles", "books", "pencils"), ("buys", "finds", "is given", "wins")
+    rows = []
+    for i in range(200):
+        a, b, c, thing = 3 + 7 * i % 47, 3 + 11 * i % 47, 13 * i % 3, things[i % 5]
+        text = (f"Tom has {a} {thing}. He {verbs[i % 4]} {b} more on Monday and loses {c} on Tuesday. How many {thing} does he "
+                "have now?")
+        rows.append(json.dumps(dict(question=text, answer=str(a + b - c))))
+    (Path(where) / "problems.jsonl").write_text("\n".join(rows) + "\n")
+    return str(resolve(cfg.model)), get_task("jsonl", cfg.seed, [f"{where}/problems.jsonl"], template="plain")
+
+
 class Ours:
     """The body of train_rl.train's loop: step() does one step and notes what it cost."""
 
     def __init__(self, cfg, folder, task):
-        self.task, self.problems, prompts = task, task.problems("train", None, 0), 2 if cfg.tiny else 16
-        self.cfg = train_rl.Config(reward="outcome", seed=cfg.seed, num_prompts=prompts, num_generations=8)
+        self.task, self.problems, size = task, task.problems("train", None, 0), dict(num_prompts=2 if cfg.tiny else 16)
+        if cfg.model:
+            size = dict(num_prompts=cfg.num_prompts, micro_batch_size=8, learning_rate=1e-6, max_completion_length=cfg.new_tokens)
+        self.cfg = train_rl.Config(reward="outcome", seed=cfg.seed, num_generations=8, **size)
         self.model, self.tokenizer = load_model(folder)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.cfg.learning_rate, betas=(0.9, 0.99), fused=True)
         self.log = []  # (seconds, tokens, mean reward) of every step
@@ -73,7 +98,8 @@ class Ours:
 
     def step(self):
         start, cpu = time.perf_counter(), time.process_time()
-        c, limit, step = self.cfg, self.task.max_new_tokens, len(self.log) + 1
+        c, step = self.cfg, len(self.log) + 1
+        limit = c.max_completion_length or self.task.max_new_tokens
         B = c.num_prompts * c.num_generations
         picked, G = train_rl.pick_problems(self.problems, step, c), c.num_generations
         problems, prompts = [p for p in picked for _ in range(G)], [self.task.prompt_tokens(p, self.tokenizer) for p in picked]
@@ -96,7 +122,8 @@ def grpo_config(cfg, rl, limit, where):
 
     return GRPOConfig(
         output_dir=where, use_cpu=True, bf16=False, gradient_checkpointing=False, seed=cfg.seed, top_k=0,
-        max_steps=cfg.warmup + cfg.steps, per_device_train_batch_size=rl.num_prompts * rl.num_generations,
+        max_steps=cfg.warmup + cfg.steps, per_device_train_batch_size=rl.micro_batch_size or rl.num_prompts * rl.num_generations,
+        gradient_accumulation_steps=rl.num_prompts * rl.num_generations // rl.micro_batch_size if rl.micro_batch_size else 1,
         num_generations=rl.num_generations, max_completion_length=limit, temperature=rl.temperature, num_iterations=1,
         beta=0.0, loss_type=rl.loss_type, scale_rewards="none", epsilon=rl.epsilon, epsilon_high=rl.epsilon_high,
         entropy_coef=rl.entropy_coef, learning_rate=rl.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
@@ -128,7 +155,7 @@ def run_theirs(cfg, folder, ours, where):
             ours.step()
             self.on_train_begin()
 
-    args = grpo_config(cfg, ours.cfg, ours.task.max_new_tokens, where)
+    args = grpo_config(cfg, ours.cfg, ours.cfg.max_completion_length or ours.task.max_new_tokens, where)
     picked = [p for step in range(args.max_steps) for p in train_rl.pick_problems(ours.problems, step + 1, ours.cfg)]
     trainer = GRPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), reward_funcs=reward,
@@ -212,7 +239,7 @@ def main(argv=None):
     if cfg.tiny:
         cfg.steps, cfg.warmup, cfg.threads = 2, 1, [1]
     with tempfile.TemporaryDirectory() as where:
-        folder, task = starting_model(cfg, where)
+        folder, task = word_problems(cfg, where) if cfg.model else starting_model(cfg, where)
         result = timing.about("bench.rl_step", argv, cfg, "trl", "transformers", "accelerate")
         timing.header("threads", "ms")
         for n in cfg.threads:
@@ -222,7 +249,7 @@ def main(argv=None):
             cpu = r["cpu"]
             print(f"  by CPU seconds {cpu['ratio']['median']:.2f}; at most {cpu['largest_ratio']:.2f} with products alone, "
                   f"{cpu['largest_ratio_with_attention']:.2f} with attention; {r['ours']['computed_share']:.0%} decoded")
-    timing.write(cfg.out, result)
+    timing.write(cfg.out or f"bench/results/rl_step{f'_{Path(cfg.model).name}' if cfg.model else ''}.json", result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Which prover? The two terms of PAV's theory, computed exactly, beside the improvement that is measured.
 
-    python experiments/provers.py              # about 15 minutes of one core (estimated)
-    python experiments/provers.py --learned-arms                           # without 4 below: docs/results/provers
+    python experiments/provers.py              # about 25 minutes of one core
+    python experiments/provers.py --learned-arms                           # without 4 below, 10 minutes
     python experiments/provers.py --no-transformer                         # 1 and 2 below, about a minute
     python experiments/provers.py --smoke      # the same road in a few seconds
     -> docs/results/provers/: results.json, table.md, curves.png

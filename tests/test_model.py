@@ -82,7 +82,7 @@ def test_every_distinct_prefix_has_one_number(seed):
     for b, n in enumerate(length.tolist()):
         for t in range(n):
             numbers.setdefault(tuple(tokens[b, : t + 1].tolist()), set()).add(int(node[b, t]))
-    assert sorted(numbers.values(), key=min) == [{m} for m in range(len(first))]
+    assert sorted(numbers.values(), key=min) == [{m} for m in range(len(numbers))] and len(first) - len(numbers) in range(32)
     for prefix, (m,) in ((p, tuple(n)) for p, n in numbers.items()):
         b, t = divmod(int(first[m]), tokens.shape[1])
         assert tuple(tokens[b, : t + 1].tolist()) == prefix
@@ -92,7 +92,7 @@ def test_rows_with_nothing_in_common_are_left_alone():
     tokens = torch.arange(12).view(3, 4)
     assert shared_prefixes(tokens, torch.tensor([4, 4, 4]), "cpu") is None
     tokens[2, :3] = tokens[1, :3]
-    assert len(shared_prefixes(tokens, torch.tensor([4, 4, 4]), "cpu")[1]) == 9
+    assert shared_prefixes(tokens, torch.tensor([4, 4, 4]), "cpu")[0].unique().tolist() == list(range(9))
 
 
 def test_what_is_shared_gives_the_same_loss_and_gradients(model):
@@ -106,7 +106,7 @@ def test_what_is_shared_gives_the_same_loss_and_gradients(model):
         loss.backward()
         again, _ = token_logprobs(model, tokens, targets, 0.7, share)
         found.append([loss, logprob, again, *[p.grad for p in model.parameters()]])
-    assert len(share[1]) < 0.6 * int(length.sum())
+    assert len(share[0].unique()) < 0.6 * int(length.sum())
     for a, b in zip(*found):
         close(a, b.detach())
 
