@@ -196,14 +196,20 @@ def run_jobs(jobs, workers, log_dir):
                     continue
                 log.close()
                 del running[label]
-                lines = [n for n in Path(log.name).read_text().splitlines() if not n.startswith(("next, ", "  python "))] or [""]
+                said = last_line(Path(log.name).read_text())
                 if child.returncode:
-                    raise UserError(f"stage {label} failed ({lines[-1]}); all of its output: {log.name}")
+                    raise UserError(f"stage {label} failed ({said}); all of its output: {log.name}")
                 done.add(label)
-                print(f"  {label:<28} {time.time() - start:6.0f} s   {lines[-1]}", flush=True)
+                print(f"  {label:<28} {time.time() - start:6.0f} s   {said}", flush=True)
     finally:
         for child, _, _ in running.values():
             child.terminate()
+
+
+def last_line(log):
+    """A stage's summary: the last line but for what say_next printed below it."""
+    lines = [line for line in log.strip().splitlines() if not line.startswith(("next, ", "  python "))]
+    return lines[-1] if lines else ""
 
 
 def refuse_other_settings(root, jobs, complete):

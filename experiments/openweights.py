@@ -51,6 +51,7 @@ from evaluate import Z, interval, vote  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
 from model import Transformer, init_weights, load_model, write_model  # noqa: E402
+from pipeline import last_line  # noqa: E402
 from report import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 from solutions import sample_solutions  # noqa: E402
 from tasks import get_task  # noqa: E402
@@ -191,7 +192,7 @@ def run_stage(name, kind, argv, done, logs):
     seconds = time.process_time() - clock
     write_json(logs / f"{name}.seconds", seconds)
     done.touch()
-    last = (logs / f"{name}.log").read_text().strip().splitlines()[-1]
+    last = last_line((logs / f"{name}.log").read_text())
     print(f"  {name:<18} {seconds:5.0f} s of processor   {last[:150]}", flush=True)
 
 
