@@ -64,7 +64,7 @@ NAMES = dict(base="base model, chat format, greedy", sft="SFT", rft="RFT", rl_ou
 # What each stage is run with; `search` is of this script. No entry was searched for.
 SIZES = dict(
     cpu=dict(
-        rl_seeds=[0], test=100, n=2, base=40, beam_test=50, dtype="float32",
+        rl_seeds=[0, 1, 2], test=100, n=2, base=40, beam_test=50, dtype="float32",
         sft=dict(steps=36, batch_size=16, learning_rate=2e-4, warmup_steps=4, eval_problems=48, logging_steps=4),
         rft=dict(steps=10, batch_size=16, learning_rate=1e-4, warmup_steps=2, num_problems=150, num_generations=4, slots=128,
                  rft_demonstrations=False, eval_problems=48, logging_steps=2),
