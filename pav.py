@@ -116,16 +116,17 @@ def prover_transform(value, k):
 
 
 @torch.no_grad()
-def step_values(verifier, tokens, ends, batch_size=256):
+def step_values(verifier, tokens, ends, batch_tokens=4096):
     """V^mu at the bare prompt and after every step, one forward pass.
 
     tokens [B,T]; ends [B,S+1]: exclusive token positions, ends[:,0] the prompt's length, padded by
-    repeating the last. Returns [B,S+1] float32 in [0,1]; the last column is the value of the whole text.
+    repeating the last. Returns [B,S+1] float32 in [0,1]; the last column is the value of the whole text. Rows go through in
+    batches of about batch_tokens tokens: enough to fill a machine, few enough to stay in a CPU's cache.
     """
     device, n = verifier.head.weight.device, len(tokens)
-    out, mine = [ends.new_zeros(0, ends.shape[1]).float()], parallel.share(n)
-    for i in range(mine.start, mine.stop, batch_size):
-        rows = slice(i, min(i + batch_size, mine.stop))
+    out, mine, size = [ends.new_zeros(0, ends.shape[1]).float()], parallel.share(n), max(1, batch_tokens // tokens.shape[1])
+    for i in range(mine.start, mine.stop, size):
+        rows = slice(i, min(i + size, mine.stop))
         text = tokens[rows, : int(ends[rows].max())]
         logits = verifier(text.to(device), shared_prefixes(text, ends[rows, -1], device)).cpu()
         out.append(logits.gather(1, ends[rows] - 1) - verifier.logit_shift)  # read at the step's last token

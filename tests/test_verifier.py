@@ -69,7 +69,7 @@ def test_a_value_does_not_know_what_comes_later():
     torch.nn.init.normal_(verifier.head.weight, generator=torch.Generator().manual_seed(0))
     tokens = torch.randint(10, (300, 9), generator=torch.Generator().manual_seed(1))
     ends = torch.tensor([[2, 4, 6, 9]]).expand(300, -1)
-    values = step_values(verifier, tokens, ends)  # more rows than one batch of 256
+    values = step_values(verifier, tokens, ends, batch_tokens=1000)  # several batches
     for h, end in enumerate([2, 4, 6, 9]):
         close(step_values(verifier, tokens[:, :end], torch.full((300, 1), end))[:, 0], values[:, h], atol=1e-5)
 
