@@ -138,15 +138,15 @@ def script(main):
     try:
         main()
     except UserError as e:
-        parallel.leave_alone(_complain(e))
+        parallel.leave(_complain(e))
     except (OSError, SafetensorError) as e:
         mendable = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
         if getattr(e, "errno", None) not in mendable and "(os error " not in str(e):  # safetensors wraps them in text
             raise
-        parallel.leave_alone(_complain(f"{e}; nothing saved before is lost, mend it and run the same command again"))
+        parallel.leave(_complain(f"{e}; nothing saved before is lost, mend it and run the same command again"))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        parallel.leave_alone(130)
+        parallel.leave(130)
     parallel.leave()
 
 

@@ -19,7 +19,6 @@ Without torchrun every function here is a no-op for one process.
 """
 
 import copy
-import importlib
 import os
 import sys
 
@@ -50,31 +49,26 @@ def join(device):
     if cuda:
         device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
         torch.cuda.set_device(device)
-    # Before the group exists: the first import of this module binds the group of that moment as the default of every function,
-    # destroy_process_group() then frees nothing, and gloo's threads abort about one exit in eight.
-    importlib.import_module("torch.distributed.nn.functional")
-
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     return device
 
 
-def leave():
-    """Leave the group together: who goes first would break the other's last message."""
-    if size() > 1:
-        barrier()
-        dist.destroy_process_group()
+def leave(code=0):
+    """The last line of a process: nothing for one alone, but for sys.exit where code is not 0; does not return among others.
 
-
-def leave_alone(code):
-    """End this process with an error while the others may wait for it: torchrun ends them. The interpreter's own end would
-    abort in gloo's threads and hide the exit code."""
+    A good end waits for the others, whose last message would break. Then os._exit: destroy_process_group() frees nothing while
+    anybody holds the group (FSDP's modules do, and the default arguments of torch.distributed.nn.functional, if torch.optim has
+    imported it meanwhile), and gloo's threads, met by the interpreter's own end, abort it now and then with code -6."""
     if size() > 1:
+        if code == 0:
+            barrier()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def barrier():
