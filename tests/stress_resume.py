@@ -1,6 +1,6 @@
 """The long version of test_resume.py: kill -9 at random moments, many times, and compare every bit at the end.
 
-    python tests/stress_resume.py --kills 200            # about an hour of one core; Ctrl-C prints what was seen so far
+    python tests/stress_resume.py --kills 200            # about 6 minutes of one core; Ctrl-C prints what was seen so far
     python tests/stress_resume.py --kills 3 --scripts train_rl pav
 
 Each round starts one tiny run, kills it again and again (before a random file operation, or at a random moment of
