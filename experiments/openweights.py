@@ -87,9 +87,10 @@ SIZES = dict(
 # GSM8K's solutions are five times as long as MAWPS' here: fewer of them, so that it stays a matter of one core and 90 minutes. Of
 # its own few are right, so that RFT trains on them and the demonstrations.
 SIZES["cpu-gsm8k"] = SIZES["cpu"] | dict(
-    test=50, beam_test=25, rft=SIZES["cpu"]["rft"] | dict(num_problems=100, rft_demonstrations=True),
-    orm=dict(num_problems=120, n_cov=1), q=dict(num_problems=60, n_cov=1, cuts=1, n_mc=2),
-    rl=SIZES["cpu"]["rl"] | dict(steps=6, eval_steps=3))
+    rl_seeds=[0], test=50, beam_test=16, verifier=SIZES["cpu"]["verifier"] | dict(eval_problems=24),
+    rft=SIZES["cpu"]["rft"] | dict(num_problems=100, rft_demonstrations=True),
+    orm=dict(num_problems=100, n_cov=1), q=dict(num_problems=50, n_cov=1, cuts=1, n_mc=2),
+    rl=SIZES["cpu"]["rl"] | dict(steps=6, eval_steps=6, eval_problems=32))
 SMOKE = dict(
     rl_seeds=[0], test=8, n=2, base=8, beam_test=8, dtype="float32",
     sft=dict(steps=4, batch_size=8, eval_problems=8),
