@@ -2,7 +2,7 @@
 
     python experiments/openweights.py --size cpu --data mawps_*.jsonl          # about 75 minutes of one core
     python experiments/openweights.py --size cpu-gsm8k --problems gsm8k --limit 160 --data gsm8k_train.jsonl gsm8k_test.jsonl \
-                                      --out docs/results/openweights_gsm8k     # run up to RFT only: 3 of 400 samples are right
+                                      --out docs/results/openweights_gsm8k     # run without the outcome model and search
     python experiments/openweights.py --size gpu --data mawps_*.jsonl          # written for one H100; nobody has run it yet
     python experiments/openweights.py --size gpu --problems gsm8k --limit 256 --data gsm8k_train.jsonl gsm8k_test.jsonl
     python experiments/openweights.py --smoke                                  # a tiny random model, made-up problems
