@@ -407,8 +407,10 @@ def main(argv=None):
     summary = train(cfg)
     reward, search = ("orm", "best-of-n") if cfg.label == "outcome" else ("pav", "beam")
     say_next(cfg, ("RL that it pays for", ["train_rl.py", "--reward", reward, "--policy", cfg.policy, "--verifier", cfg.run_dir,
-                                           "--run-dir", f"{cfg.run_dir}_rl"]),
-             ("search with it", ["sample.py", "--model", cfg.policy, "--verifier", cfg.run_dir, "--search", search, "--n", 12]))
+                                           "--run-dir", f"{cfg.run_dir}_rl"]))
+    if cfg.label == "outcome" or cfg.prover == "base":  # a search ranks by Q of the policy itself
+        say_next(cfg, ("search with it", ["sample.py", "--model", cfg.policy, "--verifier", cfg.run_dir, "--search", search,
+                                          "--n", 12]))
     return summary
 
 

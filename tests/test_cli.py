@@ -205,6 +205,7 @@ def test_tensorboard_is_optional_and_gets_the_numbers(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script, argv, said", [
     ("train_sft", ["--task", "jsonl", "--data", "a b.jsonl", "test=c.jsonl"], ["sample", "pav"]),
     ("pav", ["--policy", "p"], ["train_rl", "sample"]),
+    ("pav", ["--policy", "p", "--prover", "another"], ["train_rl"]),
     ("pav", ["--policy", "p", "--label", "outcome", "--planted-length", "3"], ["train_rl", "sample"]),
     ("train_rl", ["--policy", "p", "--reward", "outcome", "--seed", "3"], ["sample"]),
     ("train_dpo", ["--policy", "p"], ["sample"]),
