@@ -44,9 +44,9 @@ def _chunks(rows, vocab):
     return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 
-def _blocks(z):
-    """z [n,V] -> pairs of a slice of rows that fits the cache and scratch memory of that shape."""
-    n = max(1, BLOCK_BYTES // (4 * z.shape[1]))
+def blocks(z, size):
+    """z [n,V] -> pairs of a slice of rows that takes `size` bytes, and scratch memory of that shape."""
+    n = max(1, size // (4 * z.shape[1]))
     scratch = torch.empty_like(z[:n])
     return [(slice(i, i + n), scratch[: min(n, len(z) - i)]) for i in range(0, len(z), n)]
 
@@ -65,7 +65,7 @@ def scaled_logits(hidden, weight, temperature, softcap=None):
 def _reduce(z, target):
     """z [n,V], target [n] -> logprob, logsumexp, entropy, total [n]. z itself becomes z - max, whose exp sums to total."""
     top, total, mean = (z.new_empty(len(z)) for _ in range(3))
-    for rows, p in _blocks(z):
+    for rows, p in blocks(z, BLOCK_BYTES):
         block = z[rows]
         torch.amax(block, -1, out=top[rows])
         block -= top[rows, None]
@@ -78,7 +78,7 @@ def _reduce(z, target):
 
 def _times_exp(z, a, b):
     """z [n,V] <- (a z + b) exp z, in place; a [n], or None where it is zero, b [n]."""
-    for rows, p in _blocks(z):
+    for rows, p in blocks(z, BLOCK_BYTES):
         block = z[rows]
         torch.exp(block, out=p)
         if a is None:

@@ -16,9 +16,10 @@ arithmetic as kernels/logprob.py: it is the `old_logp` of policy-gradient traini
 import torch
 import torch.nn.functional as F
 
-from kernels.logprob import scaled_logits
+from kernels.logprob import blocks, scaled_logits
 
 GROUP = 32  # part of the contract: another size gives other (equally distributed) tokens
+DRAW_BYTES = 3_200_000  # rows that are drawn together: their masses stay in the cache, and take no 12 MB of new memory a step
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key
@@ -75,11 +76,14 @@ def linear_draw(hidden, weight, temperature, uniform, softcap=None):
     Returns token [B] int64, logprob [B] float32 (nats, at this temperature).
     """
     z = scaled_logits(hidden, weight, temperature, softcap)
-    top = z.amax(-1, keepdim=True)
-    mass = (z - top).exp_()
-    token = _draw(mass, uniform)
-    logprob = z.gather(1, token[:, None]) - top - mass.sum(-1, keepdim=True).log_()
-    return token, logprob[:, 0]
+    token, logprob = torch.empty(len(z), dtype=torch.int64, device=z.device), z.new_empty(len(z))
+    for rows, mass in blocks(z, DRAW_BYTES):
+        block = z[rows]
+        block -= block.amax(-1, keepdim=True)
+        torch.exp(block, out=mass)
+        token[rows] = _draw(mass, uniform[rows])
+        logprob[rows] = block.gather(1, token[rows, None])[:, 0] - mass.sum(-1).log_()
+    return token, logprob
 
 
 def linear_greedy(hidden, weight, softcap=None):

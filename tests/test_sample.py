@@ -115,7 +115,7 @@ def test_sequences_with_equal_tokens_are_computed_once(model, monkeypatch, slots
 def test_prefill_in_small_buckets_changes_nothing(model, monkeypatch):
     prompts = ragged_prompts()
     whole = generate(model, prompts, **OPTIONS)
-    monkeypatch.setattr(sample, "PREFILL_TOKENS", 10)
+    monkeypatch.setitem(sample.PREFILL_TOKENS, "cpu", 10)
     parts = generate(model, prompts, **OPTIONS)
     for i in range(len(prompts)):
         same(parts, i, whole, i)
