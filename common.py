@@ -1,19 +1,16 @@
-"""What every script needs once: flags from a dataclass, seeds, checkpoints that survive kill -9, metrics.jsonl.
+"""What every script needs once: seeds, checkpoints that survive kill -9, metrics.jsonl.
 
 Nothing here knows about reasoning or rewards. Two rules carry the whole of "resume":
 1. All randomness is a function of (seed, purpose, step): see generator(). There is no generator state to save.
 2. A checkpoint is a folder that appears by one rename, so it is either whole or absent.
 """
 
-import argparse
 import dataclasses
-import errno
 import hashlib
 import json
 import math
 import os
 import random
-import shlex
 import shutil
 import sys
 import time
@@ -25,135 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import parallel
-
-
-class UserError(ValueError):
-    """Bad input from a person or a file. One line that names the mend; scripts print it and exit 2."""
-
-
-# ----------------------------------------------------------------------------------------------------
-# Flags: one dataclass per script, one line of help per field.
-
-
-def opt(default, help, group="main", choices=None, low=None, high=None, above=None):
-    """A dataclass field that is also a flag. low/high are inclusive bounds, above an exclusive one."""
-    meta = dict(help=help, group=group, choices=choices, low=low, high=high, above=above)
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print the usage of all sixty flags first
-        raise UserError(f"{message}; --help lists the flags")
-
-
-METAVAR = {int: "N", float: "X", str: "TEXT"}
-
-
-def _brief(doc):
-    """A module's header -> its first line and its commands: what --help needs of it."""
-    first, *rest = doc.strip().splitlines() or [""]
-    commands = [line for line in rest if line.startswith("    ") and line.split()[0] in ("python", "torchrun")]
-    return "\n".join([first, "", *commands])
-
-
-def parse(cls, argv=None, description=None):
-    """Command line -> config. Unknown flags and impossible values end the program with one line."""
-    formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)  # noqa: E731
-    parser = _Parser(usage="%(prog)s [--flag value ...]", description=_brief(description or ""), formatter_class=formatter,
-                     allow_abbrev=False)
-    groups = {}
-    inherited = {f.name for base in cls.__mro__[1:] if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
-    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name in inherited):  # what the script is about comes first
-        m = f.metadata
-        group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        flag = "--" + f.name.replace("_", "-")
-        help = m["help"].replace("%", "%%")  # argparse would take it for a format
-        text = help + (f" (default: {default})" if default not in (None, "", []) else "")
-        if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default,
-                               help=f"{help} (default: {'on' if default else 'off'})")
-        elif isinstance(default, list):
-            kind = type(default[0]) if default else str
-            group.add_argument(flag, nargs="*", type=kind, default=default, help=text, choices=m["choices"],
-                               metavar=None if m["choices"] else METAVAR[kind])
-        else:
-            kind = type(default) if default is not None else str
-            group.add_argument(flag, type=kind, default=default, help=text, choices=m["choices"],
-                               metavar=None if m["choices"] else METAVAR[kind])
-    cfg = cls(**vars(parser.parse_args(argv)))
-    check_bounds(cfg)
-    return cfg
-
-
-def check_bounds(cfg):
-    for f in dataclasses.fields(cfg):
-        value, m = getattr(cfg, f.name), f.metadata
-        flag = "--" + f.name.replace("_", "-")
-        for v in value if isinstance(value, list) else [value]:
-            if isinstance(v, (int, float)) and not isinstance(v, bool):
-                if not math.isfinite(v):
-                    raise UserError(f"{flag} must be a finite number, got {v}")
-                if m["low"] is not None and v < m["low"]:
-                    raise UserError(f"{flag} must be at least {m['low']}, got {v}")
-                if m["high"] is not None and v > m["high"]:
-                    raise UserError(f"{flag} must be at most {m['high']}, got {v}")
-                if m["above"] is not None and v <= m["above"]:
-                    raise UserError(f"{flag} must be greater than {m['above']}, got {v}")
-
-
-def flags(cfg, names=None):
-    """The command line that gives this config: for starting another script with the same settings."""
-    out = []
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        if (names is not None and f.name not in names) or value is None:
-            continue
-        flag = f.name.replace("_", "-")
-        if isinstance(value, bool):
-            out.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            out += [f"--{flag}", *map(str, value)] if value else []
-        else:
-            out.append(f"--{flag}={value}")
-    return out
-
-
-SAME_TASK = ("task", "data", "question_field", "answer_field", "template", "shots", "planted_prompts", "planted_length", "seed")
-
-
-def say_next(cfg, *commands):
-    """Below a script's summary: what to run now. commands: (what it gives, its argv but for the flags that name the task).
-    Called by main() alone: who calls train() from a program wants no advice."""
-    plain = type(cfg)()
-    same = [n for n in SAME_TASK if n == "task" or getattr(cfg, n, None) != getattr(plain, n, None)]
-    for gives, argv in commands if parallel.rank() == 0 else ():
-        print(f"next, {gives}:\n  python {shlex.join([*map(str, argv), *flags(cfg, same)])}")
-
-
-def script(main):
-    """Run main(); a UserError or a full disk becomes one line and exit code 2."""
-    try:
-        main()
-    except UserError as e:
-        parallel.leave(_complain(e))
-    except (OSError, SafetensorError) as e:
-        mendable = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-        if getattr(e, "errno", None) not in mendable and "(os error " not in str(e):  # safetensors wraps them in text
-            raise
-        parallel.leave(_complain(f"{e}; nothing saved before is lost, mend it and run the same command again"))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        parallel.leave(130)
-    parallel.leave()
-
-
-def _complain(message):
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
+from cli import UserError
 
 # ----------------------------------------------------------------------------------------------------
 # Seeds and devices.
@@ -431,31 +300,3 @@ def shuffled(n, seed, *purpose):
 def mean(values):
     values = list(values)
     return float(np.mean(values)) if values else 0.0
-
-
-TASKS = ["planted", "countdown", "chain", "stargraph", "worded", "probe", "contextual", "gsm8k", "math", "jsonl"]
-
-
-@dataclasses.dataclass
-class RunConfig:
-    """The flags that every training script shares."""
-
-    task: str = opt("planted", "what to solve", "task", choices=TASKS)
-    data: list = opt([], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", "task")
-    question_field: str = opt("", "name of the question in --data (default: guessed)", "task")
-    answer_field: str = opt("", "name of the answer in --data (default: guessed)", "task")
-    template: str = opt("auto", "prompts for problems from files (auto: chat where the model has a format, else plain)", "task",
-                        choices=["auto", "chat", "plain", "fewshot"])
-    shots: int = opt(0, "worked examples before each problem, from the training split (0: 4 with fewshot)", "task", low=0)
-    planted_prompts: int = opt(4, "prompts of --task planted, each with a sequence of its own", "task", low=1, high=26)
-    planted_length: int = opt(6, "letters of each hidden sequence: the dial of difficulty", "task", low=1, high=12)
-    max_completion_length: int = opt(0, "tokens a completion may have (0: the task's own)", "task", low=0)
-    run_dir: str = opt("", "where the run is written", "run")
-    seed: int = opt(0, "fixes every random choice", "run", low=0)
-    device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")
-    dtype: str = opt("float32", "of weights and activations; log-probs are float32 always", "run",
-                     choices=["float32", "bfloat16"])
-    tensorboard: bool = opt(False, "write the metrics for TensorBoard too, to RUN_DIR/tensorboard", "run")
-    shard: bool = opt(False, "under torchrun: split weights, gradients and moments over the processes (parallel.py)", "run")
-    threads: int = opt(0, "CPU threads (0: torch's choice; 1 is best for the tiny models)", "run", low=0)
-    smoke: bool = opt(False, "the same road with few steps, for a look in under a minute", "run")

@@ -9,7 +9,7 @@ Both are problems by the thousand that a model of width 64 learns to solve for *
 import functools
 import random
 
-from common import UserError
+from cli import UserError
 from tasks import Problem, Task, split_of
 
 POOL = 24000  # problems made; eight tenths are for training

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from answers import answers_equal
-from common import UserError, lock_file, mean, say_next, write_json
+from cli import UserError, say_next
+from common import lock_file, mean, write_json
 from sample import generate, pass_at_k
 from symbolic import available
 

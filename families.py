@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError
+from cli import UserError
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, script
+from cli import UserError, script
 from tokenizer import Tokenizer, added_token, tokenizer_json
 
 ARCHITECTURE = "llama"

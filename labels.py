@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import parallel
-from common import UserError, derive, progress, shuffled
+from cli import UserError
+from common import derive, progress, shuffled
 from sample import generate
 
 

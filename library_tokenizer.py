@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 
-from common import UserError
+from cli import UserError
 from tokenizer import Tokenizer
 
 SPACE, BYTE = "\u2581", re.compile("<0x([0-9A-F]{2})>")

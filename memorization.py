@@ -22,7 +22,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import parallel
-from common import UserError, derive
+from cli import UserError
+from common import derive
 from model import pad_right, token_logprobs
 from sample import generate
 

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError
+from cli import UserError
 from families import Config
 from kernels import Linear, linear_logprob, linear_logprob_loss
 from tokenizer import load_tokenizer

@@ -40,21 +40,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cli import RunConfig, UserError, opt, parse, say_next, script
 from common import (
     Metrics,
-    RunConfig,
-    UserError,
     derive,
     latest_checkpoint,
     load_state,
     mean,
     open_run,
-    opt,
-    parse,
     progress,
     save_checkpoint,
-    say_next,
-    script,
     setup,
     shuffled,
     spare_threads,

@@ -35,21 +35,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import parallel
+from cli import RunConfig, UserError, opt, parse, say_next, script
 from common import (
     Metrics,
-    RunConfig,
-    UserError,
     derive,
     latest_checkpoint,
     load_state,
     open_run,
-    opt,
-    parse,
     progress,
     require_finite,
     save_checkpoint,
-    say_next,
-    script,
     setup,
     shuffled,
     spare_threads,

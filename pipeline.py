@@ -15,7 +15,8 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
-from common import UserError, flags, say_next, write_json
+from cli import UserError, flags, say_next
+from common import write_json
 
 # Settings of the stages, per task. What was searched to arrive at them stands in docs/log.md; the RL settings
 # are shared by all arms of a comparison.

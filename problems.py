@@ -7,7 +7,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-from common import UserError
+from cli import UserError
 
 
 @dataclass(frozen=True)

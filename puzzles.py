@@ -11,7 +11,7 @@ import string
 
 import numpy as np
 
-from common import UserError
+from cli import UserError
 from problems import Problem, Task, split_of
 
 # ----------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ import torch
 
 import parallel
 import sample
-from common import UserError, derive, opt
+from cli import UserError, opt
+from common import derive
 from weights import save_model
 
 MAX_BYTES = 1 << 26  # of one answer: room for 100,000 tokens and their names many times over

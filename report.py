@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UserError, mean, read_metrics, script, write_json
+from cli import UserError, script
+from common import mean, read_metrics, write_json
 from webpage import page
 
 # One colour per method in every figure (Okabe-Ito, safe for colour-blind readers).

@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 
 import parallel
-from common import TASKS, UserError, opt, parse, script, setup, spare_threads
+from cli import TASKS, UserError, opt, parse, script
+from common import setup, spare_threads
 from kernels import linear_draw, linear_draw_filtered, linear_greedy, packed_weights, philox_uniform
 from model import KVCache, load_model
 
-# Padded tokens of one prefill batch: enough to fill the cores. On a CPU few enough that what they need stays in its caches, and in
-# memory that the process has already: 2048 take a fifth longer.
+# Padded tokens of one prefill batch: enough to fill the cores. On a CPU few enough that what they need stays in its caches and
+# in memory that the process has already: 2048 take a fifth longer.
 PREFILL_TOKENS = dict(cpu=512, cuda=2048)
 
 ROUND = 16  # rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) for each number of rows

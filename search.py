@@ -36,7 +36,8 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, derive, mean
+from cli import UserError
+from common import derive, mean
 from kernels import packed_weights
 from model import pad_right, resolve
 from pav import load_verifier, prover_transform, step_values

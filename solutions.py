@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import parallel
-from common import UserError, derive, progress
+from cli import UserError
+from common import derive, progress
 from sample import Rollouts, generate
 
 

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 
 from answers import MAX_ANSWER, answers_equal, canonical, extract_answer, last_number, parse_number
-from common import TASKS, UserError
+from cli import TASKS, UserError
 from problems import Problem, Task, split_of
 from puzzles import Countdown, Planted, countdown_moves, kmp_next
 from symbolic import symbolically_equal

@@ -33,7 +33,7 @@ from pathlib import Path
 import tiktoken
 
 import chat
-from common import UserError
+from cli import UserError
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits cut out first, then GPT2_SPLIT on what lies between (SmolLM2, StarCoder), as one pattern. The trap: a

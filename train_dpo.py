@@ -33,22 +33,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from cli import RunConfig, UserError, opt, parse, say_next, script
 from common import (
     Metrics,
-    RunConfig,
-    UserError,
     derive,
     latest_checkpoint,
     load_state,
     mean,
     open_run,
-    opt,
-    parse,
     progress,
     require_finite,
     save_checkpoint,
-    say_next,
-    script,
     setup,
     shuffled,
     spare_threads,

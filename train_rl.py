@@ -31,24 +31,19 @@ import torch
 
 import parallel
 import remote
+from cli import RunConfig, UserError, opt, parse, say_next, script
 from common import (
     Laps,
     Metrics,
-    RunConfig,
-    UserError,
     derive,
     latest_checkpoint,
     load_state,
     mean,
     open_run,
-    opt,
-    parse,
     progress,
     read_metrics,
     require_finite,
     save_checkpoint,
-    say_next,
-    script,
     setup,
     shuffled,
     spare_threads,

@@ -25,22 +25,17 @@ from pathlib import Path
 import torch
 
 import parallel
+from cli import RunConfig, UserError, opt, parse, say_next, script
 from common import (
     Metrics,
-    RunConfig,
-    UserError,
     derive,
     generator,
     latest_checkpoint,
     load_state,
     open_run,
-    opt,
-    parse,
     progress,
     require_finite,
     save_checkpoint,
-    say_next,
-    script,
     setup,
     shuffled,
     spare_threads,

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import parallel
-from common import UserError
+from cli import UserError
 from labels import boundaries
 from pav import load_verifier, step_values
 from sample import generate

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import UserError
+from cli import UserError
 from families import file_names, read_json
 from tokenizer import Tokenizer
 

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 
 import decode_cuda
 from bench import timing
-from common import generator, opt, parse, script
+from cli import opt, parse, script
+from common import generator
 from families import Config as Shape
 from kernels import linear_draw, packed_weights, philox_uniform
 from model import KVCache, Transformer, init_weights

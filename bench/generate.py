@@ -33,7 +33,8 @@ from pathlib import Path
 import torch
 
 from bench import timing
-from common import UserError, generator, opt, parse, script
+from cli import UserError, opt, parse, script
+from common import generator
 from kernels import packed_weights
 from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, resolve, save_model

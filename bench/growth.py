@@ -30,7 +30,8 @@ import train_rl
 from bench import timing
 from bench.rl_step import Config as StepConfig
 from bench.rl_step import Ours, starting_model
-from common import generator, opt, parse, script
+from cli import opt, parse, script
+from common import generator
 from families import Config as Shape
 from kernels import linear_logprob
 from model import Transformer, init_weights

@@ -54,7 +54,8 @@ from bench.peers import (
     logprob_sides,
     loss_sides,
 )
-from common import UserError, generator, opt, parse, script
+from cli import UserError, opt, parse, script
+from common import generator
 from kernels import decode_attention, linear_draw, packed_weights, philox_uniform
 
 # V, D of the head

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from bench import timing
-from common import generator, opt, parse, script
+from cli import opt, parse, script
+from common import generator
 from kernels import linear_draw, linear_logprob, packed_weights, philox_uniform
 from kernels.product import matmul_nt
 

@@ -41,7 +41,8 @@ import torch.nn.functional as F
 import train_rl
 import train_sft
 from bench import timing
-from common import derive, mean, opt, parse, script
+from cli import opt, parse, script
+from common import derive, mean
 from kernels.product import matmul_nt
 from model import load_model, resolve, save_model
 from sample import generate

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, opt, write_json
+from cli import UserError, opt
+from common import write_json
 
 
 @dataclass

@@ -45,7 +45,8 @@ from planted_exact import ExactVerifier, scripted, state_values, table_rl, trans
 from provers import SMOKE, TUNING, clone, learn_verifier, spread  # noqa: E402
 
 import train_rl  # noqa: E402
-from common import mean, opt, parse, read_metrics, script, write_json  # noqa: E402
+from cli import opt, parse, script  # noqa: E402
+from common import mean, read_metrics, write_json  # noqa: E402
 from report import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 from tasks import get_task  # noqa: E402
 

@@ -29,7 +29,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_sft  # noqa: E402
-from common import UserError, derive, opt, parse, script, write_json  # noqa: E402
+from cli import UserError, opt, parse, script  # noqa: E402
+from common import derive, write_json  # noqa: E402
 from memorization import (  # noqa: E402
     choose_threshold,
     held_out_r_squared,

@@ -49,7 +49,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import mrt  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
-from common import mean, opt, parse, script, write_json  # noqa: E402
+from cli import opt, parse, script  # noqa: E402
+from common import mean, write_json  # noqa: E402
 from model import load_model  # noqa: E402
 from report import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 from tasks import get_task  # noqa: E402

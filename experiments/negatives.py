@@ -46,7 +46,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
-from common import UserError, mean, opt, parse, script, write_json  # noqa: E402
+from cli import UserError, opt, parse, script  # noqa: E402
+from common import mean, write_json  # noqa: E402
 from model import load_model  # noqa: E402
 from report import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 from sample import generate  # noqa: E402

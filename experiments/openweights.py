@@ -46,7 +46,8 @@ import pav  # noqa: E402
 import sample  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
-from common import UserError, derive, mean, opt, parse, read_metrics, script, setup, write_json  # noqa: E402
+from cli import UserError, opt, parse, script  # noqa: E402
+from common import derive, mean, read_metrics, setup, write_json  # noqa: E402
 from evaluate import Z, interval, vote  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402

@@ -46,7 +46,8 @@ from pav_search import kept, spread  # noqa: E402
 
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
-from common import mean, opt, parse, script, write_json  # noqa: E402
+from cli import opt, parse, script  # noqa: E402
+from common import mean, write_json  # noqa: E402
 from labels import collect, concatenate  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import Config as VerifierConfig  # noqa: E402

@@ -49,7 +49,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pav  # noqa: E402
 import train_sft  # noqa: E402
-from common import mean, opt, parse, script, write_json  # noqa: E402
+from cli import opt, parse, script  # noqa: E402
+from common import mean, write_json  # noqa: E402
 from kernels import packed_weights  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import load_verifier  # noqa: E402

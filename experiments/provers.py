@@ -69,7 +69,8 @@ from provers_report import (  # noqa: E402
 import pav  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
-from common import derive, mean, opt, parse, read_metrics, script, write_json  # noqa: E402
+from cli import opt, parse, script  # noqa: E402
+from common import derive, mean, read_metrics, write_json  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import load_model  # noqa: E402
 from report import machine, print_results  # noqa: E402

@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pipeline  # noqa: E402
-from common import mean, opt, parse, read_metrics, script, write_json  # noqa: E402
+from cli import opt, parse, script  # noqa: E402
+from common import mean, read_metrics, write_json  # noqa: E402
 from train_rl import Config as RLConfig  # noqa: E402
 
 ARMS = ["outcome", "pav"]

@@ -14,7 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from answers import extract_answer
-from common import UserError, derive
+from cli import UserError
+from common import derive
 from tasks import read_rows
 
 PARTS = ("demonstrated", "first", "second", "val", "test")  # demonstrated: those of first with a solution

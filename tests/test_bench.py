@@ -68,7 +68,7 @@ def test_sides_take_turns_and_the_ratio_is_made_within_rounds():
 
 def test_a_missing_peer_is_one_clear_line():
     from bench import timing
-    from common import UserError
+    from cli import UserError
 
     with pytest.raises(UserError, match="pip install no-such-package"):
         timing.need("torch", "no-such-package")

@@ -6,7 +6,7 @@ import pytest
 from test_tokenizer import CONFIG, MERGES, library, load, make_spec
 
 import chat
-from common import UserError
+from cli import UserError
 
 CALL = [dict(role="user", content=" 2 + 2? "), dict(role="assistant", content="4"), dict(role="user", content="Sure?")]
 SYSTEM = [dict(role="system", content="Be brief.")]

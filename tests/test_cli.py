@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import tiny_model
 
+import cli
 import common
 from model import save_model
 from pav import Verifier, save_verifier
@@ -29,7 +30,7 @@ def call(monkeypatch, capsys, script, *argv):
     monkeypatch.setattr(sys, "argv", [script + ".py", *map(str, argv)])
     module, code = importlib.import_module(script), 0
     try:
-        common.script(module.main)
+        cli.script(module.main)
     except SystemExit as e:
         code = e.code
     return code or 0, *capsys.readouterr()
@@ -193,7 +194,7 @@ def test_tensorboard_is_optional_and_gets_the_numbers(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(common.UserError, match="pip install tensorboard"):
+    with pytest.raises(cli.UserError, match="pip install tensorboard"):
         common.Metrics(tmp_path, 0, tensorboard=True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("Module", (), dict(SummaryWriter=Writer)))
     common.Metrics(tmp_path, 4, tensorboard=True).write(5, loss=0.5, kl=float("nan"))
@@ -219,8 +220,8 @@ def test_what_a_script_says_to_run_next_would_run(script, argv, said, monkeypatc
     module.main([*argv, "--run-dir", "here is/it"])
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  python ")]
     assert [c[1] for c in commands] == [f"{s}.py" for s in said]
-    cfg = common.parse(module.Config, argv)
+    cfg = cli.parse(module.Config, argv)
     for command in commands:
         assert any(a.startswith("here is/it") for a in command)
-        theirs = common.parse(importlib.import_module(command[1][:-3]).Config, command[2:])
+        theirs = cli.parse(importlib.import_module(command[1][:-3]).Config, command[2:])
         assert all(getattr(theirs, f) == getattr(cfg, f) for f in ("task", "data", "seed", "planted_length"))

@@ -10,7 +10,7 @@ from toy import EOS, tiny_model
 
 import decode_cuda
 import sample
-from common import UserError
+from cli import UserError
 from families import FAMILIES, Config
 from model import KVCache, Transformer
 

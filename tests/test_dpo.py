@@ -13,7 +13,8 @@ from toy import EOS, ToyTask, make_rollouts, tiny_model
 import solutions as solutions_module
 import train_dpo
 import train_sft
-from common import UserError, read_metrics
+from cli import UserError
+from common import read_metrics
 from didactic import Chain, StarGraph
 from model import load_model, save_model
 from solutions import Solutions, count, keep_correct, sample_solutions

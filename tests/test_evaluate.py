@@ -8,7 +8,7 @@ import pytest
 from toy import tiny_model
 
 import evaluate
-from common import UserError
+from cli import UserError
 from evaluate import interval, summarize, vote
 from sample import Config, main
 from tasks import get_task

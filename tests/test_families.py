@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import UserError
+from cli import UserError
 from families import FAMILIES, Config, file_names
 from model import load_model, save_model, shared_prefixes, token_logprobs
 from sample import generate

@@ -15,7 +15,7 @@ from safetensors.torch import save_file  # noqa: E402
 from toy import tiny_model  # noqa: E402
 
 from answers import answers_equal, canonical, extract_answer, last_number, parse_number  # noqa: E402
-from common import UserError  # noqa: E402
+from cli import UserError  # noqa: E402
 from families import Config  # noqa: E402
 from model import load_model, save_model  # noqa: E402
 from search import majority  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import gguf_import
-from common import UserError
+from cli import UserError
 from gguf_import import convert_gguf, find_smollm2, unpermute
 from tokenizer import ALPHABET, load_tokenizer
 

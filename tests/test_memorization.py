@@ -10,7 +10,7 @@ from toy import tiny_model
 
 import memorization
 import train_sft
-from common import UserError
+from cli import UserError
 from memorization import choose_threshold, curate, held_out_r_squared, load_run, pre_memorization, r_squared, solution_nll
 from model import resolve
 from worded import Worded

@@ -11,7 +11,7 @@ from toy import make_rollouts, tiny_model
 import mrt
 import tasks
 import train_rl
-from common import UserError
+from cli import UserError
 from labels import boundaries
 from model import save_model
 from mrt import (

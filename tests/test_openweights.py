@@ -15,7 +15,7 @@ import openweights  # noqa: E402
 import wordproblems  # noqa: E402
 
 from answers import answers_equal, extract_answer  # noqa: E402
-from common import UserError  # noqa: E402
+from cli import UserError  # noqa: E402
 
 
 @pytest.mark.parametrize("found,goal,lines", [

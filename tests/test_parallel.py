@@ -100,13 +100,13 @@ def test_two_processes_are_one_sharded_or_not(home, tmp_path, argv):
     same(tmp_path / "one", tmp_path / "sharded")
 
 
-@pytest.mark.parametrize("ending, code", [("pass", 0), ("raise common.UserError('to be mended')", 2)])
+@pytest.mark.parametrize("ending, code", [("pass", 0), ("raise cli.UserError('to be mended')", 2)])
 def test_the_end_is_not_gloos_to_abort(tmp_path, ending, code):
     """A group that is still held when the interpreter ends aborts it, after all is written, with exit code -6."""
     (tmp_path / "go.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import common, parallel, torch.distributed as dist
+import cli, parallel, torch.distributed as dist
 
 def main():
     parallel.join("cpu")
@@ -115,7 +115,7 @@ def main():
     print("all is written")
     {ending}
 
-common.script(main)
+cli.script(main)
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(tmp_path / "go.py")], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))

@@ -14,7 +14,8 @@ from toy import EOS, ToyTask, tiny_model
 
 import remote
 import train_rl
-from common import UserError, derive, read_metrics
+from cli import UserError
+from common import derive, read_metrics
 from model import load_weights, save_model
 from sample import generate
 

@@ -22,8 +22,9 @@ import pytest
 import torch
 from toy import ToyTask, tiny_model
 
-import common
-from common import UserError, latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
+import cli
+from cli import UserError
+from common import latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
 from model import load_weights, save_model, write_model
 from pav import Verifier, save_verifier
 
@@ -77,7 +78,7 @@ def stage(script, argv, log, die_at=None, die_after=None, largest_file=None):
     count = count_files(os.path.dirname(log), die_at)
     if die_after is not None:
         threading.Timer(die_after, die).start()
-    common.script(lambda: module.main(argv))
+    cli.script(lambda: module.main(argv))
     print(f"file operations: {count[0]} in {time.time() - begin}")
 
 
@@ -227,7 +228,7 @@ def test_a_second_process_and_changed_settings_are_refused(start, inputs, tmp_pa
         words = log.read_text()
         assert words.startswith("error: ") and words.count("\n") == 1
         assert f"--{[*change][0].replace('_', '-')} " in words
-    lock = open_run(tmp_path / "busy", common.RunConfig())
+    lock = open_run(tmp_path / "busy", cli.RunConfig())
     assert start("train_sft", command("train_sft", inputs, tmp_path / "busy"), log) == 2
     assert "is in use by another process" in log.read_text() and log.read_text().count("\n") == 1
     lock.close()

@@ -8,7 +8,7 @@ import torch
 from toy import EOS, Problem, ToyTask, tiny_model
 
 import search
-from common import UserError
+from cli import UserError
 from model import save_model
 from pav import Verifier, save_verifier
 from search import beam, best_of_n, effective_score, learned_values, majority, parents, select

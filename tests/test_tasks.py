@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from common import UserError
+from cli import UserError
 from tasks import (
     Countdown,
     Jsonl,

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import tiktoken
 
-from common import UserError
+from cli import UserError
 from tokenizer import ALPHABET, LLAMA3_SPLIT, alphabet_tokenizer, load_tokenizer
 
 CHAR = {b: c for c, b in ALPHABET.items()}

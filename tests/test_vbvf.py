@@ -15,7 +15,7 @@ import vbvf  # noqa: E402
 import vbvf_exact  # noqa: E402
 import vbvf_report  # noqa: E402
 
-from common import UserError  # noqa: E402
+from cli import UserError  # noqa: E402
 from contextual import Contextual, solve_times  # noqa: E402
 from tasks import get_task  # noqa: E402
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy import EOS, ToyTask, make_rollouts, tiny_model
 
-from common import UserError
+from cli import UserError
 from labels import boundaries, choose_cuts, collect, concatenate
 from model import save_model
 from pav import (

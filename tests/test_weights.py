@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from toy import tiny_model
 
 import weights
-from common import UserError
+from cli import UserError
 from model import Transformer, load_model, save_model
 from weights import resolve
 
