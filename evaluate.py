@@ -28,17 +28,19 @@ CHUNK_SECONDS = 60  # chunks grow until they take about this long: what a kill c
 NO_MATTER = ("out", "slots", "device", "threads", "eval", "smoke", "prompt", "raw")  # flags that do not change a completion
 
 
-def interval(shares):
-    """shares: a number in [0, 1] per problem, the share of its samples that are right -> (mean, low, high), 95%.
+def interval(shares, each=1):
+    """shares: a number in [0, 1] per problem, the share of its `each` samples that are right -> (mean, low, high), 95%.
 
     Problems are the independent draws, samples of one problem are not: the variance of the mean is that of the shares
     over problems (clusters). It is put into Wilson's interval (1927) as an effective number of draws, so that 0 of 16
-    is not "0 +- 0" and no bound leaves [0, 1]. With one sample a problem this is Wilson's interval as it stands.
+    is not "0 +- 0" and no bound leaves [0, 1]. With one sample a problem this is Wilson's interval as it stands. Shares that
+    lie closer together than chance would have them (rare successes, one in each of a few problems) count as no more than
+    all samples: n * each draws.
     """
     n, p = len(shares), mean(shares)
     between = sum((s - p) ** 2 for s in shares) / (n - 1) / n if n > 1 else 0.0
     binary = all(s in (0, 1) for s in shares)
-    draws = n if binary or not between else max(n, p * (1 - p) / between)
+    draws = n if binary else max(n, min(n * each, p * (1 - p) / between if between else float("inf")))
     centre = (p + Z**2 / (2 * draws)) / (1 + Z**2 / draws)
     half = Z / (1 + Z**2 / draws) * (p * (1 - p) / draws + Z**2 / (4 * draws**2)) ** 0.5
     return p, max(0.0, centre - half), min(1.0, centre + half)
@@ -60,7 +62,7 @@ def summarize(rows, n, task, problems):
     say (last number in the text, math-verify): far above accuracy, it is the format that is not known, not the mathematics."""
     groups = [rows[i : i + n] for i in range(0, len(rows), n)]
     right = [sum(r["reward"] for r in g) for g in groups]
-    accuracy, low, high = interval([c / n for c in right])
+    accuracy, low, high = interval([c / n for c in right], n)
     out = dict(accuracy=accuracy, low=low, high=high, problems=len(groups), n=n,
                truncated=mean(r["finish_reason"] == "length" for r in rows), mean_length=mean(r["tokens"] for r in rows))
     if hasattr(task, "answer"):

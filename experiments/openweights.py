@@ -2,7 +2,7 @@
 
     python experiments/openweights.py --size cpu --data mawps_*.jsonl          # about 75 minutes of one core
     python experiments/openweights.py --size cpu-gsm8k --problems gsm8k --limit 160 --data gsm8k_train.jsonl gsm8k_test.jsonl \
-                                      --out docs/results/openweights_gsm8k     # run without the outcome model and search
+                                      --out docs/results/openweights_gsm8k     # about 100 minutes of one core
     python experiments/openweights.py --size gpu --data mawps_*.jsonl          # written for one H100; nobody has run it yet
     python experiments/openweights.py --size gpu --problems gsm8k --limit 256 --data gsm8k_train.jsonl gsm8k_test.jsonl
     python experiments/openweights.py --smoke                                  # a tiny random model, made-up problems
@@ -261,9 +261,9 @@ def shares(path, n):
     return [mean(r["reward"] for r in rows[i : i + n]) for i in range(0, len(rows), n)], rows
 
 
-def row(right):
-    """Right share of each problem -> a row of the results."""
-    return dict(zip(("accuracy", "low", "high"), interval(right)), problems=len(right))
+def row(right, each=1):
+    """Right share of each problem, of `each` independent samples -> a row of the results."""
+    return dict(zip(("accuracy", "low", "high"), interval(right, each)), problems=len(right))
 
 
 def numbers_of(cfg, size, root):
@@ -271,10 +271,10 @@ def numbers_of(cfg, size, root):
     policies, by_arm, curves = {}, {}, {}
     for name in ("base", "sft"):
         right, _ = shares(root / "test" / f"{name}.jsonl", 1 if name == "base" else size["n"])
-        policies[name] = row(right)
+        policies[name] = row(right, 1 if name == "base" else size["n"])
     correct, tokens, score, said = reranked(cfg, size, root)
     rft = correct.mean(1).tolist()
-    policies["rft"] = row(rft)
+    policies["rft"] = row(rft, size["search"]["n"])
     policies["sft"]["minus_rft"] = paired(right, rft)
     q = json.loads((root / "q" / "summary.json").read_text())
     for arm in ("rl_outcome", "rl_pav"):
@@ -282,7 +282,8 @@ def numbers_of(cfg, size, root):
         by_arm[arm] = [mean(x) for x in zip(*each)]
         curves[arm] = [[(r["num_tokens"], r["eval/accuracy"]) for r in read_metrics(root / f"{arm}_{s}") if "eval/accuracy" in r]
                        for s in size["rl_seeds"]]
-        policies[arm] = dict(row(by_arm[arm]), per_seed=[mean(e) for e in each], sampled_tokens=[c[-1][0] for c in curves[arm]],
+        policies[arm] = dict(row(by_arm[arm], size["n"] * len(each)), per_seed=[mean(e) for e in each],
+                             sampled_tokens=[c[-1][0] for c in curves[arm]],
                              pass_at_n=[mean(p > 0 for p in e) for e in each],
                              verifier_tokens=q["sampled_tokens"] if arm == "rl_pav" else 0,
                              minus_rft=paired(by_arm[arm], rft))
@@ -290,7 +291,7 @@ def numbers_of(cfg, size, root):
     ways = {f"best-of-n, {v}": lambda n, v=v: best_of(score[v], correct, n) for v in score}
     ways |= {"majority": lambda n: voted(said, correct, n), "pass@n (an oracle)": lambda n: best_of(correct, correct, n)}
     for name, way in ways.items():
-        search[name] = [dict(row(way(n).tolist()), n=n, tokens=n * float(tokens.float().mean()),
+        search[name] = [dict(row(way(n).tolist(), size["search"]["n"] / n), n=n, tokens=n * float(tokens.float().mean()),
                              minus_majority=paired(way(n).tolist(), voted(said, correct, n).tolist())) for n in ns]
     for name, alpha in [b for b in BEAMS.items() if (root / "test" / f"{b[0]}.jsonl").exists()]:
         right, rows = shares(root / "test" / f"{name}.jsonl", 1)

@@ -27,15 +27,16 @@ def test_wilson_interval_against_its_definition():
 
 
 def test_samples_of_one_problem_are_no_independent_draws():
-    width = lambda x: interval(x)[2] - interval(x)[1]  # noqa: E731
-    assert width([1.0, 0.0] * 8) > 2 * width([0.5] * 15 + [0.75])
+    width = lambda x: interval(x, 4)[2] - interval(x, 4)[1]  # noqa: E731
+    assert width([1.0, 0.0] * 8) > 1.8 * width([0.5] * 15 + [0.75])
+    assert interval([0.25] * 16, 4) == interval([1.0] * 16 + [0.0] * 48)  # no surer than all 64 samples are, drawn apart
     rng, covered = random.Random(0), 0
     for _ in range(300):  # 30 problems x 4 samples, chances spread over problems around 0.4
         shares = []
         for _ in range(30):
             chance = rng.betavariate(2, 3)
             shares.append(sum(rng.random() < chance for _ in range(4)) / 4)
-        _, low, high = interval(shares)
+        _, low, high = interval(shares, 4)
         covered += low <= 0.4 <= high
     assert covered / 300 > 0.9
 
