@@ -79,6 +79,8 @@ class Config(MRTFlags, remote.RolloutFlags, RunConfig):
     num_generations: int = opt(8, "samples a prompt (G)", "optimization", low=2)
     steps: int = opt(200, "optimizer steps (batches of rollouts)", "optimization", low=1)
     learning_rate: float = opt(1e-3, "of Adam, constant after --warmup-steps", "optimization", above=0)
+    adam_epsilon: float = opt(1e-8, "Adam's: gradients far below it take no step; smaller noise is blown up to a full one",
+                              "optimization", above=0)
     warmup_steps: int = opt(0, "linear warm-up", "optimization", low=0)
     temperature: float = opt(1.0, "of the policy, in the sampler and in the loss", "optimization", above=0)
     loss_type: str = opt("dapo", "one weight per token (dapo), per solution (grpo), or per token by a constant (dr_grpo)",
@@ -343,7 +345,7 @@ def train(cfg, verifier=None):
     if cfg.shard:
         parallel.shard(model)
     params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(params, lr=cfg.learning_rate, betas=(0.9, 0.99), eps=cfg.adam_epsilon, fused=True)
     if folder:
         state = load_state(folder, optimizer, params)
         start, tokens_seen, spent = state["step"], state["tokens"], state["seconds"]
