@@ -29,9 +29,9 @@ STAGES = {
     ),
     "countdown": dict(
         sft=dict(steps=1200, num_examples=100000),
-        verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
-        rl=dict(learning_rate=3e-4, steps=300, eval_steps=20, gate="legal"),
-        prover="scripted",
+        verifier=dict(num_problems=100000, n_cov=1, cuts=1, n_mc=1, epochs=6),  # from 20000 it learns nothing
+        rl=dict(num_prompts=64, learning_rate=3e-4, steps=400, eval_steps=20, gate="legal"),  # 128 samples a step: no arm moves
+        prover="scripted", long=2,
     ),
     "probe": dict(  # for --reward mrt, which needs no verifier
         sft=dict(steps=600, batch_size=64, num_examples=20000, learning_rate=4e-3),
@@ -51,7 +51,7 @@ STAGES = {
     ),
 }
 STAGES["gsm8k"] = STAGES["math"] = STAGES["jsonl"]
-LONG = 5  # the arm outcome-long runs this many times the steps
+LONG = 5  # the arm outcome-long runs this many times the steps (a task's "long" where it stands above)
 SMOKE = {"sft": dict(steps=20, num_examples=256), "verifier": dict(num_problems=64, epochs=1),
          "rl": dict(steps=3, eval_steps=1, eval_problems=32)}
 
@@ -133,7 +133,7 @@ def plan(cfg, given):
             arguments += [f"--verifier={path}"] if path else []
             arguments += ["--constant-value"] if arm == "constant" else []
             if arm == "outcome-long":  # as many tokens as PAV's RL and its verifier's rollouts together
-                arguments = [a for a in arguments if not a.startswith("--steps=")] + [f"--steps={rl.steps * LONG}"]
+                arguments = [a for a in arguments if not a.startswith("--steps=")] + [f"--steps={rl.steps * table.get('long', LONG)}"]
             stage(f"rl_{arm}", "train_rl.py", needs, arguments, {})
     return root, jobs
 

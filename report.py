@@ -25,6 +25,7 @@ NAMES = {"outcome": "outcome only", "outcome-long": "outcome only, more steps", 
          "constant": "control: constant value", "base-prover": "control: prover = base",
          "strong-prover": "control: prover too strong", "orm": "learned outcome model", "q": "Q as reward",
          "mrt": "MRT (prover: the policy, told to answer)"}
+CONTROLS = ("constant", "base-prover", "strong-prover")
 # The same for the comparisons of training methods (experiments/negatives.py and others): method -> colour.
 METHOD_COLOURS = {"sft": "#000000", "rft": "#E69F00", "dpo_per_step": "#009E73", "dpo_shared_prefix": "#56B4E9",
                   "dpo_whole": "#D55E00", "dpo_random_cut": "#CC79A7", "base": "#7f7f7f", "pav": "#0072B2",
@@ -56,8 +57,10 @@ def accuracy_at(evaluations, tokens):
 
 
 def summarise(arms):
-    """Numbers of the table, one dict an arm. The budget is what the shortest run sampled: equal for all."""
-    budget = min(runs[-1][1][-1]["num_tokens"] for name, runs in arms.items())
+    """Numbers of the table, one dict an arm. The budget is what the shortest run sampled, equal for all; a control whose
+    solutions shrink does not shorten it for the others: where it ended earlier, its end counts."""
+    compared = [n for n in arms if n not in CONTROLS] or list(arms)
+    budget = min(evaluations[-1]["num_tokens"] for name in compared for _, evaluations, *_ in arms[name])
     rows = {}
     for name, runs in arms.items():
         final = [accuracy_at(e, budget) for _, e, *_ in runs]

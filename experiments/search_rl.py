@@ -1,6 +1,7 @@
 """The search behind the RL settings: every arm gets the same grid, on a seed that no reported number uses.
 
     python experiments/search_rl.py --task planted           # about 5 minutes on 2 cores
+    python experiments/search_rl.py --task countdown --samples 512 --learning-rates 1e-4 3e-4 1e-3 --entropy-coefs 0   # 25 minutes
     -> docs/results/search_TASK.json: accuracy at the end and mean over the curve, per arm and setting
 
 The stages (policy, prover, verifier) are built once; the grid is learning rate x entropy bonus x group size at
@@ -30,7 +31,8 @@ class Config:
     seed: int = opt(1000, "of the search; the reported runs use 0, 1, 2, ...", low=0)
     learning_rates: list = opt([3e-4, 1e-3, 3e-3], "grid")
     entropy_coefs: list = opt([0.0, 3e-3], "grid")
-    groups: list = opt([8, 32], "samples a prompt; prompts a step make it 128 samples")
+    groups: list = opt([8, 32], "samples a prompt")
+    samples: int = opt(128, "samples a step: prompts times samples a prompt", low=1)
     steps: int = opt(200, "RL steps of every run", low=1)
     workers: int = opt(0, "jobs side by side (0: one per core)", low=0)
     smoke: bool = opt(False, "a grid of one with few steps")
@@ -53,7 +55,7 @@ def main():
         drop = ("--learning-rate=", "--entropy-coef=", "--num-generations=", "--num-prompts=", "--run-dir=")
         argv = [a for a in argv if not a.startswith(drop)]
         argv += [f"--learning-rate={lr}", f"--entropy-coef={entropy}", f"--num-generations={group}",
-                 f"--num-prompts={128 // group}", f"--run-dir={run}"]
+                 f"--num-prompts={cfg.samples // group}", f"--run-dir={run}"]
         stages.append((name, needs, argv))
     pipeline.run_jobs(stages, cfg.workers or os.cpu_count() or 1, root / "logs")
     rows = []
@@ -64,7 +66,7 @@ def main():
     rows.sort(key=lambda r: (r["arm"], -r["curve_mean"]))
     out = Path("docs/results" if not cfg.smoke else root) / f"search_{cfg.task}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, dict(command=f"python experiments/search_rl.py {' '.join(sys.argv[1:])}", steps=cfg.steps, rows=rows))
+    write_json(out, dict(command=f"python experiments/search_rl.py {' '.join(sys.argv[1:])}", steps=cfg.steps, samples=cfg.samples, rows=rows))
     for arm in ARMS:
         for r in [r for r in rows if r["arm"] == arm][:5]:
             print(json.dumps(r))
