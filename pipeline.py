@@ -133,7 +133,8 @@ def plan(cfg, given):
             arguments += [f"--verifier={path}"] if path else []
             arguments += ["--constant-value"] if arm == "constant" else []
             if arm == "outcome-long":  # as many tokens as PAV's RL and its verifier's rollouts together
-                arguments = [a for a in arguments if not a.startswith("--steps=")] + [f"--steps={rl.steps * table.get('long', LONG)}"]
+                steps = rl.steps * table.get("long", LONG)
+                arguments = [a for a in arguments if not a.startswith("--steps=")] + [f"--steps={steps}"]
             stage(f"rl_{arm}", "train_rl.py", needs, arguments, {})
     return root, jobs
 

@@ -1,7 +1,7 @@
 """The search behind the RL settings: every arm gets the same grid, on a seed that no reported number uses.
 
     python experiments/search_rl.py --task planted           # about 5 minutes on 2 cores
-    python experiments/search_rl.py --task countdown --samples 512 --learning-rates 1e-4 3e-4 1e-3 --entropy-coefs 0   # 25 minutes
+    python experiments/search_rl.py --task countdown --samples 512 --learning-rates 1e-4 3e-4 1e-3 --entropy-coefs 0  # 25
     -> docs/results/search_TASK.json: accuracy at the end and mean over the curve, per arm and setting
 
 The stages (policy, prover, verifier) are built once; the grid is learning rate x entropy bonus x group size at
@@ -66,7 +66,8 @@ def main():
     rows.sort(key=lambda r: (r["arm"], -r["curve_mean"]))
     out = Path("docs/results" if not cfg.smoke else root) / f"search_{cfg.task}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, dict(command=f"python experiments/search_rl.py {' '.join(sys.argv[1:])}", steps=cfg.steps, samples=cfg.samples, rows=rows))
+    write_json(out, dict(command=f"python experiments/search_rl.py {' '.join(sys.argv[1:])}", steps=cfg.steps,
+                         samples=cfg.samples, rows=rows))
     for arm in ARMS:
         for r in [r for r in rows if r["arm"] == arm][:5]:
             print(json.dumps(r))

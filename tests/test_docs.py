@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import tomllib
 import types
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def test_readme_names_files_that_exist():
     paths = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README) + re.findall(r"`((?:\w+/)*\w+\.(?:py|md))`", README)
     missing = [p for p in paths if not (ROOT / p).exists() and p != "sums.py"]
     assert len(paths) > 20 and not missing
+
+
+def test_an_installation_has_every_module():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert listed["py-modules"] == sorted(p.stem for p in ROOT.glob("*.py")) and listed["packages"] == ["kernels"]
 
 
 def test_every_function_that_readme_points_to_exists():

@@ -123,6 +123,20 @@ def test_scoring_a_batch_is_one_forward_pass_of_the_verifier(start, monkeypatch)
     assert batches == [4, 16, 16, 16, 4]
 
 
+def test_adams_epsilon_decides_what_a_small_gradient_is_worth(start, tmp_path, monkeypatch):
+    """A bonus a thousand times smaller moves the policy as far, unless epsilon stands above its gradient."""
+    monkeypatch.setattr(ToyTask, "grade", lambda self, problem, completion: 0.0)  # the bonus is all there is
+    initial = load_file(tmp_path / "policy" / "model.safetensors")
+
+    def moved(alpha, epsilon):
+        weights, _ = start(f"{alpha}_{epsilon}", reward="pav", alpha=alpha, adam_epsilon=epsilon, verifier=start.verifier,
+                           anchor=False)
+        return float(sum((weights[n] - initial[n]).square().sum() for n in initial)) ** 0.5
+
+    assert moved(1e-3, 1e-12) == pytest.approx(moved(1.0, 1e-12), rel=0.3)
+    assert moved(1e-3, 1e-2) < 0.02 * moved(1.0, 1e-2)
+
+
 def test_the_waterfall_adds_up_to_the_step(start):
     _, rows = start("timed", reward="pav", verifier=start.verifier)
     names = {"generate", "grade", "verify", "logprob", "backward", "update", "evaluate", "other"}

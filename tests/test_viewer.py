@@ -121,6 +121,18 @@ def test_ticks_are_round_and_inside():
     assert webpage.ticks(0, 12) == [0, 5, 10] and webpage.ticks(0, 0.03)[-1] == 0.03
 
 
+def test_the_budget_is_that_of_the_arms_compared():
+    """A control that stops early, or whose solutions shrink, counts with its end and shortens nobody else's curve."""
+    curve = lambda *points: [dict(num_tokens=t, **{"eval/accuracy": a}) for t, a in points]  # noqa: E731
+    run = lambda *points: [("seed0", curve(*points), None, dict(eval_problems=8))]  # noqa: E731
+    arms = dict(outcome=run((0, 0.0), (400, 0.4)), pav=run((0, 0.0), (800, 0.8)), constant=run((0, 0.1), (100, 0.3)))
+    rows = report.summarise(arms)
+    assert [rows[a]["budget_tokens"] for a in arms] == [400] * 3
+    assert rows["outcome"]["accuracy_budget"] == 0.4 and rows["pav"]["accuracy_budget"] == pytest.approx(0.4)
+    assert rows["pav"]["accuracy_quarter"] == pytest.approx(0.1) and rows["constant"]["accuracy_budget"] == 0.3
+    assert report.summarise(dict(constant=arms["constant"]))["constant"]["budget_tokens"] == 100
+
+
 def test_the_page_holds_what_the_runs_say(tmp_path):
     for seed, final in (("seed0", 0.75), ("seed1", 0.25)):
         run = tmp_path / seed / "rl_pav"
