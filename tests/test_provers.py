@@ -1,5 +1,5 @@
 """The planted sub-sequence solved exactly (experiments/planted_exact.py) against enumeration, the task's own solver and
-finite differences; and the claims that experiments/provers.py prints."""
+finite differences, countdown's solver as a verifier; and the claims that experiments/provers.py prints."""
 
 import itertools
 import sys
@@ -11,11 +11,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
+import countdown_exact  # noqa: E402
 import planted_exact as exact  # noqa: E402
 import provers  # noqa: E402
 from provers_report import verdict  # noqa: E402
 
-from puzzles import Planted, planted_values  # noqa: E402
+from puzzles import Countdown, Planted, planted_values  # noqa: E402
 
 LETTERS, LENGTH = "abc", 5
 
@@ -112,6 +113,32 @@ def test_exact_verifier_says_what_the_task_says():
     torch.testing.assert_close(values, torch.tensor(expected), atol=1e-5, rtol=1e-4)
     best_of = step_values(exact.ExactVerifier(task, tokenizer, 16.0, k=4), tokens, torch.arange(1, 7).expand(len(tokens), 6))
     torch.testing.assert_close(best_of, 1 - (1 - values) ** 4)
+
+
+def test_the_solver_as_a_verifier_of_countdown():
+    """Right, wrong and illegal solutions, cut anywhere: at the prompt and at each line end the value is exact_value's."""
+    from labels import boundaries
+    from pav import step_values
+    from sample import Rollouts
+
+    task = Countdown()
+    tokenizer, problems = task.tokenizer(), task.problems("test", 40, 0)
+    texts = [task.demonstration(p, 0.3, i) for i, p in enumerate(problems)]
+    texts = [t.replace("=", "+", 1) if i % 5 == 0 else t for i, t in enumerate(texts)]
+    prompts = [tokenizer.encode(p.prompt) for p in problems]
+    rows = [prompt + tokenizer.encode(t) for prompt, t in zip(prompts, texts)]
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = torch.tensor(row)
+    rolled = Rollouts(tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in rows]),
+                      torch.zeros(tokens.shape), ["stop"] * len(rows), 0.0)
+    ends = boundaries(task, rolled, tokenizer)
+    values = step_values(countdown_exact.ExactVerifier(task, tokenizer, 0.5), tokens, ends)
+    expected = [[task.exact_value(p, tokenizer.decode(rows[b][len(prompts[b]) : end]), 0.5) for end in ends[b].tolist()]
+                for b, p in enumerate(problems)]
+    torch.testing.assert_close(values, torch.tensor(expected), atol=1e-6, rtol=1e-4)
+    assert len({round(v, 3) for v in values[:, 1].tolist()}) > 3
+    assert values[:, -1].unique().tolist() == pytest.approx([0, 1], abs=1e-6)
 
 
 def test_the_exact_table_of_the_experiment():

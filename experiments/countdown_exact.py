@@ -1,0 +1,143 @@
+"""Countdown, and why it looked as if no process reward could help: the batch, the verifier, and the solver in its place.
+
+    python experiments/countdown_exact.py         # about 15 minutes of one core behind train_rl.py --task countdown --seeds 3
+    python experiments/countdown_exact.py --smoke # the same road in seconds
+    -> docs/results/countdown_exact/: results.json, table.md, curves.png
+
+An earlier comparison (128 samples a step, a verifier from 20,000 rollouts) moved nothing. Two things were too small, and the
+solver says which: with *exact* values of the same prover no verifier can be to blame. Every arm runs at both batch
+sizes and the same number of steps, from the same policies (those of train_rl.py's own comparison, built if they are not
+there):
+
+    outcome    the grader alone
+    pav        the learned verifier of the comparison
+    exact      the value of the scripted prover by countdown_values, at every line (task.exact_value)
+
+What would have falsified it: exact values that do not help at the larger batch either, or all arms alike.
+"""
+
+import os
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from provers_report import spread  # noqa: E402
+
+import pipeline  # noqa: E402
+import train_rl  # noqa: E402
+from cli import opt, parse, script  # noqa: E402
+from common import mean, read_metrics, write_json  # noqa: E402
+from report import COLOURS, accuracy_at, finish, machine, print_results, pyplot  # noqa: E402
+from tasks import get_task  # noqa: E402
+
+NAMES = dict(outcome="outcome only", pav="PAV, learned verifier", exact="PAV, exact values")
+HUES = dict(outcome=COLOURS["outcome"], pav=COLOURS["pav"], exact=COLOURS["orm"])
+
+
+@dataclass
+class Config:
+    seeds: int = opt(3, "the whole comparison for each", low=1)
+    prompts: list = opt([16, 64], "prompts a step, of 8 samples each")
+    steps: int = opt(400, "RL steps of every run", low=1)
+    workers: int = opt(0, "jobs side by side while stages are built (0: one per core)", low=0)
+    out: str = opt("docs/results/countdown_exact", "where table, figure and numbers go")
+    smoke: bool = opt(False, "one seed, a few steps")
+
+
+class ExactVerifier(nn.Module):
+    """The solver in the place of a pav.Verifier: tokens [B,T] -> logits [B,T] of the scripted prover's chance from there, for
+    tasks whose prompt is a line and whose steps are lines. Read at line ends only; elsewhere it says the last line's."""
+
+    def __init__(self, task, tokenizer, strength):
+        super().__init__()
+        self.head, self.logit_shift, self.k = nn.Linear(1, 1), 0.0, 1
+        self.task, self.tokenizer, self.strength = task, tokenizer, strength
+        self.problems = {p.prompt: p for part in task.by_split.values() for p in part}
+
+    def forward(self, tokens, share=None):
+        out = torch.zeros(tokens.shape, dtype=torch.float64)
+        for b, row in enumerate(tokens.tolist()):
+            lines = [t for t, token in enumerate(row) if b"\n" in self.tokenizer.token_bytes(token)]
+            problem = self.problems[self.tokenizer.decode(row[: lines[0] + 1])]
+            for t in lines:
+                text = self.tokenizer.decode(row[lines[0] + 1 : t + 1])
+                out[b, t:] = self.task.exact_value(problem, text, self.strength)
+        return out.clamp(1e-9, 1 - 1e-9).logit().float()
+
+
+def reinforce(cfg, root, argv, arm, prompts):
+    """One RL run (or the one that is there) -> its evaluations."""
+    drop, seed = ("--reward=", "--verifier=", "--run-dir=", "--num-prompts=", "--eval-split="), pipeline.flag_value(argv, "seed")
+    config = parse(train_rl.Config, [a for a in argv[1:] if not a.startswith(drop)] + [
+        f"--reward={'outcome' if arm == 'outcome' else 'pav'}", f"--num-prompts={prompts}", "--eval-split=test",
+        f"--run-dir={root}/seed{seed}/{arm}_{prompts}"], "")
+    verifier, task = None, get_task(config)
+    if arm == "exact":
+        verifier = ExactVerifier(task, task.tokenizer(), task.strengths["prover"])
+    elif arm == "pav":
+        config.verifier = pipeline.flag_value(argv, "verifier")
+    with redirect_stdout(StringIO()):
+        train_rl.train(config, verifier)
+    return [dict(num_tokens=r["num_tokens"], **{"eval/accuracy": r["eval/accuracy"]})
+            for r in read_metrics(config.run_dir) if "eval/accuracy" in r]
+
+
+def table(rows):
+    lines = ["| arm | samples a step | tokens of RL | accuracy before (sd over seeds) | half way | at the end | per seed |",
+             "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        at = [[accuracy_at(c, c[-1]["num_tokens"] * share) for c in r["curves"]] for share in (0, 0.5, 1)]
+        cells = [f"{mean(a):.3f} ({spread(a):.3f})" for a in at]
+        lines.append(f"| {NAMES[r['arm']]} | {r['prompts'] * 8} | {mean(c[-1]['num_tokens'] for c in r['curves']) / 1e3:.0f}k | "
+                     f"{' | '.join(cells)} | {' '.join(f'{a:.2f}' for a in at[2])} |")
+    return "\n".join(lines)
+
+
+def figure(rows, path):
+    if (plt := pyplot()) is None:
+        return
+    fig, axis = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
+    for r in rows:
+        steps = torch.linspace(0, 1, 60).tolist()
+        y = [mean(accuracy_at(c, c[-1]["num_tokens"] * s) for c in r["curves"]) for s in steps]
+        x = [mean(c[-1]["num_tokens"] for c in r["curves"]) * s / 1e3 for s in steps]
+        line = ":" if r["prompts"] < max(q["prompts"] for q in rows) else "-"
+        axis.plot(x, y, color=HUES[r["arm"]], linestyle=line, label=f"{NAMES[r['arm']]}, {r['prompts'] * 8} a step")
+    axis.set(xlabel="tokens sampled in RL, thousands (without the verifier's)", ylabel="sampled accuracy, test", ylim=(0, None),
+             title="--task countdown")
+    axis.legend(frameon=False, fontsize=8)
+    finish(plt, fig, [axis], path)
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    root, stages = Path("runs/countdown_exact"), Path("runs/countdown")
+    if cfg.smoke:
+        root = stages = Path("runs/countdown_exact_smoke")
+        cfg.seeds, cfg.prompts, cfg.steps, cfg.out = 1, [2], 2, str(root / "results")
+    rl = train_rl.Config(task="countdown", reward="pav", seeds=cfg.seeds, steps=cfg.steps, run_dir=str(stages), smoke=cfg.smoke)
+    _, plan = pipeline.plan(rl, given={"steps"})
+    pipeline.run_jobs([j for j in plan if "/rl_" not in j[0]], cfg.workers or os.cpu_count() or 1, root / "logs")
+    arms, rows = [argv for label, _, argv in plan if label.endswith("/rl_pav")], []
+    for prompts in cfg.prompts:
+        for arm in NAMES:
+            rows.append(dict(arm=arm, prompts=prompts, curves=[reinforce(cfg, root, argv, arm, prompts) for argv in arms]))
+            print("  " + table(rows[-1:]).splitlines()[-1], flush=True)
+    out, text = Path(cfg.out), table(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(text + "\n")
+    command = " ".join(["python experiments/countdown_exact.py", *sys.argv[1:]])
+    write_json(out / "results.json", dict(command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
+                                          rows=rows))
+    figure(rows, out / "curves.png")
+    print_results(text, out)
+
+
+if __name__ == "__main__":
+    script(main)
