@@ -42,7 +42,8 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from pav_search import kept, spread  # noqa: E402
+from pav_search import kept  # noqa: E402
+from pav_search_report import spread  # noqa: E402
 
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import pav_data  # noqa: E402
 import pav_search  # noqa: E402
+import pav_search_report  # noqa: E402
 
 from common import mean  # noqa: E402
 from pav import bce_weights, value_loss  # noqa: E402
@@ -32,16 +33,16 @@ def test_a_vote_is_taken_block_by_block():
 
 def test_tokens_to_reach_interpolates_in_log_tokens_and_marks_bounds():
     tokens, accuracy = [10, 40, 160], [0.2, 0.6, 0.8]
-    assert pav_search.tokens_to_reach(tokens, accuracy, 0.4) == (pytest.approx(20), False)
-    assert pav_search.tokens_to_reach(tokens, accuracy, 0.1) == (10, True)
-    assert pav_search.tokens_to_reach(tokens, accuracy, 0.9) == (None, False)
-    assert pav_search.tokens_to_reach(tokens, [0.2, 0.1, 0.8], 0.3)[0] < 160  # a dip is no crossing
+    assert pav_search_report.tokens_to_reach(tokens, accuracy, 0.4) == (pytest.approx(20), False)
+    assert pav_search_report.tokens_to_reach(tokens, accuracy, 0.1) == (10, True)
+    assert pav_search_report.tokens_to_reach(tokens, accuracy, 0.9) == (None, False)
+    assert pav_search_report.tokens_to_reach(tokens, [0.2, 0.1, 0.8], 0.3)[0] < 160  # a dip is no crossing
 
 
 def test_verdicts_need_two_standard_errors():
-    assert pav_search.verdict([0.1, 0.12, 0.11]) and not pav_search.verdict([0.1, -0.1, 0.1])
-    assert pav_search.together([True, True]) is True and pav_search.together([False]) is False
-    assert pav_search.together([True, False]) == "partly"
+    assert pav_search_report.verdict([0.1, 0.12, 0.11]) and not pav_search_report.verdict([0.1, -0.1, 0.1])
+    assert pav_search_report.together([True, True]) is True and pav_search_report.together([False]) is False
+    assert pav_search_report.together([True, False]) == "partly"
     assert [pav_data.sign(g) for g in ([0.1, 0.12, 0.11], [-0.1, -0.12, -0.11], [0.1, -0.1, 0.1])] == [1, -1, 0]
 
 
@@ -52,14 +53,14 @@ def point(n, accuracy):
 def test_gains_are_paired_and_efficiency_is_read_at_the_accuracy_of_the_rival():
     rows = [dict(orm=[point(3, a), point(6, a + 0.1), point(12, a + 0.2)],
                  beam_q=[point(3, a + 0.1), point(6, a + 0.1), point(12, a + 0.15)]) for a in (0.2, 0.4)]
-    found = pav_search.summarise(rows)
+    found = pav_search_report.summarise(rows)
     assert found["orm"]["gain"] == [0, 0, 0] and found["orm"]["efficiency"][1] == (pytest.approx(1), "")
     beam = found["beam_q"]
     assert beam["gain"] == pytest.approx([0.1, 0, -0.05]) and beam["gain_sd"] == pytest.approx([0, 0, 0], abs=1e-9)
-    assert [pav_search.times(*e) for e in beam["efficiency"]] == ["at least 1.0x", "at least 2.0x", "never"]
+    assert [pav_search_report.times(*e) for e in beam["efficiency"]] == ["at least 1.0x", "at least 2.0x", "never"]
     for row in rows:
         row["orm"][1]["accuracy"] = 0.0  # where the ORM falls with N there is nothing to reach
-    assert pav_search.times(*pav_search.summarise(rows)["beam_q"]["efficiency"][1]) == "no target"
+    assert pav_search_report.times(*pav_search_report.summarise(rows)["beam_q"]["efficiency"][1]) == "no target"
 
 
 def rollouts():
