@@ -1,6 +1,6 @@
 """A bonus that says nothing is not harmless: what Adam makes of a tiny gradient, and what its epsilon does about it.
 
-    python experiments/adam_epsilon.py         # about 15 minutes on 2 cores
+    python experiments/adam_epsilon.py         # about 25 minutes of one core
     python experiments/adam_epsilon.py --smoke # the same road in seconds
     -> docs/results/adam_epsilon/: results.json, table.md, curves.png
 
@@ -80,8 +80,8 @@ def figure(rows, path):
         y = [[x["end"] for x in r["runs"]] for r in mine]
         axis.errorbar([r["epsilon"] for r in mine], [mean(e) for e in y], [spread(e) / len(e) ** 0.5 for e in y], marker="o",
                       capsize=3, color=COLOURS[arm], label=NAMES[arm])
-    axis.set(xscale="log", xlabel="Adam's epsilon", ylabel="sampled accuracy at the end (bars: standard error over seeds)",
-             ylim=(-0.02, 1.02), title="--task planted")
+    axis.set(xscale="log", xlabel="Adam's epsilon", ylabel="sampled accuracy at the end", ylim=(-0.02, 1.02),
+             title="--task planted (bars: standard error over seeds)")
     axis.legend(frameon=False, fontsize=8)
     finish(plt, fig, [axis], path)
 
