@@ -29,9 +29,9 @@ STAGES = {
     ),
     "countdown": dict(
         sft=dict(steps=1200, num_examples=100000),
-        verifier=dict(num_problems=100000, n_cov=1, cuts=1, n_mc=1, epochs=6),  # from 20000 it learns nothing
-        rl=dict(num_prompts=64, learning_rate=3e-4, steps=400, eval_steps=20, gate="legal"),  # 128 samples a step: no arm moves
-        prover="scripted", long=2,
+        verifier=dict(num_problems=100000, n_cov=1, cuts=1, n_mc=1, epochs=6),  # 470 steps fit nothing, 4,700 do
+        rl=dict(num_prompts=64, gate="legal"),  # with 128 samples a step no arm moves
+        prover="scripted", long=3,
     ),
     "probe": dict(  # for --reward mrt, which needs no verifier
         sft=dict(steps=600, batch_size=64, num_examples=20000, learning_rate=4e-3),

@@ -44,7 +44,7 @@ HUES = dict(outcome=COLOURS["outcome"], pav=COLOURS["pav"], exact=COLOURS["orm"]
 class Config:
     seeds: int = opt(3, "the whole comparison for each", low=1)
     prompts: list = opt([16, 64], "prompts a step, of 8 samples each")
-    steps: int = opt(400, "RL steps of every run", low=1)
+    steps: int = opt(200, "RL steps of every run", low=1)
     workers: int = opt(0, "jobs side by side while stages are built (0: one per core)", low=0)
     out: str = opt("docs/results/countdown_exact", "where table, figure and numbers go")
     smoke: bool = opt(False, "one seed, a few steps")

@@ -45,11 +45,11 @@ def test_stages_stand_before_what_needs_them_and_seeds_do_not_mix():
 def test_typed_flags_win_over_the_table():
     argv = lambda **more: jobs_of(task="countdown", **more)["seed0/rl_outcome"][1]  # noqa: E731
     table = pipeline.STAGES["countdown"]["rl"]
-    assert f"--learning-rate={table['learning_rate']}" in argv() and "--gate=legal" in argv()
-    typed = argv(learning_rate=0.5, gate="none", given=["learning_rate", "gate"])
-    assert "--learning-rate=0.5" in typed and "--gate=none" in typed and f"--steps={table['steps']}" in typed
+    assert f"--num-prompts={table['num_prompts']}" in argv() and "--gate=legal" in argv()
+    typed = argv(num_prompts=5, learning_rate=0.5, given=["num_prompts", "learning_rate"])
+    assert "--num-prompts=5" in typed and "--learning-rate=0.5" in typed and "--gate=legal" in typed
     long = jobs_of(task="countdown", arms=["outcome-long"], steps=7, given=["steps"])["seed0/rl_outcome-long"][1]
-    assert "--steps=14" in long
+    assert "--steps=21" in long
     sft = jobs_of(stage_flags='{"sft": {"steps": 3}}')["seed0/sft"][1]
     assert "--steps=3" in sft
 
