@@ -75,7 +75,8 @@ class ExactVerifier(nn.Module):
 
 def reinforce(root, argv, arm, prompts, lr):
     """One RL run (or the one that is there) -> its evaluations."""
-    drop, seed = ("--reward=", "--verifier=", "--run-dir=", "--num-prompts=", "--learning-rate="), pipeline.flag_value(argv, "seed")
+    seed = pipeline.flag_value(argv, "seed")
+    drop = ("--reward=", "--verifier=", "--run-dir=", "--num-prompts=", "--learning-rate=")
     config = parse(train_rl.Config, [a for a in argv[1:] if not a.startswith(drop)] + [
         f"--reward={'outcome' if arm == 'outcome' else 'pav'}", f"--num-prompts={prompts}", f"--learning-rate={lr}",
         f"--run-dir={root}/seed{seed}/{arm}_{prompts}_lr{lr:g}"], "")
@@ -91,13 +92,15 @@ def reinforce(root, argv, arm, prompts, lr):
 
 
 def table(rows):
-    lines = ["| arm | samples a step | learning rate | tokens of RL | accuracy before (sd over seeds) | half way | at the end | per seed |",
+    lines = ["| arm | samples a step | learning rate | tokens of RL | accuracy before (sd over seeds) | half way | at the end | "
+             "per seed |",
              "|---|---|---|---|---|---|---|---|"]
     for r in rows:
         at = [[accuracy_at(c, c[-1]["num_tokens"] * share) for c in r["curves"]] for share in (0, 0.5, 1)]
         cells = [f"{mean(a):.3f} ({spread(a):.3f})" for a in at]
-        lines.append(f"| {NAMES[r['arm']]} | {r['prompts'] * 8} | {r['learning_rate']:g} | {mean(c[-1]['num_tokens'] for c in r['curves']) / 1e3:.0f}k | "
-                     f"{' | '.join(cells)} | {' '.join(f'{a:.2f}' for a in at[2])} |")
+        tokens = mean(c[-1]["num_tokens"] for c in r["curves"]) / 1e3
+        lines.append(f"| {NAMES[r['arm']]} | {r['prompts'] * 8} | {r['learning_rate']:g} | {tokens:.0f}k | {' | '.join(cells)} | "
+                     f"{' '.join(f'{a:.2f}' for a in at[2])} |")
     return "\n".join(lines)
 
 
