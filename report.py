@@ -191,6 +191,20 @@ def write(root, out=None):
     print("metrics of each arm: " + ", ".join(f"{root}/seed*/rl_{a}/metrics.jsonl" for a in rows))
 
 
+def spread(values):
+    """Sample standard deviation over seeds; 0 of one."""
+    values = list(values)
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def keep_results(out, text, script, argv, settings, rows):
+    """An experiment's table.md and results.json, with the command that made them."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(text + "\n")
+    write_json(out / "results.json", dict(command=" ".join([f"python experiments/{script}", *argv]), machine=machine(),
+                                          torch=torch.__version__, settings=vars(settings), rows=rows))
+
+
 def print_results(text, out, seconds=0, figure="curves", numbers="results"):
     """What every experiment ends with: its table, where the files lie, and what to run next."""
     cost = f"   {seconds / 60:.0f} CPU minutes" if seconds else ""

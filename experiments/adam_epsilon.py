@@ -21,15 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from provers_report import spread  # noqa: E402
-
 import pipeline  # noqa: E402
 from cli import opt, parse, script  # noqa: E402
-from common import mean, read_metrics, write_json  # noqa: E402
-from report import COLOURS, NAMES, finish, machine, print_results, pyplot  # noqa: E402
+from common import mean, read_metrics  # noqa: E402
+from report import COLOURS, NAMES, finish, keep_results, print_results, pyplot, spread  # noqa: E402
 from train_rl import Config as RLConfig  # noqa: E402
 
 
@@ -107,11 +103,7 @@ def main(argv=None):
     rows = [dict(arm=arm, epsilon=e, runs=[look(where[arm, e, s]) for s in seeds])
             for arm in ["pav", *cfg.arms] for e in cfg.epsilons]
     out, text = Path(cfg.out), table(rows)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(text + "\n")
-    command = " ".join(["python experiments/adam_epsilon.py", *sys.argv[1:]])
-    write_json(out / "results.json", dict(command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
-                                          rows=rows))
+    keep_results(out, text, "adam_epsilon.py", sys.argv[1:], cfg, rows)
     figure(rows, out / "curves.png")
     print_results(text, out)
 

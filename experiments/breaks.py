@@ -42,12 +42,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from planted_exact import ExactVerifier, scripted, state_values, table_rl, transitions  # noqa: E402
-from provers import SMOKE, TUNING, clone, learn_verifier, spread  # noqa: E402
+from provers import SMOKE, TUNING, clone, learn_verifier  # noqa: E402
 
 import train_rl  # noqa: E402
 from cli import opt, parse, script  # noqa: E402
 from common import mean, read_metrics, write_json  # noqa: E402
-from report import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
+from report import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 PROVER = 16

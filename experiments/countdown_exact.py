@@ -28,13 +28,11 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from provers_report import spread  # noqa: E402
-
 import pipeline  # noqa: E402
 import train_rl  # noqa: E402
 from cli import opt, parse, script  # noqa: E402
-from common import mean, read_metrics, write_json  # noqa: E402
-from report import COLOURS, accuracy_at, finish, machine, print_results, pyplot  # noqa: E402
+from common import mean, read_metrics  # noqa: E402
+from report import COLOURS, accuracy_at, finish, keep_results, print_results, pyplot, spread  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 NAMES = dict(outcome="outcome only", pav="PAV, learned verifier", exact="PAV, exact values")
@@ -140,11 +138,7 @@ def main(argv=None):
                          curves=[reinforce(root, argv, arm, prompts, lr) for argv in arms]))
         print("  " + table(rows[-1:]).splitlines()[-1], flush=True)
     out, text = Path(cfg.out), table(rows)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(text + "\n")
-    command = " ".join(["python experiments/countdown_exact.py", *sys.argv[1:]])
-    write_json(out / "results.json", dict(command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
-                                          rows=rows))
+    keep_results(out, text, "countdown_exact.py", sys.argv[1:], cfg, rows)
     figure(rows, out / "curves.png")
     print_results(text, out)
 

@@ -52,7 +52,7 @@ import train_sft  # noqa: E402
 from cli import opt, parse, script  # noqa: E402
 from common import mean, write_json  # noqa: E402
 from model import load_model  # noqa: E402
-from report import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
+from report import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 NAMES = {"base": "base (SFT)", "outcome": "outcome only", "outcome_long": "outcome only, 3x the steps",
@@ -162,10 +162,6 @@ def tune(cfg, root):
 def reach(curve, level):
     """First number of tokens at which the curve is at the level; None if never."""
     return next((t for t, v in enumerate(curve) if v >= level), None)
-
-
-def spread(values):
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def summarise(runs):

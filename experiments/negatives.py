@@ -40,7 +40,6 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -49,7 +48,7 @@ import train_sft  # noqa: E402
 from cli import UserError, opt, parse, script  # noqa: E402
 from common import mean, write_json  # noqa: E402
 from model import load_model  # noqa: E402
-from report import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
+from report import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 from sample import generate  # noqa: E402
 from tasks import get_task  # noqa: E402
 from train_dpo import load_pairs  # noqa: E402
@@ -259,10 +258,6 @@ def worth(sizes, sft, size, value):
         if min(a, b) <= value <= max(a, b) and a != b:
             return math.exp(x + (y - x) * (value - a) / (b - a)) / size
     return None
-
-
-def spread(values):
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def chain_summary(results, sizes):

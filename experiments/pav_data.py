@@ -43,7 +43,6 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pav_search import kept  # noqa: E402
-from pav_search_report import spread  # noqa: E402
 
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
@@ -53,7 +52,7 @@ from labels import collect, concatenate  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import Config as VerifierConfig  # noqa: E402
 from pav import Verifier, fit, judge  # noqa: E402
-from report import finish, machine, print_results, pyplot  # noqa: E402
+from report import finish, machine, print_results, pyplot, spread  # noqa: E402
 from solutions import write_shard  # noqa: E402
 from tasks import get_task  # noqa: E402
 

@@ -10,7 +10,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import mean  # noqa: E402
 from report import COLOURS as REPORT_COLOURS  # noqa: E402
-from report import finish, pyplot  # noqa: E402
+from report import finish, pyplot, spread  # noqa: E402
 
 NAMES = {"orm": "best-of-N, ORM", "q_as_orm": "best-of-N, Q as ORM", "majority": "majority vote", "pass": "pass@N (ceiling)",
          "beam_q": "beam, Q", "beam_pav": "beam, Q + alpha A"}
@@ -28,10 +28,6 @@ def tokens_to_reach(tokens, accuracy, target):
         if b >= target:
             return math.exp(x + (y - x) * (target - a) / (b - a)), False
     return None, False
-
-
-def spread(values):
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def verdict(gains, least=0.0):

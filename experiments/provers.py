@@ -63,7 +63,6 @@ from provers_report import (  # noqa: E402
     figure,
     remark_table,
     runs_table,
-    spread,
 )
 
 import pav  # noqa: E402
@@ -73,7 +72,7 @@ from cli import opt, parse, script  # noqa: E402
 from common import derive, mean, read_metrics, write_json  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import load_model  # noqa: E402
-from report import machine, print_results  # noqa: E402
+from report import machine, print_results, spread  # noqa: E402
 from sample import generate  # noqa: E402
 from tasks import get_task  # noqa: E402
 

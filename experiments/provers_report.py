@@ -4,18 +4,11 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from planted_exact import spearman  # noqa: E402
 
 from common import mean  # noqa: E402
-from report import finish, pyplot  # noqa: E402
-
-
-def spread(values):
-    values = list(values)
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+from report import finish, pyplot, spread  # noqa: E402
 
 
 def number(x, digits=3):

@@ -1,7 +1,8 @@
 """The search behind the RL settings: every arm gets the same grid, on a seed that no reported number uses.
 
     python experiments/search_rl.py --task planted           # about 5 minutes on 2 cores
-    python experiments/search_rl.py --task countdown --samples 512 --learning-rates 1e-4 3e-4 1e-3 --entropy-coefs 0  # 25
+    python experiments/search_rl.py --task countdown --samples 512 --groups 4 8 32 --learning-rates 1e-4 3e-4 1e-3 3e-3 \
+                                    --entropy-coefs 0        # about 40 minutes on 2 cores
     -> docs/results/search_TASK.json: accuracy at the end and mean over the curve, per arm and setting
 
 The stages (policy, prover, verifier) are built once; the grid is learning rate x entropy bonus x group size at
