@@ -15,9 +15,9 @@ The paper does not give the threshold, nor the share of step 1; both are flags (
 import torch
 from safetensors.torch import load_file, save_file
 
-import parallel
-from cli import UserError
-from common import derive, progress, shuffled
+from infra import parallel
+from infra.cli import UserError
+from infra.runs import derive, progress, shuffled
 from sample import generate
 
 

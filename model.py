@@ -23,11 +23,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cli import UserError
-from families import Config
+from infra.cli import UserError
+from open_weights.families import Config
 from kernels import Linear, linear_logprob, linear_logprob_loss
-from tokenizer import load_tokenizer
-from weights import load_weights, resolve, save_model, write_model
+from open_weights.tokenizer import load_tokenizer
+from open_weights.files import load_weights, resolve, save_model, write_model
 
 __all__ = ["Config", "KVCache", "Transformer", "init_weights", "load_model", "load_weights", "pad_right", "resolve",
            "save_model", "token_logprobs", "token_loss", "write_model"]

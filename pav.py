@@ -34,9 +34,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import parallel
-from cli import RunConfig, UserError, opt, parse, say_next, script
-from common import (
+from infra import parallel
+from infra.cli import RunConfig, UserError, opt, parse, say_next, script
+from infra.runs import (
     Metrics,
     derive,
     latest_checkpoint,
@@ -53,7 +53,7 @@ from common import (
 from labels import boundaries, collect_all
 from model import load_model, load_weights, resolve, shared_prefixes, write_model
 from sample import generate
-from tasks import get_task
+from tasks.files import get_task
 
 
 @dataclass

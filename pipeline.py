@@ -15,8 +15,8 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
-from cli import UserError, flags, say_next
-from common import write_json
+from infra.cli import UserError, flags, say_next
+from infra.runs import write_json
 
 # Settings of the stages, per task. What was searched to arrive at them stands in docs/log.md; the RL settings
 # are shared by all arms of a comparison.
@@ -146,7 +146,7 @@ def verifier_of(arm):
 
 
 def scripted_strengths(cfg):
-    from tasks import get_task
+    from tasks.files import get_task
 
     return get_task(cfg).strengths
 
@@ -164,7 +164,7 @@ def run(cfg, given):
     (root / "commands.txt").write_text("".join(f"python {shlex.join(j[2])}\n" for j in jobs))
     done = {j[0] for j in jobs} - {j[0] for j in missing}
     run_jobs([(label, [n for n in needs if n not in done], argv) for label, needs, argv in missing], workers, root / "logs")
-    import report
+    from report import __main__ as report
 
     report.write(root)
     argv = next((j[2] for j in jobs if j[0].endswith("/rl_pav")), None)

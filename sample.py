@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import parallel
-from cli import TASKS, UserError, opt, parse, script
-from common import setup, spare_threads
+from infra import parallel
+from infra.cli import TASKS, UserError, opt, parse, script
+from infra.runs import setup, spare_threads
 from kernels import linear_draw, linear_draw_filtered, linear_greedy, packed_weights, philox_uniform
 from model import KVCache, load_model
 
@@ -88,7 +88,7 @@ def generate_here(model, prompts, *, slots=128, **options):
     """generate() in this process alone. The weights' packed copies (kernels/product.py) live as long as this call. On a GPU
     the loop is decode_cuda.py's."""
     if model.head.is_cuda:
-        from decode_cuda import decode_all as decode_on_gpu  # which builds on this file
+        from engines.cuda import decode_all as decode_on_gpu  # which builds on this file
 
         return decode_on_gpu(model, prompts, slots=slots, **options)
     with torch.no_grad(), packed_weights(model.parameters(), min(slots, len(prompts))):
@@ -312,7 +312,7 @@ def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     device = setup(cfg.device, cfg.threads)
     if cfg.smoke:
-        from tasks import get_task
+        from tasks.files import get_task
         from train_sft import Config as SftConfig
         from train_sft import start_model
 
@@ -322,7 +322,7 @@ def main(argv=None):
         if not cfg.prompt and not cfg.task:
             raise UserError("nothing to do: give --prompt TEXT, or --task NAME")
         if cfg.task:  # what is wrong with the data is said before the weights are read
-            from tasks import get_task
+            from tasks.files import get_task
 
             get_task(cfg).problems(cfg.split, 1)
         model, tokenizer = load_model(cfg.model, device, getattr(torch, cfg.dtype))
@@ -331,11 +331,11 @@ def main(argv=None):
     options = dict(temperature=temperature, seed=cfg.seed, stop_ids=tokenizer.eos_ids, slots=cfg.slots, top_k=cfg.top_k,
                    top_p=cfg.top_p, min_p=cfg.min_p)
     if cfg.show:
-        from viewer import show as answer
+        from report.show import show as answer
     elif cfg.search:
         from search import answer
     elif cfg.task:
-        from evaluate import evaluate as answer
+        from report.evaluate import evaluate as answer
     else:
         answer = answer_prompt
     answer(cfg, model, tokenizer, options)

@@ -36,13 +36,13 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError
-from common import derive, mean
+from infra.cli import UserError
+from infra.runs import derive, mean
 from kernels import packed_weights
 from model import pad_right, resolve
 from pav import load_verifier, prover_transform, step_values
 from sample import generate, pass_at_k
-from tasks import get_task
+from tasks.files import get_task
 
 
 @dataclass

@@ -29,10 +29,10 @@ from pathlib import Path
 
 import torch
 
-import parallel
-import remote
-from cli import RunConfig, UserError, opt, parse, say_next, script
-from common import (
+from infra import parallel
+from engines import server as remote
+from infra.cli import RunConfig, UserError, opt, parse, say_next, script
+from infra.runs import (
     Laps,
     Metrics,
     derive,
@@ -51,11 +51,11 @@ from common import (
 )
 from labels import boundaries
 from model import load_model, load_weights, shared_prefixes, token_logprobs, token_loss, write_model
-from mrt import MRTFlags, meta_values
+from papers.mrt import MRTFlags, meta_values
 from pav import guarded_values, load_verifier, step_values
 from sample import generate
-from tasks import get_task
-from viewer import keep_solutions
+from tasks.files import get_task
+from report.show import keep_solutions
 
 
 @dataclass

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-import parallel
-from cli import RunConfig, UserError, opt, parse, say_next, script
-from common import (
+from infra import parallel
+from infra.cli import RunConfig, UserError, opt, parse, say_next, script
+from infra.runs import (
     Metrics,
     derive,
     generator,
@@ -41,12 +41,12 @@ from common import (
     spare_threads,
     write_json,
 )
-from memorization import curate, load_run, snapshot
+from papers.memorization import curate, load_run, snapshot
 from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, load_weights, pad_right, token_loss, write_model
 from sample import generate
-from solutions import count, first_problems, keep_correct, sample_solutions
-from tasks import get_task
+from papers.rft import count, first_problems, keep_correct, sample_solutions
+from tasks.files import get_task
 
 
 @dataclass

@@ -24,11 +24,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-import decode_cuda
+from engines import cuda as decode_cuda
 from bench import timing
-from cli import opt, parse, script
-from common import generator
-from families import Config as Shape
+from infra.cli import opt, parse, script
+from infra.runs import generator
+from open_weights.families import Config as Shape
 from kernels import linear_draw, packed_weights, philox_uniform
 from model import KVCache, Transformer, init_weights
 from sample import draw_tokens

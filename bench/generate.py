@@ -33,13 +33,13 @@ from pathlib import Path
 import torch
 
 from bench import timing
-from cli import UserError, opt, parse, script
-from common import generator
+from infra.cli import UserError, opt, parse, script
+from infra.runs import generator
 from kernels import packed_weights
 from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, resolve, save_model
 from sample import generate
-from tokenizer import alphabet_tokenizer
+from open_weights.tokenizer import alphabet_tokenizer
 
 
 @dataclass

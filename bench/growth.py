@@ -30,9 +30,9 @@ import train_rl
 from bench import timing
 from bench.rl_step import Config as StepConfig
 from bench.rl_step import Ours, starting_model
-from cli import opt, parse, script
-from common import generator
-from families import Config as Shape
+from infra.cli import opt, parse, script
+from infra.runs import generator
+from open_weights.families import Config as Shape
 from kernels import linear_logprob
 from model import Transformer, init_weights
 from pav import Verifier, step_values

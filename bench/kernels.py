@@ -54,8 +54,8 @@ from bench.peers import (
     logprob_sides,
     loss_sides,
 )
-from cli import UserError, opt, parse, script
-from common import generator
+from infra.cli import UserError, opt, parse, script
+from infra.runs import generator
 from kernels import decode_attention, linear_draw, packed_weights, philox_uniform
 
 # V, D of the head

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from bench import timing
-from cli import opt, parse, script
-from common import generator
+from infra.cli import opt, parse, script
+from infra.runs import generator
 from kernels import linear_draw, linear_logprob, packed_weights, philox_uniform
 from kernels.product import matmul_nt
 

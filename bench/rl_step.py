@@ -41,12 +41,12 @@ import torch.nn.functional as F
 import train_rl
 import train_sft
 from bench import timing
-from cli import opt, parse, script
-from common import derive, mean
+from infra.cli import opt, parse, script
+from infra.runs import derive, mean
 from kernels.product import matmul_nt
 from model import load_model, resolve, save_model
 from sample import generate
-from tasks import get_task
+from tasks.files import get_task
 
 
 @dataclass

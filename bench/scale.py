@@ -11,7 +11,7 @@ say on the GPU at hand, and their figures may stand in for the flags below.
 
 from dataclasses import dataclass
 
-from cli import opt, parse, script
+from infra.cli import opt, parse, script
 
 GIB = 2**30
 

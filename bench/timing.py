@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, opt
-from common import write_json
+from infra.cli import UserError, opt
+from infra.runs import write_json
 
 
 @dataclass

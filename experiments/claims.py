@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from cli import UserError, opt, parse, script  # noqa: E402
+from infra.cli import UserError, opt, parse, script  # noqa: E402
 
 BEGIN, END = "<!-- claims: written by experiments/claims.py -->", "<!-- end of claims -->"
 PAPERS = {"2410.08146": "PAV", "2406.14532": "incorrect data", "2411.07681": "learning dynamics", "2503.07572": "MRT",

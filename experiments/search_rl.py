@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pipeline  # noqa: E402
-from cli import opt, parse, script  # noqa: E402
-from common import mean, read_metrics, write_json  # noqa: E402
+from infra.cli import opt, parse, script  # noqa: E402
+from infra.runs import mean, read_metrics, write_json  # noqa: E402
 from train_rl import Config as RLConfig  # noqa: E402
 
 ARMS = ["outcome", "pav"]

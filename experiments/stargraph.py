@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 from negatives import DPO, NAMES, SAMPLING, TUNING, Arm, verdict  # noqa: E402
 
-from cli import UserError, opt, parse, script  # noqa: E402
-from common import mean, write_json  # noqa: E402
-from report import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
+from infra.cli import UserError, opt, parse, script  # noqa: E402
+from infra.runs import mean, write_json  # noqa: E402
+from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 
 
 @dataclass

@@ -31,10 +31,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from vbvf_report import MIXTURES  # noqa: E402
 
-from cli import opt, parse, script  # noqa: E402
-from common import write_json  # noqa: E402
-from contextual import Contextual  # noqa: E402
-from report import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
+from infra.cli import opt, parse, script  # noqa: E402
+from infra.runs import write_json  # noqa: E402
+from tasks.contextual import Contextual  # noqa: E402
+from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 
 
 @dataclass

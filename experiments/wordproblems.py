@@ -13,10 +13,10 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
-from answers import extract_answer
-from cli import UserError
-from common import derive
-from tasks import read_rows
+from tasks.answers import extract_answer
+from infra.cli import UserError
+from infra.runs import derive
+from tasks.files import read_rows
 
 PARTS = ("demonstrated", "first", "second", "val", "test")  # demonstrated: those of first with a solution
 

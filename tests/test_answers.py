@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import symbolic
-from algebra import _value, same_formula
-from answers import answers_equal, canonical, extract_answer, last_number
+from tasks import symbolic
+from tasks.algebra import _value, same_formula
+from tasks.answers import answers_equal, canonical, extract_answer, last_number
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "answer_cases.jsonl").read_text("utf-8").splitlines()]
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"

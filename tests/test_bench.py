@@ -68,7 +68,7 @@ def test_sides_take_turns_and_the_ratio_is_made_within_rounds():
 
 def test_a_missing_peer_is_one_clear_line():
     from bench import timing
-    from cli import UserError
+    from infra.cli import UserError
 
     with pytest.raises(UserError, match="pip install no-such-package"):
         timing.need("torch", "no-such-package")
@@ -77,7 +77,7 @@ def test_a_missing_peer_is_one_clear_line():
 def test_products_logprob_sides_compute_the_same():
     """A comparison of speed is worth nothing if the two sides compute different things."""
     from bench import products
-    from common import generator
+    from infra.runs import generator
 
     inputs = products.head_inputs(products.Config(tiny=True), generator(0, "test"), 8)
     losses = {side: products.logprob_step(side, *inputs) for side in ("ours", "plain", "entropy")}

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import tiny_model
 
-import cli
-import common
+from infra import cli
+from infra import runs as common
 from model import save_model
 from pav import Verifier, save_verifier
-from tasks import get_task
-from tokenizer import alphabet_tokenizer
+from tasks.files import get_task
+from open_weights.tokenizer import alphabet_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_sft", "train_dpo", "pav", "train_rl", "sample"]

@@ -8,10 +8,10 @@ import torch
 from test_sample import OPTIONS, ragged_prompts, same
 from toy import EOS, tiny_model
 
-import decode_cuda
+from engines import cuda as decode_cuda
 import sample
-from cli import UserError
-from families import FAMILIES, Config
+from infra.cli import UserError
+from open_weights.families import FAMILIES, Config
 from model import KVCache, Transformer
 
 if not torch.cuda.is_available():

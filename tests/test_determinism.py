@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from toy import ToyTask, tiny_model
 
 import train_rl
-from common import latest_checkpoint, read_metrics
+from infra.runs import latest_checkpoint, read_metrics
 from model import save_model, shared_prefixes, token_loss
 from sample import generate
 

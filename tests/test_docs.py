@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import tasks
-import train_dpo
+from tasks import files as tasks
+from papers import train_dpo
 import train_rl
 import train_sft
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from toy import EOS, ToyTask, make_rollouts, tiny_model
 
-import solutions as solutions_module
-import train_dpo
+from papers import rft as solutions_module
+from papers import train_dpo
 import train_sft
-from cli import UserError
-from common import read_metrics
-from didactic import Chain, StarGraph
+from infra.cli import UserError
+from infra.runs import read_metrics
+from tasks.didactic import Chain, StarGraph
 from model import load_model, save_model
-from solutions import Solutions, count, keep_correct, sample_solutions
-from train_dpo import (
+from papers.rft import Solutions, count, keep_correct, sample_solutions
+from papers.train_dpo import (
     Config,
     choose_negatives,
     completion_logps,

@@ -7,12 +7,12 @@ import random
 import pytest
 from toy import tiny_model
 
-import evaluate
-from cli import UserError
-from evaluate import interval, summarize, vote
+from report import evaluate
+from infra.cli import UserError
+from report.evaluate import interval, summarize, vote
 from sample import Config, main
-from tasks import get_task
-from tokenizer import alphabet_tokenizer
+from tasks.files import get_task
+from open_weights.tokenizer import alphabet_tokenizer
 
 
 def test_wilson_interval_against_its_definition():

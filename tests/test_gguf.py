@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import gguf_import
-from cli import UserError
-from gguf_import import convert_gguf, find_smollm2, unpermute
-from tokenizer import ALPHABET, load_tokenizer
+from open_weights import gguf as gguf_import
+from infra.cli import UserError
+from open_weights.gguf import convert_gguf, find_smollm2, unpermute
+from open_weights.tokenizer import ALPHABET, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 

@@ -7,7 +7,7 @@ import torch
 from toy import EOS, ToyTask, make_rollouts
 
 import labels
-from cli import UserError
+from infra.cli import UserError
 from labels import collect, collect_all, walk_to_pits, wrong_walks
 from pav import Config
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from toy import tiny_model
 
-import memorization
+from papers import memorization
 import train_sft
-from cli import UserError
-from memorization import choose_threshold, curate, held_out_r_squared, load_run, pre_memorization, r_squared, solution_nll
+from infra.cli import UserError
+from papers.memorization import choose_threshold, curate, held_out_r_squared, load_run, pre_memorization, r_squared, solution_nll
 from model import resolve
-from worded import Worded
+from tasks.worded import Worded
 
 
 def test_premem_by_hand():

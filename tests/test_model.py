@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import tiny_model
 
-from cli import UserError
+from infra.cli import UserError
 from model import (
     KVCache,
     load_model,

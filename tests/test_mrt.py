@@ -8,13 +8,13 @@ import pytest
 import torch
 from toy import make_rollouts, tiny_model
 
-import mrt
-import tasks
+from papers import mrt
+from tasks import files as tasks
 import train_rl
-from cli import UserError
+from infra.cli import UserError
 from labels import boundaries
 from model import save_model
-from mrt import (
+from papers.mrt import (
     Config,
     answer_now,
     best_prefix,
@@ -30,8 +30,8 @@ from mrt import (
     regret,
     split_episodes,
 )
-from probe import CANDIDATES, FUNCTION, TEST, Probe
-from tasks import split_of
+from tasks.probe import CANDIDATES, FUNCTION, TEST, Probe
+from tasks.files import split_of
 
 PROBE = Probe()
 TOKENS = PROBE.tokenizer()

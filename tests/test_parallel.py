@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from toy import tiny_model
 
-import parallel
-from common import read_metrics
+from infra import parallel
+from infra.runs import read_metrics
 from model import save_model
 from pav import Verifier, dealt, save_verifier
-from tasks import get_task
+from tasks.files import get_task
 
 ROOT = Path(__file__).parent.parent
 RL = ["train_rl.py", "--reward", "pav", "--num-prompts", "4", "--num-generations", "4", "--steps", "4", "--save-steps", "2",

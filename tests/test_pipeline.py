@@ -6,7 +6,7 @@ import time
 import pytest
 
 import pipeline
-from cli import UserError
+from infra.cli import UserError
 from train_rl import Config
 
 ARMS = ["outcome", "outcome-long", "constant", "base-prover", "strong-prover"]

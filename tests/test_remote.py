@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from toy import EOS, ToyTask, tiny_model
 
-import remote
+from engines import server as remote
 import train_rl
-from cli import UserError
-from common import derive, read_metrics
+from infra.cli import UserError
+from infra.runs import derive, read_metrics
 from model import load_weights, save_model
 from sample import generate
 

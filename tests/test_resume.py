@@ -22,9 +22,9 @@ import pytest
 import torch
 from toy import ToyTask, tiny_model
 
-import cli
-from cli import UserError
-from common import latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
+from infra import cli
+from infra.cli import UserError
+from infra.runs import latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
 from model import load_weights, save_model, write_model
 from pav import Verifier, save_verifier
 

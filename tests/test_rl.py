@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from toy import EOS, ToyTask, make_rollouts, tiny_model
 
 import train_rl
-from common import read_metrics
+from infra.runs import read_metrics
 from model import save_model
 from pav import Verifier, save_verifier
 from sample import generate

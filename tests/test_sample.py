@@ -8,7 +8,7 @@ import torch
 from toy import EOS, make_rollouts, tiny_model
 
 import sample
-from cli import UserError
+from infra.cli import UserError
 from kernels import linear_sample
 from model import token_logprobs
 from sample import generate, pass_at_k

@@ -8,12 +8,12 @@ import torch
 from toy import EOS, Problem, ToyTask, tiny_model
 
 import search
-from cli import UserError
+from infra.cli import UserError
 from model import save_model
 from pav import Verifier, save_verifier
 from search import beam, best_of_n, effective_score, learned_values, majority, parents, select
-from tasks import get_task, line_ends
-from tokenizer import alphabet_tokenizer
+from tasks.files import get_task, line_ends
+from open_weights.tokenizer import alphabet_tokenizer
 
 OPTIONS = dict(n=6, limit=6, seed=3, temperature=1.0)
 

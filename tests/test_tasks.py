@@ -7,8 +7,8 @@ from statistics import fmean
 
 import pytest
 
-from cli import UserError
-from tasks import (
+from infra.cli import UserError
+from tasks.files import (
     Countdown,
     Jsonl,
     Planted,
@@ -18,7 +18,7 @@ from tasks import (
     line_ends,
     split_of,
 )
-from tokenizer import alphabet_tokenizer
+from open_weights.tokenizer import alphabet_tokenizer
 
 PLANTED, COUNTDOWN = Planted(0, planted=5), Countdown()
 

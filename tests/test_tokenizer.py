@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 import tiktoken
 
-from cli import UserError
-from tokenizer import ALPHABET, LLAMA3_SPLIT, alphabet_tokenizer, load_tokenizer
+from infra.cli import UserError
+from open_weights.tokenizer import ALPHABET, LLAMA3_SPLIT, alphabet_tokenizer, load_tokenizer
 
 CHAR = {b: c for c, b in ALPHABET.items()}
 BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
@@ -454,7 +454,7 @@ def test_other_unsupported_parts_are_named(tmp_path):
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     pytest.importorskip("gguf")
-    from gguf_import import find_smollm2, read_gguf, tokenizer_from_gguf
+    from open_weights.gguf import find_smollm2, read_gguf, tokenizer_from_gguf
 
     try:
         path = find_smollm2()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy import EOS, ToyTask, make_rollouts, tiny_model
 
-from cli import UserError
+from infra.cli import UserError
 from labels import boundaries, choose_cuts, collect, concatenate
 from model import save_model
 from pav import (
@@ -27,7 +27,7 @@ from pav import (
     value_loss,
 )
 from sample import pass_at_k
-from tokenizer import alphabet_tokenizer
+from open_weights.tokenizer import alphabet_tokenizer
 
 
 def close(a, b, atol=1e-6):

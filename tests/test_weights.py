@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import tiny_model
 
-import weights
-from cli import UserError
+from open_weights import files as weights
+from infra.cli import UserError
 from model import Transformer, load_model, save_model
-from weights import resolve
+from open_weights.files import resolve
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from common import generator
+from infra.runs import generator
 from model import Config, Transformer, init_weights
 from sample import Rollouts
-from tokenizer import alphabet_tokenizer
+from open_weights.tokenizer import alphabet_tokenizer
 
 EOS = 11  # ids 0..9 are the digits, 10 is "=", 11 ends a completion
 

@@ -18,7 +18,7 @@ import sys
 
 from safetensors import SafetensorError
 
-import parallel
+from infra import parallel
 
 
 class UserError(ValueError):

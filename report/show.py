@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-import parallel
-from cli import UserError
+from infra import parallel
+from infra.cli import UserError
 from labels import boundaries
 from pav import load_verifier, step_values
 from sample import generate
@@ -107,7 +107,7 @@ class Question:
 
 def show(cfg, model, tokenizer, options):
     """sample.py --show: sample, score every step, print. UserError: no verifier, or one of another tokenizer."""
-    from tasks import get_task, line_ends
+    from tasks.files import get_task, line_ends
 
     if not cfg.verifier:
         raise UserError("--show needs --verifier: a run directory of pav.py, whose values the steps are shown with")

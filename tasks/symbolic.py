@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 
-from answers import MAX_ANSWER, answers_equal, canonical, parse_number
+from tasks.answers import MAX_ANSWER, answers_equal, canonical, parse_number
 
 TIME_LIMIT = 1.0  # seconds a question, after the process has started
 START_LIMIT = 60.0  # importing sympy takes a second or two, on a busy machine more

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError, script
-from common import mean, read_metrics, write_json
-from webpage import page
+from infra.cli import UserError, script
+from infra.runs import mean, read_metrics, write_json
+from report.webpage import page
 
 # One colour per method in every figure (Okabe-Ito, safe for colour-blind readers).
 COLOURS = {"outcome": "#000000", "outcome-long": "#7f7f7f", "pav": "#009E73", "constant": "#E69F00", "base-prover": "#56B4E9",

@@ -14,7 +14,7 @@ Left out: +-, inequalities, decimal commas. symbolic.py asks math-verify about t
 import re
 from fractions import Fraction
 
-from algebra import MAX_DIGITS, MAX_EXPONENT, MAX_NESTING, same_formula
+from tasks.algebra import MAX_DIGITS, MAX_EXPONENT, MAX_NESTING, same_formula
 
 MAX_ANSWER = 2000  # characters; beyond it nobody answers, somebody attacks
 TAIL = 100_000  # characters at the end of a text in which the answer is looked for

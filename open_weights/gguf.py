@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError, script
-from tokenizer import Tokenizer, added_token, tokenizer_json
+from infra.cli import UserError, script
+from open_weights.tokenizer import Tokenizer, added_token, tokenizer_json
 
 ARCHITECTURE = "llama"
 # Tokens that end a turn or a document. GGUF names one of them only; llama.cpp stops at all, and so do we.

@@ -13,7 +13,7 @@ DeepSeek). Sources: the templates in the models' tokenizer_config.json, against 
 
 import re
 
-from cli import UserError
+from infra.cli import UserError
 
 # name -> system prompt put in when the conversation brings none (None: none is)
 FORMATS = {

@@ -32,8 +32,8 @@ from pathlib import Path
 
 import tiktoken
 
-import chat
-from cli import UserError
+from open_weights import chat
+from infra.cli import UserError
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits cut out first, then GPT2_SPLIT on what lies between (SmolLM2, StarCoder), as one pattern. The trap: a
@@ -365,7 +365,7 @@ def load_tokenizer(folder):
         config["eos_token_ids"] = [*config.get("eos_token_ids", []), *stops]
         kind = Tokenizer
         if spec["model"].get("byte_fallback") and "ByteLevel" not in json.dumps(spec.get("pre_tokenizer")):  # SentencePiece's
-            from library_tokenizer import LibraryTokenizer as kind
+            from open_weights.sentencepiece import LibraryTokenizer as kind
         return kind(spec, config)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None

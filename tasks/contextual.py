@@ -23,8 +23,8 @@ import string
 
 import numpy as np
 
-from cli import UserError
-from problems import Problem, Task, split_of
+from infra.cli import UserError
+from tasks.base import Problem, Task, split_of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,7 +67,7 @@ class Contextual(Task):
         return out
 
     def tokenizer(self):
-        from tokenizer import alphabet_tokenizer
+        from open_weights.tokenizer import alphabet_tokenizer
 
         return alphabet_tokenizer([*self.symbols, *self.letters])
 

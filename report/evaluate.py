@@ -17,11 +17,11 @@ import re
 import time
 from pathlib import Path
 
-from answers import answers_equal
-from cli import UserError, say_next
-from common import lock_file, mean, write_json
+from tasks.answers import answers_equal
+from infra.cli import UserError, say_next
+from infra.runs import lock_file, mean, write_json
 from sample import generate, pass_at_k
-from symbolic import available
+from tasks.symbolic import available
 
 Z = 1.96  # 95% of a normal distribution
 CHUNK_SECONDS = 60  # chunks grow until they take about this long: what a kill can lose
@@ -144,7 +144,7 @@ def open_rows(path, settings):
 
 def evaluate(cfg, model, tokenizer, options):
     """Grade --n samples of --num-problems problems; accuracy, pass@k, majority, truncated and unparsable shares."""
-    from tasks import get_task
+    from tasks.files import get_task
 
     task = get_task(cfg)
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)

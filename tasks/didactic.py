@@ -9,8 +9,8 @@ Both are problems by the thousand that a model of width 64 learns to solve for *
 import functools
 import random
 
-from cli import UserError
-from tasks import Problem, Task, split_of
+from infra.cli import UserError
+from tasks.files import Problem, Task, split_of
 
 POOL = 24000  # problems made; eight tenths are for training
 
@@ -35,7 +35,7 @@ class Chain(Task):
         self.symbols = [o + b for o in "+-*<>" for b in "2357"]
 
     def tokenizer(self):
-        from tokenizer import alphabet_tokenizer
+        from open_weights.tokenizer import alphabet_tokenizer
 
         return alphabet_tokenizer([*self.symbols, *(f"={d}" for d in range(10))])
 
@@ -108,7 +108,7 @@ class StarGraph(Task):
         self.degree, self.path, self.nodes, self.max_new_tokens = degree, path, nodes, path - 1
 
     def tokenizer(self):
-        from tokenizer import alphabet_tokenizer
+        from open_weights.tokenizer import alphabet_tokenizer
 
         return alphabet_tokenizer([f"{n:02d}" for n in range(self.nodes)] + ["|", "/", "="])
 

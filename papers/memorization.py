@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-import parallel
-from cli import UserError
-from common import derive
+from infra import parallel
+from infra.cli import UserError
+from infra.runs import derive
 from model import pad_right, token_logprobs
 from sample import generate
 

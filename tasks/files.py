@@ -15,11 +15,11 @@ import json
 import re
 from pathlib import Path
 
-from answers import MAX_ANSWER, answers_equal, canonical, extract_answer, last_number, parse_number
-from cli import TASKS, UserError
-from problems import Problem, Task, split_of
-from puzzles import Countdown, Planted, countdown_moves, kmp_next
-from symbolic import symbolically_equal
+from tasks.answers import MAX_ANSWER, answers_equal, canonical, extract_answer, last_number, parse_number
+from infra.cli import TASKS, UserError
+from tasks.base import Problem, Task, split_of
+from tasks.puzzles import Countdown, Planted, countdown_moves, kmp_next
+from tasks.symbolic import symbolically_equal
 
 __all__ = ["Countdown", "Gsm8k", "Jsonl", "Math", "Planted", "Problem", "Task", "answers_equal", "countdown_moves",
            "extract_answer", "get_task", "kmp_next", "line_ends", "split_of"]
@@ -309,19 +309,19 @@ def get_task(name, seed=0, data=(), question_field="", answer_field="", **option
     if name == "countdown":
         return Countdown(**options)
     if name in ("chain", "stargraph"):
-        import didactic
+        from tasks import didactic
 
         return didactic.Chain(seed, **options) if name == "chain" else didactic.StarGraph(seed, **options)
     if name == "contextual":
-        from contextual import Contextual
+        from tasks.contextual import Contextual
 
         return Contextual(seed, **options)
     if name == "worded":
-        from worded import Worded
+        from tasks.worded import Worded
 
         return Worded(**options)
     if name == "probe":
-        from probe import Probe
+        from tasks.probe import Probe
 
         return Probe(**options)
     raise UserError(f"task {name!r} is unknown; use {', '.join(TASKS[:-1])} or {TASKS[-1]}")

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-import parallel
-from cli import UserError
-from common import derive, progress
+from infra import parallel
+from infra.cli import UserError
+from infra.runs import derive, progress
 from sample import Rollouts, generate
 
 

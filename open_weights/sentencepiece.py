@@ -9,8 +9,8 @@ import hashlib
 import json
 import re
 
-from cli import UserError
-from tokenizer import Tokenizer
+from infra.cli import UserError
+from open_weights.tokenizer import Tokenizer
 
 SPACE, BYTE = "\u2581", re.compile("<0x([0-9A-F]{2})>")
 

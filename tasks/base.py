@@ -7,7 +7,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-from cli import UserError
+from infra.cli import UserError
 
 
 @dataclass(frozen=True)

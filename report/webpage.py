@@ -9,8 +9,8 @@ import html
 import math
 from pathlib import Path
 
-from common import read_metrics
-from viewer import progress_of, read_rows
+from infra.runs import read_metrics
+from report.show import progress_of, read_rows
 
 # One colour per method in every figure: report.COLOURS; black and grey give way to the page's own ink.
 INK = {"#000000": "var(--ink)", "#7f7f7f": "var(--faint)"}

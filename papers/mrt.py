@@ -40,8 +40,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import RunConfig, UserError, opt, parse, say_next, script
-from common import (
+from infra.cli import RunConfig, UserError, opt, parse, say_next, script
+from infra.runs import (
     Metrics,
     derive,
     latest_checkpoint,
@@ -338,7 +338,7 @@ def star_round(model, tokenizer, task, cfg, number, device):
 def train(cfg):
     """The STaR form, or with --rounds 0 the measurement alone. A killed run goes on with the round it was in."""
     from model import load_model, load_weights, write_model
-    from tasks import get_task
+    from tasks.files import get_task
 
     device, task = setup(cfg.device, cfg.threads), get_task(cfg)
     if not cfg.policy:

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cli import UserError
-from families import file_names, read_json
-from tokenizer import Tokenizer
+from infra.cli import UserError
+from open_weights.families import file_names, read_json
+from open_weights.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # a larger model is saved in several files, of which one at a time stands in memory twice
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -179,7 +179,7 @@ def resolve(name_or_dir):
     if name_or_dir == "smollm2":
         path = Path("runs/models/smollm2")
         if not (path / "config.json").exists():
-            from gguf_import import convert_gguf, find_smollm2
+            from open_weights.gguf import convert_gguf, find_smollm2
 
             source = find_smollm2()
             print(f"converting {source.name} to {path} (once)")

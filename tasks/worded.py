@@ -21,7 +21,7 @@ import functools
 import random
 import re
 
-from tasks import Problem, Task, split_of
+from tasks.files import Problem, Task, split_of
 
 OPS, SHARE = "+-*", (5, 3, 1)
 WORDING = "abcdefgh"
@@ -42,7 +42,7 @@ class Worded(Task):
         self.max_new_tokens = 8 * longest + 1
 
     def tokenizer(self):
-        from tokenizer import alphabet_tokenizer
+        from open_weights.tokenizer import alphabet_tokenizer
 
         return alphabet_tokenizer([*"0123456789", *OPS, "=", "\n", *WORDING])
 

@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from cli import RunConfig, UserError, opt, parse, say_next, script
-from common import (
+from infra.cli import RunConfig, UserError, opt, parse, say_next, script
+from infra.runs import (
     Metrics,
     derive,
     latest_checkpoint,
@@ -52,8 +52,8 @@ from common import (
 from model import load_model, load_weights, pad_right, shared_prefixes, token_logprobs, write_model
 from pav import boundaries
 from sample import generate, pass_at_k
-from solutions import count, first_problems, keep_correct, sample_solutions, shards, write_shard
-from tasks import get_task
+from papers.rft import count, first_problems, keep_correct, sample_solutions, shards, write_shard
+from tasks.files import get_task
 from train_sft import accuracy, adamw
 
 

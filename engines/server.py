@@ -27,11 +27,11 @@ from urllib.parse import urlsplit
 
 import torch
 
-import parallel
+from infra import parallel
 import sample
-from cli import UserError, opt
-from common import derive
-from weights import save_model
+from infra.cli import UserError, opt
+from infra.runs import derive
+from open_weights.files import save_model
 
 MAX_BYTES = 1 << 26  # of one answer: room for 100,000 tokens and their names many times over
 flag = partial(opt, group="rollout server")

@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError
+from infra.cli import UserError
 
 
 @dataclass(frozen=True)

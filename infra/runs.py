@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-import parallel
-from cli import UserError
+from infra import parallel
+from infra.cli import UserError
 
 # ----------------------------------------------------------------------------------------------------
 # Seeds and devices.

@@ -21,7 +21,7 @@ import functools
 import random
 import re
 
-from tasks import Problem, Task, split_of
+from tasks.files import Problem, Task, split_of
 
 CANDIDATES = "ABCDEF"
 FUNCTION = (3, 8, 0, 6, 7, 1, 9, 4, 5, 2)
@@ -42,7 +42,7 @@ class Probe(Task):
         self.max_new_tokens = 3 * episodes + 3
 
     def tokenizer(self):
-        from tokenizer import alphabet_tokenizer
+        from open_weights.tokenizer import alphabet_tokenizer
 
         table = [f"{c}{d}" for c in CANDIDATES for d in range(10)]
         return alphabet_tokenizer([*table, *(f"?{d}" for d in range(10)), *CANDIDATES, *(f"={d}" for d in range(10)), *"yn~,!"])

@@ -11,8 +11,8 @@ import string
 
 import numpy as np
 
-from cli import UserError
-from problems import Problem, Task, split_of
+from infra.cli import UserError
+from tasks.base import Problem, Task, split_of
 
 # ----------------------------------------------------------------------------------------------------
 # Planted sub-sequence (2410.08146, section 3.3): each prompt hides a sequence that a response must contain
@@ -62,7 +62,7 @@ class Planted(Task):
         self.by_split = dict(train=self.all, val=self.all, test=self.all)
 
     def tokenizer(self):
-        from tokenizer import alphabet_tokenizer
+        from open_weights.tokenizer import alphabet_tokenizer
 
         return alphabet_tokenizer([p.prompt for p in self.all] + list(self.letters))
 
@@ -154,7 +154,7 @@ class Countdown(Task):
         self.max_new_tokens = sum(6 + (1 + rest if rest else 0) for rest in range(numbers - 1)) + 1
 
     def tokenizer(self):
-        from tokenizer import alphabet_tokenizer
+        from open_weights.tokenizer import alphabet_tokenizer
 
         targets = [f":{t}" for t in range(1, self.cap + 1)]
         words = [*map(str, range(self.cap + 1)), *self.ops, "=", "|", *targets]
