@@ -46,6 +46,10 @@ class Task:
     def prompt_tokens(self, problem, tokenizer):
         return tokenizer.encode(problem.prompt)
 
+    def stop_ids(self, tokenizer):
+        """Token ids that end a completion, in training as in evaluation."""
+        return list(tokenizer.eos_ids)
+
     def exact_value(self, problem, prefix, strength):
         """Chance that the demonstrator of that strength succeeds from this text; None without a solver.
         It goes on from any text and cannot see an EOS: at the end of a response the outcome is the value."""
