@@ -27,7 +27,7 @@ def boundaries(task, rollouts, tokenizer):
     rows = []
     for b in range(len(rollouts)):
         start, length = int(rollouts.prompt_len[b]), int(rollouts.length[b])
-        rows.append([start] + task.step_ends(rollouts.tokens[b, :length].tolist(), start, length, tokenizer))
+        rows.append([start] + task.credit_ends(rollouts.tokens[b, :length].tolist(), start, length, tokenizer))
     width = max(len(r) for r in rows)
     return torch.tensor([r + [r[-1]] * (width - len(r)) for r in rows])
 

@@ -17,46 +17,9 @@ from pathlib import Path
 
 from infra.cli import UserError, flags, say_next
 from infra.runs import write_json
+from tasks import TaskFlags, task_class
 
-# Settings of the stages, per task. What was searched to arrive at them stands in docs/log.md; the RL settings
-# are shared by all arms of a comparison.
-STAGES = {
-    "planted": dict(
-        sft=dict(steps=400, num_examples=6000),
-        verifier=dict(num_problems=40000, n_cov=1, cuts=1, n_mc=1, epochs=6),
-        rl=dict(num_prompts=4, num_generations=32),  # large groups: outcome-only needs them, PAV does not mind
-        prover="scripted",
-    ),
-    "countdown": dict(
-        sft=dict(steps=1200, num_examples=100000),
-        verifier=dict(num_problems=100000, n_cov=1, cuts=1, n_mc=1, epochs=6),  # 470 steps fit nothing, 4,700 do
-        rl=dict(num_prompts=64, gate="legal"),  # with 128 samples a step no arm moves
-        prover="scripted", long=3,
-    ),
-    "probe": dict(  # for --reward mrt, which needs no verifier
-        sft=dict(steps=600, batch_size=64, num_examples=20000, learning_rate=4e-3),
-        verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
-        rl=dict(num_prompts=16, num_generations=4, steps=40),
-        prover="scripted",
-    ),
-    # Open weights have no scripted teacher: the prover is Best-of-4 of the base policy (the paper's best K).
-    "jsonl": dict(
-        sft=dict(steps=24, batch_size=16, learning_rate=1e-4, warmup_steps=3, num_examples=384, eval_problems=64,
-                 micro_batch_size=8, save_steps=12, logging_steps=1),
-        verifier=dict(num_problems=64, n_cov=2, cuts=2, n_mc=2, epochs=1, batch_size=32, learning_rate=5e-5, prover_k=4,
-                      slots=128, eval_problems=24, eval_mc=8, shard_problems=16, save_steps=4),
-        rl=dict(num_prompts=8, num_generations=8, steps=10, learning_rate=5e-6, temperature=0.5, micro_batch_size=16,
-                eval_steps=5, eval_problems=64, slots=128, save_steps=1),
-        prover="base",
-    ),
-}
-STAGES["gsm8k"] = STAGES["math"] = STAGES["jsonl"]
-LONG = 5  # the arm outcome-long runs this many times the steps (a task's "long" where it stands above)
-SMOKE = {"sft": dict(steps=20, num_examples=256), "verifier": dict(num_problems=64, epochs=1),
-         "rl": dict(steps=3, eval_steps=1, eval_problems=32)}
-
-TASK_FLAGS = ("task", "data", "question_field", "answer_field", "template", "shots", "planted_prompts",
-              "planted_length", "max_completion_length", "device", "dtype", "smoke")
+TASK_FLAGS = (*(f.name for f in fields(TaskFlags)), "max_completion_length", "device", "dtype", "smoke")
 
 
 def arm_name(cfg):
@@ -67,14 +30,14 @@ def plan(cfg, given):
     """The jobs of a comparison: list of (label, needs, argv). `given` are the flags that the user typed, which
     win over the table above."""
     here = Path(__file__).parent
-    if cfg.task not in STAGES:
-        raise UserError(f"--task {cfg.task} has no settings for a whole pipeline: build its stages one by one (train_sft.py, "
-                        "pav.py) and give --policy, --verifier and --run-dir")
-    table = STAGES[cfg.task]
+    task = task_class(cfg.task)  # its settings alone: no file is read here
+    if task.needs_model and not cfg.model and not cfg.policy:
+        raise UserError(f"--task {cfg.task} needs a policy to start from: give --model NAME, or --policy DIR")
+    table = task.stages
     extra = json.loads(cfg.stage_flags) if cfg.stage_flags else {}
     threads = cfg.threads or (0 if cfg.model else 1)
     shared = [f for f in flags(cfg, TASK_FLAGS) if f not in ("--no-smoke",)] + [f"--threads={threads}"]
-    rl_table = table["rl"] | (SMOKE["rl"] if cfg.smoke else {})
+    rl_table = table["rl"] | (task.smoke["rl"] if cfg.smoke else {})
     rl = replace(cfg, **{k: v for k, v in rl_table.items() if k not in given or cfg.smoke}, threads=threads)
     rl_flags = flags(rl, [f.name for f in fields(cfg) if f.name not in
                           (*TASK_FLAGS, "run_dir", "seed", "seeds", "arms", "workers", "stage_flags", "reward", "policy",
@@ -95,18 +58,19 @@ def plan(cfg, given):
             jobs.append((f"seed{seed}/{name}", [f"seed{seed}/{n}" for n in needs], argv))
 
         def sft(name, strength, home=home):
-            arguments = [f"--model={cfg.model}"] if cfg.model else [f"--strength={strength}"]
-            settings = table["sft"] | extra.get("sft", {}) | (SMOKE["sft"] if cfg.smoke else {})
+            arguments = [f"--model={cfg.model}"] if cfg.model else []
+            arguments += [f"--strength={strength}"] if strength is not None and not cfg.model else []
+            settings = table["sft"] | extra.get("sft", {}) | (task.smoke["sft"] if cfg.smoke else {})
             stage(name, "train_sft.py", [], arguments, settings)
 
         def verifier(name, prover, strength, label="q", home=home, policy=policy):
             arguments = [f"--policy={policy}", f"--label={label}", f"--temperature={rl.temperature}"]
             arguments += [f"--prover={home / prover}"] if prover else []
             arguments += [f"--prover-strength={strength}"] if strength is not None else []
-            settings = table["verifier"] | extra.get("verifier", {}) | (SMOKE["verifier"] if cfg.smoke else {})
+            settings = table["verifier"] | extra.get("verifier", {}) | (task.smoke["verifier"] if cfg.smoke else {})
             stage(name, "pav.py", [n for n in ("sft", prover) if n and not cfg.policy], arguments, settings)
 
-        strengths = scripted_strengths(cfg) if table["prover"] == "scripted" else None
+        strengths = task.strengths
         if not cfg.policy:
             sft("sft", strengths and strengths["base"])
         arms = [arm_name(cfg)] + [a for a in cfg.arms if a != arm_name(cfg)]
@@ -133,7 +97,7 @@ def plan(cfg, given):
             arguments += [f"--verifier={path}"] if path else []
             arguments += ["--constant-value"] if arm == "constant" else []
             if arm == "outcome-long":  # as many tokens as PAV's RL and its verifier's rollouts together
-                steps = rl.steps * table.get("long", LONG)
+                steps = rl.steps * table["long"]
                 arguments = [a for a in arguments if not a.startswith("--steps=")] + [f"--steps={steps}"]
             stage(f"rl_{arm}", "train_rl.py", needs, arguments, {})
     return root, jobs
@@ -143,12 +107,6 @@ def verifier_of(arm):
     """The verifier that an arm is paid by; None for the outcome arm and for mrt, which asks the policy itself."""
     return {"pav": "verifier", "q": "verifier", "constant": "verifier", "orm": "verifier_outcome",
             "base-prover": "verifier_base", "strong-prover": "verifier_strong"}.get(arm)
-
-
-def scripted_strengths(cfg):
-    from tasks.files import get_task
-
-    return get_task(cfg).strengths
 
 
 def run(cfg, given):

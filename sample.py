@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 
 from infra import parallel
-from infra.cli import TASKS, UserError, opt, parse, script
+from infra.cli import UserError, opt, parse, script
 from infra.runs import setup, spare_threads
 from kernels import linear_draw, linear_draw_filtered, linear_greedy, packed_weights, philox_uniform
 from model import KVCache, load_model
+from tasks import TASKS, TaskFlags, get_task
 
 # Padded tokens of one prefill batch: enough to fill the cores. On a CPU few enough that what they need stays in its caches and
 # in memory that the process has already: 2048 take a fifth longer.
@@ -256,19 +257,11 @@ def pass_at_k(num_samples, num_correct, k):
 
 
 @dataclass
-class Config:
+class Config(TaskFlags):
     model: str = opt("smollm2", "a folder, a run directory, smollm2, or a hub id such as Qwen/Qwen2.5-0.5B", "what")
     prompt: str = opt("", "text to answer (in the model's chat format where it has one)", "what")
     raw: bool = opt(False, "continue --prompt as plain text, without the chat format", "what")
-    task: str = opt("", "answer the problems of a task and grade them", "what", choices=["", *TASKS])
-    data: list = opt([], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", "what")
-    question_field: str = opt("", "name of the question in --data (default: guessed)", "what")
-    answer_field: str = opt("", "name of the answer in --data (default: guessed)", "what")
-    template: str = opt("auto", "prompts for problems from files (auto: chat where the model has a format, else plain)", "what",
-                        choices=["auto", "chat", "plain", "fewshot"])
-    shots: int = opt(0, "worked examples before each problem, from the training split (0: 4 with fewshot)", "what", low=0)
-    planted_prompts: int = opt(4, "prompts of --task planted", "what", low=1, high=26)
-    planted_length: int = opt(6, "letters of each hidden sequence", "what", low=1, high=12)
+    task: str = opt("", "answer the problems of a task and grade them", "problems", choices=["", *TASKS])
     split: str = opt("test", "whose problems", "what", choices=["train", "val", "test"])
     num_problems: int = opt(64, "how many (0: all)", "what", low=0)
     eval: bool = opt(False, "keep every completion and the results under runs/eval; a killed evaluation goes on", "what")
@@ -312,7 +305,6 @@ def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     device = setup(cfg.device, cfg.threads)
     if cfg.smoke:
-        from tasks.files import get_task
         from train_sft import Config as SftConfig
         from train_sft import start_model
 
@@ -322,8 +314,6 @@ def main(argv=None):
         if not cfg.prompt and not cfg.task:
             raise UserError("nothing to do: give --prompt TEXT, or --task NAME")
         if cfg.task:  # what is wrong with the data is said before the weights are read
-            from tasks.files import get_task
-
             get_task(cfg).problems(cfg.split, 1)
         model, tokenizer = load_model(cfg.model, device, getattr(torch, cfg.dtype))
     spare_threads(model, cfg.threads)
