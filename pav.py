@@ -53,11 +53,11 @@ from infra.runs import (
 from labels import boundaries, collect_all
 from model import load_model, load_weights, resolve, shared_prefixes, write_model
 from sample import generate
-from tasks.files import get_task
+from tasks import TaskFlags, get_task
 
 
 @dataclass
-class Config(RunConfig):
+class Config(TaskFlags, RunConfig):
     policy: str = opt("", "the base policy: where seed solutions come from, and the verifier's initial weights", "policies")
     prover: str = opt("base", "who finishes the prefixes: base, or a folder", "policies")
     prover_k: int = opt(1, "take Best-of-K of the prover as prover", "policies", low=1)

@@ -54,12 +54,12 @@ from model import load_model, load_weights, shared_prefixes, token_logprobs, tok
 from papers.mrt import MRTFlags, meta_values
 from pav import guarded_values, load_verifier, step_values
 from sample import generate
-from tasks.files import get_task
+from tasks import TaskFlags, get_task
 from report.show import keep_solutions
 
 
 @dataclass
-class Config(MRTFlags, remote.RolloutFlags, RunConfig):
+class Config(MRTFlags, remote.RolloutFlags, TaskFlags, RunConfig):
     reward: str = opt("pav", "outcome: the grader; orm: the verifier's score of the whole; q: grader + alpha*Q; pav: "
                       "grader + alpha*A; mrt: A of the policy told to answer now", "reward",
                       choices=["outcome", "orm", "q", "pav", "mrt"])

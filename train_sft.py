@@ -46,11 +46,11 @@ from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, load_weights, pad_right, token_loss, write_model
 from sample import generate
 from papers.rft import count, first_problems, keep_correct, sample_solutions
-from tasks.files import get_task
+from tasks import TaskFlags, get_task
 
 
 @dataclass
-class Config(RunConfig):
+class Config(TaskFlags, RunConfig):
     model: str = opt("", "folder or name of the weights to start from (default: a tiny random model)", "model")
     hidden_size: int = opt(64, "width of the tiny model", "model", low=8)
     num_hidden_layers: int = opt(2, "depth of the tiny model", "model", low=1)
