@@ -38,12 +38,12 @@ from model import load_model, load_weights
 from report.judge import judge
 from rollouts import continue_and_grade, distinct, grades, shards, stack, step_ends
 from sample import generate
-from tasks.files import get_task
+from tasks import TaskFlags, get_task
 from verifier import Verifier, load_head, save_verifier
 
 
 @dataclass
-class Config(RunConfig):
+class Config(TaskFlags, RunConfig):
     policy: str = opt("", "the base policy: seed solutions, and the verifier's initial weights", "policies")
     prover: str = opt("base", "who finishes the prefixes: base, or a folder", "policies")
     prover_k: int = opt(1, "take Best-of-K of the prover as prover", "policies", low=1)

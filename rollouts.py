@@ -73,15 +73,20 @@ def take(rollouts, rows):
 # Steps and grades.
 
 
-def step_ends(task, rollouts, tokenizer):
+def step_ends(task, rollouts, tokenizer, credit=False):
     """Where the steps of every row end: [B,S+1] int64, exclusive token positions. Column 0 is the prompt's length; rows
-    are padded by repeating their last end (an empty step, whose progress is 0), so no mask is needed."""
+    are padded by repeating their last end (an empty step, whose progress is 0), so no mask is needed.
+
+    These are the places of labels, and where a search cuts. credit=True: for training, where an EOS alone belongs to
+    the step before it.
+    """
+    ends_of = task.credit_ends if credit else task.step_ends
     rows = []
     for b in range(len(rollouts)):
         start = int(rollouts.prompt_len[b])
         length = int(rollouts.length[b])
         tokens = rollouts.tokens[b, :length].tolist()
-        rows.append([start, *task.step_ends(tokens, start, length, tokenizer)])
+        rows.append([start, *ends_of(tokens, start, length, tokenizer)])
     return pad_ends(rows)
 
 

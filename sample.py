@@ -25,12 +25,12 @@ import torch.nn.functional as F
 
 from engines.batch import begin_batch, draw_tokens, prefill
 from infra import parallel
-from infra.cli import TASKS, UserError, opt, parse, script
+from infra.cli import UserError, opt, parse, script
 from infra.runs import mean, one_thread_if_tiny, setup
 from kernels import packed_weights, philox_uniform
 from model import KVCache, load_model, new_model
 from rollouts import Rollouts, pass_at_k, widen
-from tasks.files import get_task
+from tasks import TASKS, TaskFlags, get_task
 
 ROUND = 16  # rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) per number of rows
 CACHE_BYTES = 2**31  # of keys and values, where the caller does not say how many rows are decoded at once
@@ -188,19 +188,11 @@ def regroup(row, token, length, cache, vocab):
 
 
 @dataclass
-class SampleFlags:
+class SampleFlags(TaskFlags):
     """The flags of every script that samples from one model: sample.py, search.py, report.evaluate, report.show."""
 
     model: str = opt("smollm2", "a folder, a run directory, smollm2, or a hub id such as Qwen/Qwen2.5-0.5B", "what")
-    task: str = opt("", "answer the problems of a task and grade them", "what", choices=["", *TASKS])
-    data: list = opt([], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", "what")
-    question_field: str = opt("", "name of the question in --data (default: guessed)", "what")
-    answer_field: str = opt("", "name of the answer in --data (default: guessed)", "what")
-    template: str = opt("auto", "prompts for problems from files (auto: chat where the model has a format, else plain)", "what",
-                        choices=["auto", "chat", "plain", "fewshot"])
-    shots: int = opt(0, "worked examples before each problem, from the training split (0: 4 with fewshot)", "what", low=0)
-    planted_prompts: int = opt(4, "prompts of --task planted", "what", low=1, high=26)
-    planted_length: int = opt(6, "letters of each hidden sequence", "what", low=1, high=12)
+    task: str = opt("", "answer the problems of a task and grade them", "problems", choices=["", *TASKS])
     split: str = opt("test", "whose problems", "what", choices=["train", "val", "test"])
     num_problems: int = opt(64, "how many (0: all)", "what", low=0)
     n: int = opt(1, "samples a prompt", "sampling", low=1)

@@ -46,12 +46,12 @@ from model import load_model, load_weights, token_logprobs, token_loss, write_mo
 from report.show import write_solutions
 from rollouts import grades, step_ends
 from sample import generate
-from tasks.files import get_task
+from tasks import TaskFlags, get_task
 from verifier import load_verifier, single_sample_value, step_values
 
 
 @dataclass
-class RLFlags(RunConfig):
+class RLFlags(TaskFlags, RunConfig):
     """The flags of every RL loop (papers/mrt.py has the same optimization)."""
 
     policy: str = opt("", "folder of the initial policy (default: built by train_sft.py)", "reward")
@@ -306,7 +306,7 @@ def value_steps(cfg, verifier, task, problems, rollouts, tokenizer):
     """Step ends [B,S+1], V^mu there [B,S+1], first illegal step [B] (each None where the reward needs none)."""
     if cfg.reward == "outcome":
         return None, None, None
-    ends = step_ends(task, rollouts, tokenizer)
+    ends = step_ends(task, rollouts, tokenizer, credit=True)
     if cfg.verifier == "constant":
         values = torch.full(ends.shape, 0.5)
     else:
@@ -328,7 +328,7 @@ def evaluate(model, tokenizer, task, verifier, cfg, limit, path=None):
     outcome = grades(task, problems, rolled, tokenizer)
     logs = {"eval/accuracy": mean(outcome.tolist())}
     if verifier is not None:
-        ends = step_ends(task, rolled, tokenizer)
+        ends = step_ends(task, rolled, tokenizer, credit=True)
         values = step_values(verifier, rolled.tokens, ends)
         logs["eval/verifier_score"] = float(single_sample_value(values[:, -1], verifier.k).mean())
         if path is not None:

@@ -27,11 +27,11 @@ from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, new_model, pad_right, token_loss, write_model
 from rollouts import grades
 from sample import generate
-from tasks.files import get_task
+from tasks import TaskFlags, get_task
 
 
 @dataclass
-class SFTFlags(RunConfig):
+class SFTFlags(TaskFlags, RunConfig):
     """The flags of every script that trains on examples; see Config for one's own."""
 
     model: str = opt("", "folder or name of the weights to start from (default: a tiny random model)", "model")

@@ -144,7 +144,7 @@ def open_rows(path, settings):
 
 def evaluate(cfg, model, tokenizer, options):
     """Grade --n samples of --num-problems problems; accuracy, pass@k, majority, truncated and unparsable shares."""
-    from tasks.files import get_task
+    from tasks import get_task
 
     task = get_task(cfg)
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
