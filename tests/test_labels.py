@@ -2,13 +2,13 @@
 
 from types import SimpleNamespace
 
+import labels
 import pytest
 import torch
+from labels import collect, collect_all, walk_to_pits, wrong_walks
 from toy import EOS, ToyTask, make_rollouts
 
-import labels
 from infra.cli import UserError
-from labels import collect, collect_all, walk_to_pits, wrong_walks
 from pav import Config
 
 

@@ -6,14 +6,14 @@ from statistics import fmean
 
 import pytest
 import torch
+from labels import boundaries
 from toy import make_rollouts, tiny_model
 
-from papers import mrt
 import tasks
 import train_rl
 from infra.cli import UserError
-from labels import boundaries
 from model import save_model
+from papers import mrt
 from papers.mrt import (
     Config,
     answer_now,
@@ -30,8 +30,8 @@ from papers.mrt import (
     regret,
     split_episodes,
 )
-from tasks.probe import CANDIDATES, FUNCTION, TEST, Probe
 from tasks.base import split_of
+from tasks.probe import CANDIDATES, FUNCTION, TEST, Probe
 
 PROBE = Probe()
 TOKENS = PROBE.tokenizer()

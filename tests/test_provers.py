@@ -119,6 +119,7 @@ def test_exact_verifier_says_what_the_task_says():
 def test_the_solver_as_a_verifier_of_countdown():
     """Right, wrong and illegal solutions, cut anywhere: at the prompt and at each line end the value is exact_value's."""
     from labels import boundaries
+
     from pav import step_values
     from sample import Rollouts
 

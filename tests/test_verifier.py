@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from labels import boundaries, choose_cuts, collect, concatenate
 from toy import EOS, ToyTask, make_rollouts, tiny_model
 
 from infra.cli import UserError
-from labels import boundaries, choose_cuts, collect, concatenate
 from model import save_model
+from open_weights.tokenizer import alphabet_tokenizer
 from pav import (
     Config,
     Verifier,
@@ -27,7 +28,6 @@ from pav import (
     value_loss,
 )
 from sample import pass_at_k
-from open_weights.tokenizer import alphabet_tokenizer
 
 
 def close(a, b, atol=1e-6):

@@ -6,15 +6,15 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from labels import boundaries
 from toy import EOS, ToyTask, tiny_model
 
-from report import __main__ as report
 import sample
-from report import show as viewer
-from report import webpage
-from labels import boundaries
 from model import save_model
 from pav import Verifier, save_verifier
+from report import __main__ as report
+from report import show as viewer
+from report import webpage
 from sample import Rollouts
 from tasks import get_task
 
