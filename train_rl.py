@@ -212,9 +212,10 @@ def k2_loss(logprob, ref_logprob, weight):
     return ((logprob - ref_logprob).square() / 2 * weight).sum()
 
 
-def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device, timer):
+def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device, timer=None):
     """num_iterations optimizer steps on one batch of rollouts. adv [B,T]; reference: a frozen model or None; limit:
     tokens a completion may have. Returns what to log."""
+    timer = timer or Timer()
     mask = rollouts.mask()
     weight = token_weights(mask, cfg.loss_type, limit)
     rows = torch.tensor(parallel.share(len(mask)))  # in order: samples of a prompt share a micro-batch

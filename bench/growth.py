@@ -35,8 +35,9 @@ from infra.runs import generator
 from kernels import linear_logprob
 from model import Transformer, init_weights
 from open_weights.families import Config as Shape
-from pav import Verifier, step_values
-from sample import Rollouts, generate
+from rollouts import Rollouts
+from sample import generate
+from verifier import Verifier, step_values
 
 
 @dataclass

@@ -18,8 +18,8 @@ from infra import cli
 from infra import runs as common
 from model import save_model
 from open_weights.tokenizer import alphabet_tokenizer
-from pav import Verifier, save_verifier
 from tasks import get_task
+from verifier import Verifier, save_verifier
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_sft", "train_dpo", "pav", "train_rl", "sample"]

@@ -10,7 +10,8 @@ from toy import tiny_model
 from infra.cli import UserError
 from open_weights.tokenizer import alphabet_tokenizer
 from report import evaluate
-from report.evaluate import interval, summarize, vote
+from report.evaluate import summarize
+from report.statistics import interval, vote
 from sample import Config, main
 from tasks import get_task
 

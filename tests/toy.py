@@ -9,7 +9,7 @@ import torch
 from infra.seeds import generator
 from model import Config, Transformer, init_weights
 from open_weights.tokenizer import alphabet_tokenizer
-from sample import Rollouts
+from rollouts import Rollouts
 from tasks.base import Task
 
 EOS = 11  # ids 0..9 are the digits, 10 is "=", 11 ends a completion
