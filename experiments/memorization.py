@@ -32,6 +32,7 @@ import train_sft  # noqa: E402
 from infra.cli import UserError, opt, parse, script  # noqa: E402
 from infra.runs import write_json  # noqa: E402
 from infra.seeds import derive  # noqa: E402
+from model import load_model, resolve  # noqa: E402
 from papers.memorization import (  # noqa: E402
     choose_threshold,
     held_out_r_squared,
@@ -41,7 +42,6 @@ from papers.memorization import (  # noqa: E402
     r_squared,
     sampled_accuracy,
 )
-from model import load_model, resolve  # noqa: E402
 from report.figures import finish, machine, print_results, pyplot  # noqa: E402
 from tasks import get_task  # noqa: E402
 

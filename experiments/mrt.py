@@ -46,12 +46,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from papers import mrt  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
 from infra.runs import mean, write_json  # noqa: E402
 from model import load_model  # noqa: E402
+from papers import mrt  # noqa: E402
 from report.figures import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 from tasks import get_task  # noqa: E402
 

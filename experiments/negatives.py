@@ -43,15 +43,15 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from papers import train_dpo  # noqa: E402
 import train_sft  # noqa: E402
 from infra.cli import UserError, opt, parse, script  # noqa: E402
 from infra.runs import mean, write_json  # noqa: E402
 from model import load_model  # noqa: E402
+from papers import train_dpo  # noqa: E402
+from papers.train_dpo import load_pairs  # noqa: E402
 from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 from sample import generate  # noqa: E402
 from tasks import get_task  # noqa: E402
-from papers.train_dpo import load_pairs  # noqa: E402
 
 NAMES = {"sft": "SFT", "rft": "RFT", "dpo_per_step": "per-step DPO",
          "dpo_whole": "whole-solution DPO", "dpo_random_cut": "DPO, cut at random (control)"}

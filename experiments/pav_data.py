@@ -42,18 +42,18 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from labels import collect, concatenate  # noqa: E402
 from pav_search import kept  # noqa: E402
 
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
 from infra.runs import mean, write_json  # noqa: E402
-from labels import collect, concatenate  # noqa: E402
 from model import load_model  # noqa: E402
+from papers.rft import write_shard  # noqa: E402
 from pav import Config as VerifierConfig  # noqa: E402
 from pav import Verifier, fit, judge  # noqa: E402
 from report.figures import finish, machine, print_results, pyplot, spread  # noqa: E402
-from papers.rft import write_shard  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 # problems: seed solutions in a shard, so that a shard costs at most a third of the lowest budget.

@@ -43,6 +43,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from labels import boundaries  # noqa: E402
 from planted_exact import (  # noqa: E402
     ExactVerifier,
     natural_gradient,
@@ -71,7 +72,6 @@ import train_sft  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
 from infra.runs import mean, read_metrics, write_json  # noqa: E402
 from infra.seeds import derive  # noqa: E402
-from labels import boundaries  # noqa: E402
 from model import load_model  # noqa: E402
 from report.figures import machine, print_results, spread  # noqa: E402
 from sample import generate  # noqa: E402

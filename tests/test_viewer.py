@@ -8,7 +8,6 @@ import pytest
 import torch
 from toy import EOS, ToyTask, tiny_model
 
-import sample
 from model import save_model
 from report import __main__ as report
 from report import show as viewer
@@ -35,12 +34,12 @@ def test_rows_are_cut_at_the_steps_and_carry_their_values():
 
 
 def test_kept_solutions_are_distinct_and_few(tmp_path, monkeypatch):
-    monkeypatch.setattr(viewer, "KEPT", 2)
+    monkeypatch.setattr(viewer, "WRITTEN", 2)
     task, tokenizer = ToyTask(), ToyTask().tokenizer()
     tokens = torch.tensor([[3, 7, 10, 7]] * 3 + [[3, 7, 10, 8], [3, 7, 10, 9]])
     out = Rollouts(tokens, torch.full((5,), 3), torch.full((5,), 4), torch.zeros(5, 4), ["length"] * 5)
     ends = step_ends(task, out, tokenizer)
-    viewer.keep_solutions(tmp_path / "s.jsonl", tokenizer, task.problems("train", 1, 0) * 5, out, [1, 1, 1, 0, 0],
+    viewer.write_solutions(tmp_path / "s.jsonl", tokenizer, task.problems("train", 1, 0) * 5, out, [1, 1, 1, 0, 0],
                           torch.rand(5, 2), ends)
     rows = viewer.read_rows(tmp_path / "s.jsonl")
     assert [r["steps"] for r in rows] == [["7"], ["8"]] and [r["reward"] for r in rows] == [1.0, 0.0]
@@ -77,14 +76,14 @@ def test_show_prints_every_step_of_the_planted_task(tmp_path, capsys, monkeypatc
     (tmp_path / "verifier").mkdir()
     save_verifier(tmp_path / "verifier", Verifier(tiny_model(vocab=tokenizer.n_vocab), fingerprint=tokenizer.fingerprint),
                   tokenizer, {})
-    argv = ["--model", str(tmp_path / "policy"), "--task", "planted", "--num-problems", "2", "--show", "--device", "cpu"]
-    sample.main([*argv, "--verifier", str(tmp_path / "verifier"), "--out", "rows.jsonl"])
+    argv = ["--model", str(tmp_path / "policy"), "--task", "planted", "--num-problems", "2", "--device", "cpu"]
+    viewer.main([*argv, "--verifier", str(tmp_path / "verifier"), "--out", "rows.jsonl"])
     out = capsys.readouterr().out
     steps = sum(len(r["steps"]) for r in viewer.read_rows("rows.jsonl"))
     assert out.count("(prompt alone)") == 2 and "\x1b" not in out
     assert steps > 2 and out.count(" 0.50  ") == steps + 2  # an untrained head says 0.50 everywhere
     with pytest.raises(viewer.UserError, match="--verifier"):
-        sample.main(argv)
+        viewer.main(argv)
 
 
 class Tags(HTMLParser):
