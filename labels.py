@@ -21,13 +21,17 @@ from infra.runs import derive, progress, shuffled
 from sample import generate
 
 
-def boundaries(task, rollouts, tokenizer):
+def boundaries(task, rollouts, tokenizer, ends_of=None):
     """Step ends of every rollout: [B,S+1] int64, column 0 the prompt's length, rows padded by repeating
-    their last end (an empty step, whose progress is 0), so that no mask is needed behind it."""
+    their last end (an empty step, whose progress is 0), so that no mask is needed behind it.
+
+    ends_of: task.credit_ends (default), what training pays for and what is worth a cut; or task.step_ends, which has
+    the position in front of an EOS as well: what gets a label, since a search ranks a solution there."""
     rows = []
     for b in range(len(rollouts)):
         start, length = int(rollouts.prompt_len[b]), int(rollouts.length[b])
-        rows.append([start] + task.credit_ends(rollouts.tokens[b, :length].tolist(), start, length, tokenizer))
+        tokens = rollouts.tokens[b, :length].tolist()
+        rows.append([start] + (ends_of or task.credit_ends)(tokens, start, length, tokenizer))
     width = max(len(r) for r in rows)
     return torch.tensor([r + [r[-1]] * (width - len(r)) for r in rows])
 
@@ -47,13 +51,15 @@ def outcomes(task, problems, rollouts, tokenizer):
 def roll_out(prover, tokenizer, task, starts, n_mc, limit, seed, options):
     """Monte-Carlo labels of some prefixes. starts: [(problem, prefix, prompt length)]; limit: tokens of a completion.
 
-    Returns the labelled sequences (see collect), the rollouts, their step ends, outcome [len(starts), n_mc], tokens spent.
+    Every step end from the cut on gets a label, the cut itself always: no continuation moves it.
+    Returns the labelled sequences (see collect), the rollouts, the ends of their steps that are worth a cut (see
+    boundaries), outcome [len(starts), n_mc], tokens spent.
     """
     rows = [s for s in starts for _ in range(n_mc)]
     rolled = generate(prover, [prefix for _, prefix, _ in rows], seed=seed,
                       max_new_tokens=[limit - (len(prefix) - start) for _, prefix, start in rows], **options)
     rolled.prompt_len = torch.tensor([start for *_, start in rows])  # from here on prefix + continuation is one solution
-    ends = boundaries(task, rolled, tokenizer)
+    ends = boundaries(task, rolled, tokenizer, task.step_ends)
     outcome = outcomes(task, [p for p, *_ in rows], rolled, tokenizer)
     at_cut = outcome.view(-1, n_mc).mean(1).repeat_interleave(n_mc)  # the siblings' mean: a soft label
     cut_end = torch.tensor([len(prefix) for _, prefix, _ in rows])[:, None]
@@ -61,7 +67,7 @@ def roll_out(prover, tokenizer, task, starts, n_mc, limit, seed, options):
     weight = (ends >= cut_end).float()
     weight[:, 1:] *= (ends[:, 1:] > ends[:, :-1]).float()  # padding repeats the last end: count it once
     data = dict(tokens=rolled.tokens, ends=ends, target=target, weight=weight)
-    return data, rolled, ends, outcome.view(-1, n_mc), int((rolled.length - cut_end[:, 0]).sum())
+    return data, rolled, boundaries(task, rolled, tokenizer), outcome.view(-1, n_mc), int((rolled.length - cut_end[:, 0]).sum())
 
 
 def collect(base, prover, tokenizer, task, problems, cfg, shard):

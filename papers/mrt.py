@@ -59,8 +59,6 @@ from labels import boundaries, outcomes
 from sample import generate
 from tasks import TaskFlags
 
-TERMINATION = "\nTime is up. The answer is"  # where the task has no words of its own
-
 
 @dataclass
 class MRTFlags:
@@ -135,8 +133,8 @@ def answer_now(model, tokenizer, task, starts, cfg, seed):
     Returns right [n,K] float, answers [n][K] (token ids after the prefix, the closing included), tokens sampled.
     Grading sees the whole text, as for any solution. UserError: a prefix that fills the context.
     """
-    closing = tokenizer.encode(cfg.termination_text or getattr(task, "termination", TERMINATION))
-    room = cfg.mu_tokens or getattr(task, "answer_tokens", 64)
+    closing = tokenizer.encode(cfg.termination_text or task.termination)
+    room = cfg.mu_tokens or task.answer_tokens
     rows = [(p, tokens + closing, start) for p, tokens, start in starts for _ in range(cfg.mu_samples)]
     out = generate(model, [tokens for _, tokens, _ in rows], max_new_tokens=room, temperature=cfg.temperature, seed=seed,
                    stop_ids=tokenizer.eos_ids, slots=cfg.slots)
@@ -234,8 +232,9 @@ def measure(model, tokenizer, task, problems, cfg, seed):
     right, _, spent = answer_now(model, tokenizer, task, list(asked.values()), cfg, derive(seed, "mu"))
     outcome = outcomes(task, problems, out, tokenizer)
     tables = {"": pooled(asked, right)}
-    if hasattr(task, "value_now"):
-        tables["_exact"] = {k: task.value_now(p, tokenizer.decode(t[n:])) for k, (p, t, n) in asked.items()}
+    exact = {k: task.value_now(p, tokenizer.decode(t[n:])) for k, (p, t, n) in asked.items()}
+    if None not in exact.values():
+        tables["_exact"] = exact
     lengths = (out.length - out.prompt_len).float()
     found = dict(accuracy=float(outcome.mean()), tokens=float(lengths.mean()), budget=limit,
                  clipped=mean(r == "length" for r in out.finish_reason),

@@ -11,6 +11,7 @@ __all__ = ["TASKS", "TaskFlags", "answers_equal", "extract_answer", "get_task", 
 TASKS = {  # name: module:class, imported when it is asked for
     "planted": "tasks.planted:Planted",
     "countdown": "tasks.countdown:Countdown",
+    "grid": "tasks.grid:Grid",
     "chain": "tasks.chain:Chain",
     "stargraph": "tasks.stargraph:StarGraph",
     "worded": "tasks.worded:Worded",
@@ -26,7 +27,7 @@ TASKS = {  # name: module:class, imported when it is asked for
 class TaskFlags:
     """The flags that name a task: class Config(TaskFlags, RunConfig)."""
 
-    task: str = opt("planted", "what to solve", "problems", choices=list(TASKS))
+    task: str = opt("planted", "what to solve", "problems", choices=TASKS)
     task_seed: int = opt(-1, "fixes what planted and contextual hide, and the worked examples (-1: --seed)", "problems", low=-1)
     data: list = opt([], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", "problems")
     question_field: str = opt("", "name of the question in --data (default: guessed)", "problems")

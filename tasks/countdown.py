@@ -5,12 +5,12 @@
 
 import functools
 import itertools
-import random
 
 import numpy as np
 
 from infra.cli import UserError
-from tasks.base import Problem, Task, split_of
+from tasks.base import Problem, split_of
+from tasks.moves import LineGame
 
 
 @functools.lru_cache(maxsize=1 << 17)
@@ -43,7 +43,7 @@ def countdown_values(state, ops, cap, strength):
     return (1 - strength) * v.mean(0) + strength * v.sum(0) / np.maximum((v > 0).sum(0), 1)
 
 
-class Countdown(Task):
+class Countdown(LineGame):
     """Prompt "3 12 7 :24 ", response "12 - 3 = 9 | 7 ", ...: a line takes two numbers, the larger first, and
     after the bar repeats those it leaves, in order: result and rest are the whole state. Success: every line
     legal, and the one number left is the target.
@@ -56,7 +56,6 @@ class Countdown(Task):
     """
 
     strengths = dict(base=0.3, prover=0.5, strong=1.0)
-    random_demonstrations = True
     stages = dict(
         sft=dict(steps=1200, num_examples=100000),
         verifier=dict(num_problems=100000, n_cov=1, cuts=1, n_mc=1, epochs=6),  # 470 steps fit nothing, 4,700 do
@@ -96,51 +95,3 @@ class Countdown(Task):
 
     def _value(self, state, target, strength):
         return float(countdown_values(tuple(sorted(state)), self.ops, self.cap, float(strength))[target])
-
-    def _walk(self, problem, text):
-        """-> (state, number of legal lines, the text from the first other line on, or None)."""
-        state, lines = problem.data[0], text.split("\n")
-        lines = lines[:-1] if lines[-1] == "" else lines
-        for i, line in enumerate(lines):
-            after = self._moves(state).get(line.rstrip(" "))
-            if after is None:
-                return state, i, "\n".join(lines[i:])
-            state = after
-        return state, len(lines), None
-
-    def demonstration(self, problem, strength, seed):
-        (state, target), rng, text = problem.data, random.Random(f"{problem.prompt}/{seed}"), ""
-        while len(state) > 1:
-            moves = self._moves(state)
-            lines = list(moves)
-            if rng.random() < strength:
-                lines = [x for x in lines if self._value(moves[x], target, 0) > 0] or lines
-            line = rng.choice(lines)
-            text, state = f"{text}{line} \n", moves[line]
-        return text
-
-    def grade(self, problem, completion):
-        state, _, rest = self._walk(problem, completion)
-        return float(rest is None and state == (problem.data[1],))
-
-    def exact_value(self, problem, prefix, strength):
-        """Also within a line: the demonstrator's moves that begin like it, by their chances. Illegal: 0."""
-        state, _, rest = self._walk(problem, prefix)
-        if rest is None:
-            return self._value(state, problem.data[1], strength)
-        begun = rest.rstrip(" ").split(" ")
-        value = {x: self._value(s, problem.data[1], strength) for x, s in self._moves(state).items()}
-        good = sum(v > 0 for v in value.values())
-        if prefix.endswith("\n") or not good:
-            return 0.0
-        chance = {x: (1 - strength) / len(value) + strength * (v > 0) / good
-                  for x, v in value.items() if x.split(" ")[: len(begun)] == begun}
-        total = sum(chance.values())  # 0: no legal line begins so, or only losing ones that strength 1 avoids
-        return sum(p * value[x] for x, p in chance.items()) / total if total else 0.0
-
-    def solvable(self, problem, prefix):
-        return self.exact_value(problem, prefix, 0) > 0
-
-    def first_illegal_step(self, problem, completion):
-        _, legal, rest = self._walk(problem, completion)
-        return None if rest is None else legal

@@ -378,7 +378,8 @@ def test_chain_demonstrations_end_right_and_go_wrong_on_the_way():
         start = len(tokenizer.encode(problem.prompt))
         assert start == 6 and len(ids) == 11 and tokenizer.decode(ids[start:]) == sloppy
         with_eos = ids + [tokenizer.eos_ids[0]]
-        assert task.step_ends(with_eos, 6, 12, tokenizer) == [7, 8, 9, 10, 12]
+        assert task.step_ends(with_eos, 6, 12, tokenizer) == [7, 8, 9, 10, 11, 12]
+        assert task.credit_ends(with_eos, 6, 12, tokenizer) == [7, 8, 9, 10, 12]
         assert task.step_ends(ids, 6, 11, tokenizer) == [7, 8, 9, 10, 11]
         assert task.step_ends(ids, 6, 6, tokenizer) == []
         other = (int(problem.answer) + 1) % 10

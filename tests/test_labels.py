@@ -10,6 +10,7 @@ import labels
 from infra.cli import UserError
 from labels import collect, collect_all, walk_to_pits, wrong_walks
 from pav import Config
+from tasks.countdown import Countdown
 
 
 class Steps(ToyTask):
@@ -50,6 +51,26 @@ def test_a_walk_ends_with_the_first_prefix_that_nobody_survives(monkeypatch, tok
     assert at_cut == [1.0, 1.0, 0.0]
     assert spent == 4 * (5 + 4 + 3)
     assert all(float(d["weight"][:, 0].sum()) == 0 for d in found)  # the prompt was not estimated here
+
+
+def test_a_continuation_that_is_eos_at_once_keeps_the_label_of_its_cut(monkeypatch):
+    """And a solution that ends with EOS is labelled in front of it too, where a beam ranks it before EOS is drawn."""
+    task = Countdown()
+    tokenizer = task.tokenizer()
+    problem = task.problems("train", 1, 0)[0]
+    prompt = task.prompt_tokens(problem, tokenizer)
+    text = tokenizer.encode(task.demonstration(problem, 1.0, 0))
+    first = 1 + text.index(tokenizer.encode("\n")[0])
+    n, eos = len(prompt), tokenizer.eos_ids[0]
+    prefixes = [prompt + text, prompt + text[:first]]
+    monkeypatch.setattr(labels, "generate", lambda *a, **k: make_rollouts(prefixes, [[eos], text[first:] + [eos]]))
+    data, _, ends, outcome, spent = labels.roll_out(
+        None, tokenizer, task, [(problem, p, n) for p in prefixes], 1, task.max_new_tokens, 0, {})
+    labelled = [[(e, t) for e, t, w in zip(*row) if w] for row in zip(*(data[k].tolist() for k in ("ends", "target", "weight")))]
+    end = n + len(text)
+    assert labelled == [[(end, 1.0), (end + 1, 1.0)], [(n + first, 1.0), (end, 1.0), (end + 1, 1.0)]]
+    assert ends.tolist() == [[n, n + first, end + 1]] * 2  # nothing is cut in front of an EOS
+    assert outcome.tolist() == [[1.0], [1.0]] and spent == 1 + len(text) - first + 1
 
 
 def test_walks_start_from_good_states_that_can_fail_and_go_past_the_cut():

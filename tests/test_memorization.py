@@ -13,6 +13,7 @@ import train_sft
 from infra.cli import UserError
 from papers.memorization import choose_threshold, curate, held_out_r_squared, load_run, pre_memorization, r_squared, solution_nll
 from model import resolve
+from tasks.countdown import Countdown
 from tasks.worded import Worded
 
 
@@ -123,7 +124,7 @@ def test_curation_takes_the_examples_that_were_memorised_before_they_were_learne
     assert not {p.data[0] for p in curate(make_run(40), task, problems, 30, "iid", 0.1, seed=0)} <= hard
     assert [p.key for p in new] == [p.key for p in curate(make_run(40), task, problems, 30, "premem", 0.1, seed=0)]
     with pytest.raises(UserError, match="similar"):
-        curate(make_run(40), object(), problems, 3, "premem", 0.1, seed=0)
+        curate(make_run(40), Countdown(), problems, 3, "premem", 0.1, seed=0)
 
 
 SMALL = dict(task="worded", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, steps=6, batch_size=8, threads=1,
