@@ -1,4 +1,4 @@
-"""The task grid: walk to a cell by a shortest way; a game of 5 to 7 decisions, each of which can fail.
+"""The task grid: walk to a cell by a shortest way, 5 to 7 decisions, each of which can fail.
 
     python train_sft.py --task grid
 """
@@ -26,7 +26,7 @@ def grid_moves(state, size):
 
 @functools.lru_cache(maxsize=1 << 17)
 def grid_value(state, size, target, strength):
-    """Chance that the player of that strength is at the target (row, column) when no line is left."""
+    """Chance that the player of that strength ends at the target (row, column)."""
     row, column, left = state
     distance = abs(row - target[0]) + abs(column - target[1])
     if distance > left or (left - distance) % 2:
@@ -39,14 +39,14 @@ def grid_value(state, size, target, strength):
 
 
 class Grid(LineGame):
-    """Prompt "7 5 :1 :4 ", a cell (row 7, column 5) and the cell to go to; response "6 5 ", "6 4 ", ...: a
-    line is the next cell, a neighbour of the last one. Success: the target is reached in exactly the
-    distance, `shortest` to `longest` lines. So a legal line that leads away is fatal, although nothing in
-    the text says so: the value is what knows. Then the response must end.
+    """Prompt "7 5 :1 :4 ", a cell (row 7, column 5) and the cell to go to; response "6 5 ", "6 4 ",
+    ...: a line is the next cell, a neighbour of the last one. Success: the target is reached in
+    exactly the distance, `shortest` to `longest` lines. So a legal line that leads away is fatal,
+    although nothing in the text says so: the value is what knows. Then the response must end.
 
-    Targets are split: no cell that validation and test ask for is one that training asks for. The player
-    knows when to stop and plays as many lines as the distance, lost or not. The target's numbers have
-    tokens of their own (":4 "), as in countdown.
+    Targets are split: no cell that validation and test ask for is one that training asks for. The
+    player knows when to stop and plays as many lines as the distance, lost or not. The target's
+    numbers have tokens of their own (":4 "), as in countdown.
     """
 
     strengths = dict(base=0.2, prover=0.6, strong=1.0)
@@ -59,8 +59,11 @@ class Grid(LineGame):
 
     def __init__(self, size=10, shortest=5, longest=7):
         if not (2 <= size <= 10 and 1 <= shortest <= longest <= 2 * (size - 1)):
-            raise UserError("grid needs a size of 2-10 and 1 <= shortest <= longest <= 2 * (size - 1)")
-        self.size, self.shortest, self.longest = size, shortest, longest
+            raise UserError(
+                "grid needs a size of 2-10 and 1 <= shortest <= longest <= 2 * (size - 1)"
+            )
+        self.size = size
+        self.shortest, self.longest = shortest, longest
         self.max_new_tokens = 3 * longest + 1  # two numbers and a newline a line, and EOS
 
     def tokenizer(self):

@@ -1,4 +1,4 @@
-"""Games played line by line, shared by countdown and grid: a state, its legal lines, a scripted player.
+"""Games played line by line, as countdown and grid are: state, legal lines, scripted player.
 
 A game gives _moves(state) and _value(state, target, strength); a problem's data is (first state,
 target). The player, the grader and the exact values of every prefix follow from the two.
@@ -57,7 +57,8 @@ class LineGame(Task):
         return float(over and self._value(state, problem.data[1], 0) > 0)
 
     def exact_value(self, problem, prefix, strength):
-        """Also within a line: the player's lines that begin like it, by their chances. Illegal: 0."""
+        """Also within a line: the player's lines that begin like it, by their chances. Illegal: 0.
+        """
         target = problem.data[1]
         state, _, rest = self._walk(problem, prefix)
         if rest is None:
@@ -71,7 +72,8 @@ class LineGame(Task):
         for line, v in value.items():
             if line.split(" ")[: len(begun)] == begun:
                 chance[line] = (1 - strength) / len(value) + strength * (v > 0) / good
-        total = sum(chance.values())  # 0: no legal line begins so, or only losing ones that strength 1 avoids
+        # 0: no legal line begins so, or only losing ones that strength 1 avoids.
+        total = sum(chance.values())
         return sum(p * value[x] for x, p in chance.items()) / total if total else 0.0
 
     def solvable(self, problem, prefix):

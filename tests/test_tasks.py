@@ -9,13 +9,13 @@ import pytest
 
 import train_sft
 from infra.cli import UserError
+from open_weights.tokenizer import alphabet_tokenizer
 from tasks import TASKS, get_task, task_class
 from tasks.base import line_ends, split_of
 from tasks.countdown import Countdown, countdown_moves
 from tasks.files import Jsonl
 from tasks.grid import Grid
 from tasks.planted import Planted, kmp_next
-from open_weights.tokenizer import alphabet_tokenizer
 
 PLANTED, COUNTDOWN = Planted(0, planted=5), Countdown()
 
