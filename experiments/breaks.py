@@ -47,7 +47,7 @@ from provers import SMOKE, TUNING, clone, learn_verifier  # noqa: E402
 import train_rl  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
 from infra.runs import mean, read_metrics, write_json  # noqa: E402
-from report.__main__ import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
+from report.figures import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 PROVER = 16

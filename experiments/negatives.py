@@ -48,7 +48,7 @@ import train_sft  # noqa: E402
 from infra.cli import UserError, opt, parse, script  # noqa: E402
 from infra.runs import mean, write_json  # noqa: E402
 from model import load_model  # noqa: E402
-from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
+from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 from sample import generate  # noqa: E402
 from tasks import get_task  # noqa: E402
 from papers.train_dpo import load_pairs  # noqa: E402

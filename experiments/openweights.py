@@ -47,13 +47,14 @@ import sample  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import derive, mean, read_metrics, setup, write_json  # noqa: E402
-from report.evaluate import Z, interval, vote  # noqa: E402
+from infra.runs import mean, read_metrics, setup, write_json  # noqa: E402
+from infra.seeds import derive  # noqa: E402
+from report.statistics import Z, interval, vote  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
 from model import Transformer, init_weights, load_model, write_model  # noqa: E402
 from pipeline import last_line  # noqa: E402
-from report.__main__ import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
+from report.figures import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 from papers.rft import sample_solutions  # noqa: E402
 from tasks import get_task  # noqa: E402
 from open_weights.tokenizer import alphabet_tokenizer  # noqa: E402

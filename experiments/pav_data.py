@@ -52,7 +52,7 @@ from labels import collect, concatenate  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import Config as VerifierConfig  # noqa: E402
 from pav import Verifier, fit, judge  # noqa: E402
-from report.__main__ import finish, machine, print_results, pyplot, spread  # noqa: E402
+from report.figures import finish, machine, print_results, pyplot, spread  # noqa: E402
 from papers.rft import write_shard  # noqa: E402
 from tasks import get_task  # noqa: E402
 

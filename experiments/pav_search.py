@@ -55,7 +55,7 @@ from infra.runs import mean, write_json  # noqa: E402
 from kernels import packed_weights  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import load_verifier  # noqa: E402
-from report.__main__ import machine, print_results  # noqa: E402
+from report.figures import machine, print_results  # noqa: E402
 from sample import pass_at_k  # noqa: E402
 from search import beam, best_of_n, learned_values, majority  # noqa: E402
 from tasks import get_task  # noqa: E402

@@ -34,7 +34,7 @@ from negatives import DPO, NAMES, SAMPLING, TUNING, Arm, verdict  # noqa: E402
 
 from infra.cli import UserError, opt, parse, script  # noqa: E402
 from infra.runs import mean, write_json  # noqa: E402
-from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
+from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 
 
 @dataclass

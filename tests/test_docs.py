@@ -12,10 +12,10 @@ import pytest
 
 import pipeline
 import tasks
-from infra import cli
-from papers import train_dpo
 import train_rl
 import train_sft
+from infra import cli
+from papers import train_dpo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

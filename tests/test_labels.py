@@ -1,15 +1,15 @@
-"""labels.py: first pits. The prover is a script, so that every value is known."""
+"""pav.py: first pits. The prover is a script, so that every value is known."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from toy import EOS, ToyTask, make_rollouts
 
-import labels
+import pav
 from infra.cli import UserError
-from labels import collect, collect_all, walk_to_pits, wrong_walks
-from pav import Config
+from pav import Config, check, collect, roll_out, walk_to_pits, wrong_walks
 from tasks.countdown import Countdown
 
 
@@ -39,12 +39,12 @@ def scripted(calls, fail_every=0):
     return generate
 
 
-def test_a_walk_ends_with_the_first_prefix_that_nobody_survives(monkeypatch, tokenizer):
+def test_a_walk_ends_with_the_first_prefix_that_nobody_survives(tokenizer):
     calls = []
-    monkeypatch.setattr(labels, "generate", scripted(calls))
+    complete = partial(scripted(calls), None)
     task, problem = Steps(), SimpleNamespace(prompt="37=", answer="7")
     tokens = [3, 7, 10, 1, 1, 9, 1, 1, EOS]  # the pit is the step that ends at 6
-    found, spent = walk_to_pits(None, tokenizer, task, [(problem, tokens, 3, [4, 5, 6, 7, 8])], 4, 6, 0, {})
+    found, spent = walk_to_pits(complete, task, tokenizer, [(problem, tokens, 3, [4, 5, 6, 7, 8])], 4, 6, 0)
     assert [c[0] for c in calls] == [tokens[:4], tokens[:5], tokens[:6]]  # nothing beyond the pit is sampled
     assert all(len(c) == 4 for c in calls)
     at_cut = [float(d["target"][0][d["ends"][0] == 4 + i][0]) for i, d in enumerate(found)]
@@ -53,7 +53,7 @@ def test_a_walk_ends_with_the_first_prefix_that_nobody_survives(monkeypatch, tok
     assert all(float(d["weight"][:, 0].sum()) == 0 for d in found)  # the prompt was not estimated here
 
 
-def test_a_continuation_that_is_eos_at_once_keeps_the_label_of_its_cut(monkeypatch):
+def test_a_continuation_that_is_eos_at_once_keeps_the_label_of_its_cut():
     """And a solution that ends with EOS is labelled in front of it too, where a beam ranks it before EOS is drawn."""
     task = Countdown()
     tokenizer = task.tokenizer()
@@ -61,16 +61,35 @@ def test_a_continuation_that_is_eos_at_once_keeps_the_label_of_its_cut(monkeypat
     prompt = task.prompt_tokens(problem, tokenizer)
     text = tokenizer.encode(task.demonstration(problem, 1.0, 0))
     first = 1 + text.index(tokenizer.encode("\n")[0])
-    n, eos = len(prompt), tokenizer.eos_ids[0]
+    n, end, eos = len(prompt), len(prompt) + len(text), tokenizer.eos_ids[0]
     prefixes = [prompt + text, prompt + text[:first]]
-    monkeypatch.setattr(labels, "generate", lambda *a, **k: make_rollouts(prefixes, [[eos], text[first:] + [eos]]))
-    data, _, ends, outcome, spent = labels.roll_out(
-        None, tokenizer, task, [(problem, p, n) for p in prefixes], 1, task.max_new_tokens, 0, {})
-    labelled = [[(e, t) for e, t, w in zip(*row) if w] for row in zip(*(data[k].tolist() for k in ("ends", "target", "weight")))]
-    end = n + len(text)
+    complete = lambda *a, **k: make_rollouts(prefixes, [[eos], text[first:] + [eos]])  # noqa: E731
+    starts = [(problem, prefix, n) for prefix in prefixes]
+    data, outcome, spent = roll_out(complete, task, tokenizer, starts, 1, task.max_new_tokens, 0)
+    rows = zip(*(data[k].tolist() for k in ("ends", "target", "weight")))
+    labelled = [[(e, t) for e, t, w in zip(*row) if w] for row in rows]
     assert labelled == [[(end, 1.0), (end + 1, 1.0)], [(n + first, 1.0), (end, 1.0), (end + 1, 1.0)]]
-    assert ends.tolist() == [[n, n + first, end + 1]] * 2  # nothing is cut in front of an EOS
     assert outcome.tolist() == [[1.0], [1.0]] and spent == 1 + len(text) - first + 1
+
+
+def test_no_solution_is_cut_in_front_of_its_eos(monkeypatch):
+    task = Countdown()
+    tokenizer = task.tokenizer()
+    cuts = []
+
+    def generate(model, prompts, max_new_tokens, **options):
+        """Seeds are solved problems; what the prover is asked to continue is written down."""
+        if isinstance(max_new_tokens, int):
+            texts = [tokenizer.encode(task.demonstration(p, 1.0, 0)) for p in problems]
+            return make_rollouts([list(p) for p in prompts], [[*t, tokenizer.eos_ids[0]] for t in texts])
+        cuts.extend(len(p) for p in prompts)
+        return make_rollouts([list(p) for p in prompts], [[tokenizer.eos_ids[0]]] * len(prompts))
+
+    monkeypatch.setattr(pav, "generate", generate)
+    problems = task.problems("train", 3, 0)
+    collect(None, None, tokenizer, task, problems, Config(task="countdown", cuts=0), 0)
+    prompt = len(task.prompt_tokens(problems[0], tokenizer))
+    assert cuts == [prompt, prompt + 8] * 3
 
 
 def test_walks_start_from_good_states_that_can_fail_and_go_past_the_cut():
@@ -78,14 +97,15 @@ def test_walks_start_from_good_states_that_can_fail_and_go_past_the_cut():
     ends = torch.tensor([[3, 4, 5, 6, 7]] * 6)
     starts = [("a", [3, 7, 10, 1], 3), ("b", [3, 7, 10, 1], 3), ("c", [3, 7, 10, 1], 3)]
     outcome = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
-    walks = wrong_walks(starts, rolled, ends, outcome, 0.25)
+    data = dict(tokens=rolled.tokens, ends=ends)
+    walks = wrong_walks(starts, data, outcome, 0.25)
     assert [w[0] for w in walks] == ["a"]  # b is no good state, c has no wrong continuation
     assert walks[0][1:] == ([3, 7, 10, 1, 9, 1, EOS], 3, [5, 6])  # the finished solution is no prefix to continue
-    assert [w[0] for w in wrong_walks(starts, rolled, ends, outcome, 0.6)] == []
+    assert [w[0] for w in wrong_walks(starts, data, outcome, 0.6)] == []
 
 
 def test_first_pit_keeps_the_uniform_data_and_adds_the_walks(monkeypatch, tokenizer):
-    monkeypatch.setattr(labels, "generate", scripted([], fail_every=2))
+    monkeypatch.setattr(pav, "generate", scripted([], fail_every=2))
     task = Steps()
     problems = task.problems("train", 4, 0)
     plain, cost = collect(None, None, tokenizer, task, problems, Config(n_mc=2, cuts=2), 0)
@@ -99,6 +119,12 @@ def test_first_pit_keeps_the_uniform_data_and_adds_the_walks(monkeypatch, tokeni
 
 
 @pytest.mark.parametrize("flags", [dict(n_mc=1), dict(n_mc=2, label="outcome")])
-def test_first_pit_without_siblings_or_steps_is_refused(tokenizer, task, tmp_path, flags):
+def test_first_pit_without_siblings_or_steps_is_refused(task, flags):
     with pytest.raises(UserError, match="n-mc of at least 2"):
-        collect_all(None, None, tokenizer, task, Config(coverage="first-pit", **flags), tmp_path)
+        check(Config(policy="p", coverage="first-pit", **flags), task)
+
+
+def test_an_outcome_model_has_no_prover(task):
+    """Best-of-K of a finished solution means nothing: its value would be 1 - (1-p)^K."""
+    with pytest.raises(UserError, match="leave out --prover-k"):
+        check(Config(policy="p", label="outcome", prover_k=4), task)
