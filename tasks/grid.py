@@ -53,7 +53,7 @@ class Grid(LineGame):
     stages = dict(
         sft=dict(steps=1200, num_examples=100000),
         verifier=dict(num_problems=40000, n_cov=1, cuts=1, n_mc=1, epochs=6),
-        rl=dict(num_prompts=64, gate="legal"),
+        rl=dict(num_prompts=64, guards=["anchor", "center", "legal"]),
         long=3,
     )
 

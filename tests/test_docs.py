@@ -109,11 +109,12 @@ def test_the_example_task_is_one_file_and_one_line(tmp_path, monkeypatch):
     (tmp_path / "sums.py").write_text(README.split("```python\n")[1].split("```")[0])
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(tasks.TASKS, "sums", "sums:Sums")
-    train_sft.main(["--task", "sums", "--run-dir", str(tmp_path / "sft"), "--steps", "2", "--batch-size", "8", "--num-examples", "16",
-                    "--threads", "1", "--eval-problems", "4", "--hidden-size", "16", "--device", "cpu"])
+    train_sft.main(["--task", "sums", "--run-dir", str(tmp_path / "sft"), "--steps", "2", "--batch-size", "8",
+                    "--num-examples", "16", "--threads", "1", "--eval-problems", "4", "--hidden-size", "16",
+                    "--device", "cpu"])
     summary = json.loads((tmp_path / "sft" / "summary.json").read_text())
     assert 0 <= summary["accuracy"] <= 1 and summary["examples"] == 16
-    cfg = cli.parse(train_rl.Config, ["--reward", "pav", "--task", "sums", "--run-dir", str(tmp_path)])
-    _, jobs = pipeline.plan(cfg, set())
-    strength = {Path(label).name: pipeline.flag_value(argv, "strength") for label, _, argv in jobs if "train_sft" in argv[0]}
-    assert strength == dict(sft="0.7", prover="0.95")
+    cfg = cli.parse(pipeline.with_flags(train_rl.Config), ["--reward", "pav", "--task", "sums"])
+    _, jobs = pipeline.plan(cfg, {"": (["train_rl.py"], train_rl.Config)}, set())
+    strength = {Path(job.label).name: job.config.strength for job in jobs if job.script == ["train_sft.py"]}
+    assert strength == dict(sft=0.7, prover=0.95)

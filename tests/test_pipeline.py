@@ -77,10 +77,8 @@ def test_every_task_can_be_planned(name):
     assert scripted or pipeline.flag_value(jobs["seed0/verifier"][1], "prover-k") == "4"
 
 
-@pytest.mark.parametrize("options, word", [
-    (dict(task="jsonl"), "give --model NAME, or --policy DIR"),
-    (dict(task="jsonl", model="M", arms=["strong-prover"]), "leave the arm strong-prover out"),
-])
+@pytest.mark.parametrize("options, word", [(dict(task="jsonl"), "give --model NAME, or --policy DIR"),
+                                           (dict(task="jsonl", model="M", arms=["strong-prover"]), "leave the arm strong-prover out")])
 def test_what_cannot_be_planned_is_said(options, word):
     with pytest.raises(UserError, match=word):
         jobs_of(**options)

@@ -7,7 +7,10 @@ from statistics import fmean
 
 import pytest
 
+import pipeline
+import train_rl
 import train_sft
+from infra import cli
 from infra.cli import UserError
 from open_weights.tokenizer import alphabet_tokenizer
 from tasks import TASKS, get_task, task_class
@@ -549,11 +552,17 @@ def test_grid_lines_that_are_illegal_and_lines_that_are_fatal():
 # The contract, over all tasks
 
 
-def task_of(name, folder):
+def data_of(name, folder):
+    """--data for a task: a file of its kind, where it reads one."""
     if not task_class(name).needs_model:
-        return get_task(name)
+        return []
     rows = dict(gsm8k=gsm(60), math=[dict(problem=f"{i}?", solution=f"So\n$\\boxed{{{i}}}$.") for i in range(60)])
-    return get_task(name, data=[f"train={write(folder, rows.get(name, ROWS))}"])
+    return [f"train={write(folder, rows.get(name, ROWS))}"]
+
+
+def task_of(name, folder):
+    data = data_of(name, folder)
+    return get_task(name, data=data) if data else get_task(name)
 
 
 class Letters:
@@ -612,6 +621,22 @@ def test_every_optional_method_has_an_answer(name, tmp_path):
         assert value is None or value == 1.0
     assert task.similar(problem, 0) is None or split_of(task.similar(problem, 0).key) == "train"
     assert isinstance(task.termination, str) and task.answer_tokens > 0 and task.stages["long"] > 0
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_settings_beside_a_task_are_flags_of_the_stages_scripts(name, tmp_path):
+    """So that a new task is one file and one line: the contract's settings do for it."""
+    data = data_of(name, tmp_path)
+    config = pipeline.with_flags(train_rl.Config)
+    cfg = config(reward="pav", task=name, data=data, model="M" if data else "")
+    _, jobs = pipeline.plan(cfg, {"": (["train_rl.py"], train_rl.Config)}, set())
+    stages = {job.label.split("/")[1] for job in jobs}
+    scripted = task_class(name).strengths is not None
+    assert stages == {"sft", "verifier", "rl_pav", "rl_outcome"} | ({"prover"} if scripted else set())
+    verifier = next(job.config for job in jobs if job.label.endswith("/verifier"))
+    assert scripted or verifier.prover_k == 4  # the base policy is no prover of itself
+    for job in jobs:
+        assert cli.parse(type(job.config), job.command()[len(job.script) :]) == job.config
 
 
 def test_the_task_may_stay_while_the_runs_seed_changes():
