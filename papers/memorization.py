@@ -160,6 +160,8 @@ def curate(run, task, problems, n, by, threshold, seed):
     whose solutions are least likely, "accuracy" those least often right in training, "iid" any. The hardest quarter of
     the seeds is used in turn, ties broken at random; task.similar must make a new problem like a given one.
     """
+    if task.similar(problems[0], seed) is None:
+        raise UserError("curation needs a task that can make similar problems (task.similar), such as --task worded")
     rng = np.random.default_rng(seed)
     hardness = dict(iid=np.zeros(len(problems)), accuracy=-run["accuracy"][-1], nll=run["nll"][-1],
                     premem=-pre_memorization(run["accuracy"], run["nll"], threshold)[-1])[by]
@@ -170,8 +172,6 @@ def curate(run, task, problems, n, by, threshold, seed):
         if len(out) == n:
             break
         p = task.similar(problems[chosen[i % len(chosen)]], derive(seed, "similar", i))
-        if p is None:
-            raise UserError("curation needs a task that can make similar problems (task.similar), such as --task worded")
         if p.key not in known:
             out.append(p)
             known.add(p.key)

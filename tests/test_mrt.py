@@ -245,8 +245,8 @@ def test_the_meta_prover_is_the_policy_and_its_draws_are_fixed(model, task, toke
     for row in answers:
         assert len(row) == 3 and all(a[:2] == [10, 10] and 3 <= len(a) <= 4 for a in row)
     assert spent == sum(len(a) - 2 for row in answers for a in row)
-    for (problem, tokens, start), row, grades in zip(starts, answers, right.tolist()):
-        assert grades == [task.grade(problem, tokenizer.decode(tokens[start:] + a)) for a in row]
+    for (problem, tokens, start), row, graded in zip(starts, answers, right.tolist()):
+        assert graded == [task.grade(problem, tokenizer.decode(tokens[start:] + a)) for a in row]
 
 
 def test_alpha_zero_asks_nobody_and_is_the_outcome_run(tmp_path, monkeypatch, tokenizer, task):
