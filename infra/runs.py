@@ -300,3 +300,13 @@ def shuffled(n, seed, *purpose):
 def mean(values):
     values = list(values)
     return float(np.mean(values)) if values else 0.0
+
+
+def read_json(path):
+    """The content of a JSON file. UserError: it is missing, cannot be read, or is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e})") from None
+    except ValueError as e:
+        raise UserError(f"{path} is damaged: no JSON ({e}); delete it, or make its stage again") from None

@@ -7,12 +7,12 @@ import random
 import pytest
 from toy import tiny_model
 
-from report import evaluate
 from infra.cli import UserError
+from open_weights.tokenizer import alphabet_tokenizer
+from report import evaluate
 from report.evaluate import interval, summarize, vote
 from sample import Config, main
 from tasks.files import get_task
-from open_weights.tokenizer import alphabet_tokenizer
 
 
 def test_wilson_interval_against_its_definition():
