@@ -1,7 +1,7 @@
 """A bonus that says nothing is not harmless: what Adam makes of a tiny gradient, and what its epsilon does about it.
 
-    python experiments/adam_epsilon.py         # about 25 minutes of one core
-    python experiments/adam_epsilon.py --smoke # the same road in seconds
+    python -m experiments.adam_epsilon         # about 25 minutes of one core
+    python -m experiments.adam_epsilon --smoke # the same road in seconds
     -> docs/results/adam_epsilon/: results.json, table.md, curves.png
 
 On the planted task the controls with an empty process reward (prover = base, whose learned advantages are around 1e-4; a
@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import pipeline  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, read_metrics  # noqa: E402
-from report.__main__ import COLOURS, NAMES, finish, keep_results, print_results, pyplot, spread  # noqa: E402
-from train_rl import Config as RLConfig  # noqa: E402
+import pipeline
+from infra.cli import opt, parse, script
+from infra.runs import mean, read_metrics
+from report.__main__ import COLOURS, NAMES, finish, keep_results, print_results, pyplot, spread
+from train_rl import Config as RLConfig
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """What breaks: the classic mistakes with process rewards, each against the right way, same seeds, same everything else.
 
-    python experiments/breaks.py              # about 13 minutes of one core
-    python experiments/breaks.py --no-transformer                         # the tables alone, under a minute
-    python experiments/breaks.py --smoke      # the same road in a few seconds
+    python -m experiments.breaks              # about 13 minutes of one core
+    python -m experiments.breaks --no-transformer                         # the tables alone, under a minute
+    python -m experiments.breaks --smoke      # the same road in a few seconds
     -> docs/results/breaks/: results.json, table.md, curves.png
 
 The right way (Setlur et al. 2024, arXiv 2410.08146, eq. 5): a step is paid the outcome of its solution and its own progress
@@ -31,7 +31,6 @@ Every arm gets the same grid of learning rates, on a seed that is not reported. 
 command goes on.
 """
 
-import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -40,15 +39,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from planted_exact import ExactVerifier, scripted, state_values, table_rl, transitions  # noqa: E402
-from provers import SMOKE, TUNING, clone, learn_verifier  # noqa: E402
-
-import train_rl  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, read_metrics, write_json  # noqa: E402
-from report.__main__ import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+import train_rl
+from experiments.planted_exact import ExactVerifier, scripted, state_values, table_rl, transitions
+from experiments.provers import SMOKE, TUNING, clone, learn_verifier
+from infra.cli import opt, parse, script
+from infra.runs import mean, read_metrics, write_json
+from report.__main__ import COLOURS, finish, machine, print_results, pyplot, spread
+from tasks.files import get_task
 
 PROVER = 16
 # flags of train_rl.py beside the right way's; name in figures; colour
@@ -291,7 +288,7 @@ def main(argv=None):
                    "learned": f"A transformer, six letters, a verifier of {cfg.weak_problems} continuations, from the base:",
                    "able": f"The same, from a policy cloned from strength {PROVER}:"}
     out = Path(cfg.out)
-    command = "python experiments/breaks.py" + " --smoke" * cfg.smoke + " --no-transformer" * (not cfg.transformer)
+    command = "python -m experiments.breaks" + " --smoke" * cfg.smoke + " --no-transformer" * (not cfg.transformer)
     out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"{title}\n\n{table(results[name], LEARNED if name in ('learned', 'able') else ARMS)}"
                        for name, title in titles.items())

@@ -1,7 +1,7 @@
 """Countdown, and why it looked as if no process reward could help: the batch, the verifier, and the solver in its place.
 
-    python experiments/countdown_exact.py         # 45 minutes of one core behind train_rl.py --task countdown --seeds 3
-    python experiments/countdown_exact.py --smoke # the same road in seconds
+    python -m experiments.countdown_exact         # 45 minutes of one core behind train_rl.py --task countdown --seeds 3
+    python -m experiments.countdown_exact --smoke # the same road in seconds
     -> docs/results/countdown_exact/: results.json, table.md, curves.png
 
 An earlier comparison (128 samples a step, a verifier fitted in 470 steps) moved nothing. Two things were too small, and the
@@ -27,13 +27,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import pipeline  # noqa: E402
-import train_rl  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, read_metrics  # noqa: E402
-from report.__main__ import COLOURS, accuracy_at, finish, keep_results, print_results, pyplot, spread  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+import pipeline
+import train_rl
+from infra.cli import opt, parse, script
+from infra.runs import mean, read_metrics
+from report.__main__ import COLOURS, accuracy_at, finish, keep_results, print_results, pyplot, spread
+from tasks.files import get_task
 
 NAMES = dict(outcome="outcome only", pav="PAV, learned verifier", exact="PAV, exact values")
 HUES = dict(outcome=COLOURS["outcome"], pav=COLOURS["pav"], exact=COLOURS["orm"])

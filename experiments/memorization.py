@@ -1,7 +1,7 @@
 """Does accuracy before memorization predict generalisation? (Kang et al. 2024, arXiv 2411.07681)
 
-    python experiments/memorization.py                            # own runs and curation: 33 minutes of one core
-    python experiments/memorization.py --published FILE.npz       # the authors' measurements, seconds
+    python -m experiments.memorization                            # own runs and curation: 33 minutes of one core
+    python -m experiments.memorization --published FILE.npz       # the authors' measurements, seconds
     -> docs/results/memorization/{published,runs,curation}.json, published.png, curves.png, table.md
 
 1. published  R^2 of mean pre-memorization accuracy against test accuracy (line y = x) on the arrays that the authors
@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import derive, write_json  # noqa: E402
-from papers.memorization import (  # noqa: E402
+import train_sft
+from infra.cli import UserError, opt, parse, script
+from infra.runs import derive, write_json
+from model import load_model, resolve
+from papers.memorization import (
     choose_threshold,
     held_out_r_squared,
     load_run,
@@ -40,9 +40,8 @@ from papers.memorization import (  # noqa: E402
     r_squared,
     sampled_accuracy,
 )
-from model import load_model, resolve  # noqa: E402
-from report.__main__ import finish, machine, print_results, pyplot  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from report.__main__ import finish, machine, print_results, pyplot
+from tasks.files import get_task
 
 TAU = dict(gsm8k=-2.3, math=-1.7)  # the authors' thresholds: ln(nll)
 GRID = np.exp(np.arange(-4.0, 0.01, 0.1))  # nats a token
@@ -257,7 +256,7 @@ def main():
     out = Path(cfg.out if not cfg.smoke else f"{cfg.run_dir}_smoke/results")
     out.mkdir(parents=True, exist_ok=True)
     argv = " ".join(sys.argv[1:]).replace(cfg.published or "\0", "FILE.npz")
-    command = f"python experiments/memorization.py {argv}".strip()
+    command = f"python -m experiments.memorization {argv}".strip()
     if cfg.published:
         panels = {name: judge(runs, fixed=float(np.exp(TAU[name]))) for name, runs in published(cfg.published).items()}
         found = [published_claim(command, name, r) for name, r in panels.items()]

@@ -1,7 +1,7 @@
 """Meta reinforcement fine-tuning against outcome rewards: what is the answer worth when the thinking is stopped early?
 
-    python experiments/mrt.py              # about 20 minutes of one core; --no-tune 15
-    python experiments/mrt.py --smoke      # the same road in 20 seconds
+    python -m experiments.mrt              # about 20 minutes of one core; --no-tune 15
+    python -m experiments.mrt --smoke      # the same road in 20 seconds
     -> docs/results/mrt/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2025, arXiv 2503.07572): rewarding the progress of each episode beside the outcome gives the same
@@ -35,7 +35,6 @@ Runs stay in runs/mrt: killed, the same command goes on. --only 3 4 builds these
 
 import itertools
 import json
-import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -45,15 +44,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from papers import mrt  # noqa: E402
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from model import load_model  # noqa: E402
-from report.__main__ import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+import train_rl
+import train_sft
+from infra.cli import opt, parse, script
+from infra.runs import mean, write_json
+from model import load_model
+from papers import mrt
+from report.__main__ import COLOURS, finish, machine, print_results, pyplot, spread
+from tasks.files import get_task
 
 NAMES = {"base": "base (SFT)", "outcome": "outcome only", "outcome_long": "outcome only, 3x the steps",
          "length": "outcome, length penalty", "mrt": "MRT, per episode", "mrt_scalar": "MRT, scalar after a random cut",
@@ -223,7 +221,7 @@ def claims(rows, regimes, seeds, tuned):
                  f"{rows['length']['regret']:.3f}, of outcome-only for {LONG} times the steps "
                  f"{rows['outcome_long']['regret']:.3f}"
                  + (f". Within the spread of MRT: {', '.join(close)}." if close else "."),
-        holds=False if not better else "partly" if close else True, command="python experiments/mrt.py",
+        holds=False if not better else "partly" if close else True, command="python -m experiments.mrt",
         fails_when=f"Less is gained under a limit of {SHORT} tokens (regret lower by {gains['short']}, paired)"
                    + (f" and from a base policy that idles nowhere ({gains.get('brisk')})" * ("brisk" in gains))
                    + f"; the STaR form does not reach it ({rows['star']['regret']:.3f}); mu samples "
@@ -233,7 +231,7 @@ def claims(rows, regimes, seeds, tuned):
         measured=f"On-policy reading of it: regret {scalar['regret']:.3f} (sd {scalar['regret_sd']:.3f}), against outcome-only's "
                  f"{o['regret']:.3f}, paired gain {scalar['gain']:+.3f} (sd {scalar['gain_sd']:.3f}), {seeds} seeds; per episode "
                  f"{m['gain']:+.3f} ({m['gain_sd']:.3f}).",
-        holds=sure(scalar["gain"], scalar["gain_sd"]), command="python experiments/mrt.py",
+        holds=sure(scalar["gain"], scalar["gain_sd"]), command="python -m experiments.mrt",
         fails_when="The outcome is nearly always right: one number then says little of which episode was useful."
                    if not sure(scalar["gain"], scalar["gain_sd"]) else "")]
 
@@ -291,7 +289,7 @@ def write(cfg, root, best, tried, runs):
     (out / "table.md").write_text("\n\n".join(tables) + "\n")
     seconds = sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("seed*/**/measured*.json"))
     write_json(out / "results.json", dict(
-        command="python experiments/mrt.py" + " --smoke" * cfg.smoke, machine=machine(), torch=torch.__version__,
+        command="python -m experiments.mrt" + " --smoke" * cfg.smoke, machine=machine(), torch=torch.__version__,
         claims=claims(rows, regimes, cfg.seeds, cfg.tune), settings=vars(cfg),
         regret="1 - area under J(tokens) / limit; comparator 1; linear between episode ends",
         chosen=best, rows=rows, **regimes, tuning=tried, cpu_seconds=round(seconds),

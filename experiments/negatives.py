@@ -1,7 +1,7 @@
 """What wrong solutions are worth: accuracy against the number of training problems, with and without negatives.
 
-    python experiments/negatives.py              # about 20 minutes of one core
-    python experiments/negatives.py --smoke      # the same road in under a minute
+    python -m experiments.negatives              # about 20 minutes of one core
+    python -m experiments.negatives --smoke      # the same road in under a minute
     -> docs/results/negatives/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's own right solutions
@@ -33,7 +33,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -42,16 +41,15 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from papers import train_dpo  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from model import load_model  # noqa: E402
-from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from sample import generate  # noqa: E402
-from tasks.files import get_task  # noqa: E402
-from papers.train_dpo import load_pairs  # noqa: E402
+import train_sft
+from infra.cli import UserError, opt, parse, script
+from infra.runs import mean, write_json
+from model import load_model
+from papers import train_dpo
+from papers.train_dpo import load_pairs
+from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot, spread
+from sample import generate
+from tasks.files import get_task
 
 NAMES = {"sft": "SFT", "rft": "RFT", "dpo_per_step": "per-step DPO",
          "dpo_whole": "whole-solution DPO", "dpo_random_cut": "DPO, cut at random (control)"}
@@ -291,7 +289,7 @@ def chain_claims(rows, sizes, seeds):
     minus = lambda a, b: [[x - y for x, y in zip(at[s, a]["per_seed"], at[s, b]["per_seed"])] for s in sizes]  # noqa: E731
     show = lambda d: ", ".join(f"{mean(x):+.3f} ({spread(x):.3f})" for x in d)  # noqa: E731
     over = f"at {', '.join(map(str, sizes))} problems"
-    shared = dict(paper="2406.14532", command="python experiments/negatives.py")
+    shared = dict(paper="2406.14532", command="python -m experiments.negatives")
     found = []
     for name, says in (("rft", "RFT on a policy's own right solutions is worth 2 times the problems of SFT"),
                        ("dpo_per_step", "per-step DPO on its wrong ones is worth 8 times the problems of SFT")):
@@ -379,7 +377,7 @@ def chain(cfg, root, out):
               reference_table(reference)]
     (out / "table.md").write_text("\n\n".join(tables) + "\n")
     write_json(out / "results.json", dict(
-        command="python experiments/negatives.py" + (" --smoke" if cfg.smoke else ""), machine=machine(),
+        command="python -m experiments.negatives" + (" --smoke" if cfg.smoke else ""), machine=machine(),
         torch=torch.__version__, settings=vars(cfg), claims=chain_claims(rows, cfg.sizes, cfg.seeds), rows=rows,
         clean=clean_rows, reference=reference,
         pits={s: {k: mean(r[k] for r in arm["dpo_per_step"]["rows"]) for k in ("pit_exact", "pit_later", "pit_early")}

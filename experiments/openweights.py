@@ -1,11 +1,11 @@
 """Open weights, word problems, the whole road: SmolLM2-135M from its base to RL with process rewards, and search.
 
-    python experiments/openweights.py --size cpu --data mawps_*.jsonl          # about 75 minutes of one core
-    python experiments/openweights.py --size cpu-gsm8k --problems gsm8k --limit 160 --data gsm8k_train.jsonl gsm8k_test.jsonl \
+    python -m experiments.openweights --size cpu --data mawps_*.jsonl          # about 75 minutes of one core
+    python -m experiments.openweights --size cpu-gsm8k --problems gsm8k --limit 160 --data gsm8k_train.jsonl gsm8k_test.jsonl \
                                       --out docs/results/openweights_gsm8k     # about 100 minutes of one core
-    python experiments/openweights.py --size gpu --data mawps_*.jsonl          # written for one H100; nobody has run it yet
-    python experiments/openweights.py --size gpu --problems gsm8k --limit 256 --data gsm8k_train.jsonl gsm8k_test.jsonl
-    python experiments/openweights.py --smoke                                  # a tiny random model, made-up problems
+    python -m experiments.openweights --size gpu --data mawps_*.jsonl          # written for one H100; nobody has run it yet
+    python -m experiments.openweights --size gpu --problems gsm8k --limit 256 --data gsm8k_train.jsonl gsm8k_test.jsonl
+    python -m experiments.openweights --smoke                                  # a tiny random model, made-up problems
     -> docs/results/openweights/: results.json, table.md, curves.png, metrics_*.jsonl
 
     base -> sft -> rft -> orm, q -> rl_outcome, rl_pav -> best-of-N and beam search with orm and q
@@ -30,7 +30,6 @@ import json
 import math
 import shlex
 import shutil
-import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -39,24 +38,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from wordproblems import read_problems  # noqa: E402
-
-import pav  # noqa: E402
-import sample  # noqa: E402
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import derive, mean, read_metrics, setup, write_json  # noqa: E402
-from report.evaluate import Z, interval, vote  # noqa: E402
-from labels import boundaries  # noqa: E402
-from model import Config as ModelConfig  # noqa: E402
-from model import Transformer, init_weights, load_model, write_model  # noqa: E402
-from pipeline import last_line  # noqa: E402
-from report.__main__ import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
-from papers.rft import sample_solutions  # noqa: E402
-from tasks.files import get_task  # noqa: E402
-from open_weights.tokenizer import alphabet_tokenizer  # noqa: E402
+import pav
+import sample
+import train_rl
+import train_sft
+from experiments.wordproblems import read_problems
+from infra.cli import UserError, opt, parse, script
+from infra.runs import derive, mean, read_metrics, setup, write_json
+from labels import boundaries
+from model import Config as ModelConfig
+from model import Transformer, init_weights, load_model, write_model
+from open_weights.tokenizer import alphabet_tokenizer
+from papers.rft import sample_solutions
+from pipeline import last_line
+from report.__main__ import COLOURS, finish, machine, print_results, pyplot
+from report.evaluate import Z, interval, vote
+from tasks.files import get_task
 
 MAWPS = [f"mawps_{part}.jsonl" for part in ("singleop", "addsub", "singleeq", "multiarith")]
 SCRIPTS = dict(sft=train_sft, pav=pav, rl=train_rl, sample=sample)

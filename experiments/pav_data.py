@@ -1,7 +1,7 @@
 """How to spend a verifier's rollouts: many prefixes with noisy labels, few with exact ones, or those where value is lost?
 
-    python experiments/pav_data.py             # about 15 minutes of one core
-    python experiments/pav_data.py --smoke     # the same road in under 20 seconds
+    python -m experiments.pav_data             # about 15 minutes of one core
+    python -m experiments.pav_data --smoke     # the same road in under 20 seconds
     -> docs/results/pav_data/: results.json, table.md, curves.png
 
 The claims (Setlur et al. 2024, arXiv 2410.08146, section 4 and appendix D): with few rollouts it is better to cover more seed
@@ -32,7 +32,6 @@ Everything stays in runs/pav_data: killed, the same command goes on.
 
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,20 +40,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from pav_search import kept  # noqa: E402
-
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from labels import collect, concatenate  # noqa: E402
-from model import load_model  # noqa: E402
-from pav import Config as VerifierConfig  # noqa: E402
-from pav import Verifier, fit, judge  # noqa: E402
-from report.__main__ import finish, machine, print_results, pyplot, spread  # noqa: E402
-from papers.rft import write_shard  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+import train_rl
+import train_sft
+from experiments.pav_search import kept
+from infra.cli import opt, parse, script
+from infra.runs import mean, write_json
+from labels import collect, concatenate
+from model import load_model
+from papers.rft import write_shard
+from pav import Config as VerifierConfig
+from pav import Verifier, fit, judge
+from report.__main__ import finish, machine, print_results, pyplot, spread
+from tasks.files import get_task
 
 # problems: seed solutions in a shard, so that a shard costs at most a third of the lowest budget.
 DESIGNS = {"mc1": dict(n_mc=1, cuts=0, problems=32), "mc4": dict(n_mc=4, cuts=0, problems=8),
@@ -313,7 +310,7 @@ def main(argv=None):
     if cfg.smoke:
         root, out = Path("runs/pav_data_smoke"), Path("runs/pav_data_smoke/results")
         cfg.seeds, cfg.budgets, cfg.steps, cfg.rl_arms, cfg.rl_steps = 2, [1500], [2], ["mc1"], 2
-    command = "python experiments/pav_data.py" + " --smoke" * cfg.smoke
+    command = "python -m experiments.pav_data" + " --smoke" * cfg.smoke
     rows, chosen, tried, rl = compare(cfg, root)
     summary, accuracy = summarise(rows, rl)
     text = table(summary, accuracy, cfg)

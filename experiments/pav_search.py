@@ -1,7 +1,7 @@
 """Is a beam steered by progress cheaper than best-of-N? Accuracy against generated tokens, with learned verifiers.
 
-    python experiments/pav_search.py             # about 26 minutes of one core
-    python experiments/pav_search.py --smoke     # the same road in under 20 seconds
+    python -m experiments.pav_search             # about 26 minutes of one core
+    python -m experiments.pav_search --smoke     # the same road in under 20 seconds
     -> docs/results/pav_search/: results.json, table.md, curves.png
 
 The claims (Setlur et al. 2024, arXiv 2410.08146, sections 3 and 4): a beam ranked by Q^pi + alpha * A^mu is 1.5 to 5 times
@@ -36,7 +36,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -45,20 +44,18 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from pav_search_report import BEAMS, NAMES, claims, figure, summarise, table  # noqa: E402
-
-import pav  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from kernels import packed_weights  # noqa: E402
-from model import load_model  # noqa: E402
-from pav import load_verifier  # noqa: E402
-from report.__main__ import machine, print_results  # noqa: E402
-from sample import pass_at_k  # noqa: E402
-from search import beam, best_of_n, learned_values, majority  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+import pav
+import train_sft
+from experiments.pav_search_report import BEAMS, NAMES, claims, figure, summarise, table
+from infra.cli import opt, parse, script
+from infra.runs import mean, write_json
+from kernels import packed_weights
+from model import load_model
+from pav import load_verifier
+from report.__main__ import machine, print_results
+from sample import pass_at_k
+from search import beam, best_of_n, learned_values, majority
+from tasks.files import get_task
 
 PAPER = dict(alpha=0.0, k=4, children=3)  # a beam's settings before any are chosen
 TUNING = 1000  # the seed that chooses settings, on val; seeds 0, 1, ... are reported, on test
@@ -252,7 +249,7 @@ def main(argv=None):
         cfg.seeds, cfg.sizes, cfg.tuning_sizes, cfg.regime_sizes = 2, [3, 6, 12], [6], [6]
         cfg.alphas, cfg.prover_ks, cfg.children, cfg.orm_epochs, cfg.problems = [0.5], [1, 4], [3, 6], [1], 8
         cfg.rollouts, cfg.epochs = 64, 1
-    command, results = "python experiments/pav_search.py" + " --smoke" * cfg.smoke, {}
+    command, results = "python -m experiments.pav_search" + " --smoke" * cfg.smoke, {}
     for task in cfg.tasks:
         tuning = tune(cfg, root, task)
         chosen = {arm: max(tuning[arm], key=lambda x: x[0])[1] for arm in ("orm", *BEAMS)}

@@ -2,15 +2,12 @@
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from infra.runs import mean  # noqa: E402
-from report.__main__ import COLOURS as REPORT_COLOURS  # noqa: E402
-from report.__main__ import finish, pyplot, spread  # noqa: E402
+from infra.runs import mean
+from report.__main__ import COLOURS as REPORT_COLOURS
+from report.__main__ import finish, pyplot, spread
 
 NAMES = {"orm": "best-of-N, ORM", "q_as_orm": "best-of-N, Q as ORM", "majority": "majority vote", "pass": "pass@N (ceiling)",
          "beam_q": "beam, Q", "beam_pav": "beam, Q + alpha A"}

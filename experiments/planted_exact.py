@@ -5,16 +5,13 @@ K: found); an action a is one of the letters (A of them). Everything is float64 
 al. 2024, arXiv 2410.08146, section 3.3 (the task), eq. 13 (the update), theorem 3.1 (the two terms).
 """
 
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from tasks.puzzles import kmp_next, planted_values  # noqa: E402
-from train_rl import center_by_step, outcome_advantage, spread_credit, step_bonus  # noqa: E402
+from tasks.puzzles import kmp_next, planted_values
+from train_rl import center_by_step, outcome_advantage, spread_credit, step_bonus
 
 
 def transitions(pattern, letters):

@@ -1,9 +1,9 @@
 """Which prover? The two terms of PAV's theory, computed exactly, beside the improvement that is measured.
 
-    python experiments/provers.py              # about 25 minutes of one core
-    python experiments/provers.py --learned-arms                           # without 4 below, 10 minutes
-    python experiments/provers.py --no-transformer                         # 1 and 2 below, about a minute
-    python experiments/provers.py --smoke      # the same road in a few seconds
+    python -m experiments.provers              # about 25 minutes of one core
+    python -m experiments.provers --learned-arms                           # without 4 below, 10 minutes
+    python -m experiments.provers --no-transformer                         # 1 and 2 below, about a minute
+    python -m experiments.provers --smoke      # the same road in a few seconds
     -> docs/results/provers/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2024, arXiv 2410.08146, theorem 3.1): a policy pi that is updated by eq. 13,
@@ -42,8 +42,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from planted_exact import (  # noqa: E402
+import pav
+import train_rl
+import train_sft
+from experiments.planted_exact import (
     ExactVerifier,
     natural_gradient,
     progress,
@@ -56,7 +58,7 @@ from planted_exact import (  # noqa: E402
     two_terms,
     visits,
 )
-from provers_report import (  # noqa: E402
+from experiments.provers_report import (
     claims,
     correlation_table,
     exact_table,
@@ -64,17 +66,13 @@ from provers_report import (  # noqa: E402
     remark_table,
     runs_table,
 )
-
-import pav  # noqa: E402
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import derive, mean, read_metrics, write_json  # noqa: E402
-from labels import boundaries  # noqa: E402
-from model import load_model  # noqa: E402
-from report.__main__ import machine, print_results, spread  # noqa: E402
-from sample import generate  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from infra.cli import opt, parse, script
+from infra.runs import derive, mean, read_metrics, write_json
+from labels import boundaries
+from model import load_model
+from report.__main__ import machine, print_results, spread
+from sample import generate
+from tasks.files import get_task
 
 TUNING = 1000  # the seed on which learning rates are chosen; the reported ones are 0, 1, ...
 STAGES, SMOKE = Path("runs/planted"), Path("runs/lessons_smoke")  # policies are those of train_rl.py's own comparison
@@ -294,7 +292,7 @@ def transformer_part(cfg, root):
 def write(cfg, exact, rows, seconds):
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python experiments/provers.py", *sys.argv[1:]])
+    command = " ".join(["python -m experiments.provers", *sys.argv[1:]])
     text = "\n\n".join([
         "Exact, base of strength 5, six hidden letters in 12 (no sampling, no spread). First order and the terms are per unit of "
         "eta, summed over the base's visits; outcome: A^mu = 0.", exact_table(exact["rows"]),

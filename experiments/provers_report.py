@@ -1,14 +1,10 @@
 """Tables, figure and claims of experiments/provers.py, from its numbers; nothing is computed twice."""
 
 import math
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from planted_exact import spearman  # noqa: E402
-
-from infra.runs import mean  # noqa: E402
-from report.__main__ import finish, pyplot, spread  # noqa: E402
+from experiments.planted_exact import spearman
+from infra.runs import mean
+from report.__main__ import finish, pyplot, spread
 
 
 def number(x, digits=3):

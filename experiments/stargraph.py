@@ -1,7 +1,7 @@
 """Star graphs: does a penalty on the wrong first node teach a model to look ahead where imitation does not?
 
-    python experiments/stargraph.py              # about 6 minutes of one core
-    python experiments/stargraph.py --smoke      # the same road in seconds
+    python -m experiments.stargraph              # about 6 minutes of one core
+    python -m experiments.stargraph --smoke      # the same road in seconds
     -> docs/results/stargraph/: results.json, table.md, curves.png
 
 Task: the edges of a star of two arms of two edges, its centre and one end; write the way there (didactic.py). All but
@@ -22,19 +22,15 @@ claim: no gain at the first node over the SFT policy that per-step DPO started f
 
 import itertools
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
-from negatives import DPO, NAMES, SAMPLING, TUNING, Arm, verdict  # noqa: E402
-
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
+from experiments.negatives import DPO, NAMES, SAMPLING, TUNING, Arm, verdict
+from infra.cli import UserError, opt, parse, script
+from infra.runs import mean, write_json
+from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot, spread
 
 
 @dataclass
@@ -99,7 +95,7 @@ def claims(rows, cfg):
     early, late, whole = gain("dpo_per_step", few), gain("dpo_per_step", middle), gain("dpo_whole", middle)
     sft = mean(r["first"] for r in rows if r["method"] == "sft" and r["steps"] == few)
     return [dict(
-        paper="2406.14532", command="python experiments/stargraph.py", holds=verdict([early]),
+        paper="2406.14532", command="python -m experiments.stargraph", holds=verdict([early]),
         claim="imitation guesses the critical token of a star graph; per-step negatives of an early SFT policy mend that, "
               "those of one trained too long do not",
         measured=f"first node right {sft:.3f} after {few} steps of SFT (a guess: 0.5); per-step DPO from there {show(early)}, "
@@ -144,7 +140,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
     write_json(out / "results.json", dict(
-        command="python experiments/stargraph.py" + (" --smoke" if cfg.smoke else ""), machine=machine(),
+        command="python -m experiments.stargraph" + (" --smoke" if cfg.smoke else ""), machine=machine(),
         torch=torch.__version__, settings=vars(cfg), best=best, tuning=tuning,
         claims=claims(rows, cfg), rows=rows,
         cpu_seconds=round(sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("**/accuracy.json")))))

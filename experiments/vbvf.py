@@ -1,7 +1,7 @@
 """Clone right traces, or learn to tell right from wrong? Verifier-free against verifier-based use of the same n problems.
 
-    python experiments/vbvf.py                   # 15 to 20 minutes of one core, by the time of single cells
-    python experiments/vbvf.py --smoke           # the same road in seconds
+    python -m experiments.vbvf                   # 15 to 20 minutes of one core, by the time of single cells
+    python -m experiments.vbvf --smoke           # the same road in seconds
     -> docs/results/vbvf/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2025, arXiv 2502.12118): as the test budget of H tokens grows, fine-tuning on right traces
@@ -41,7 +41,6 @@ import copy
 import functools
 import itertools
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,18 +48,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from vbvf_report import BUDGETS, MIXTURES, claims, figure, tables  # noqa: E402
-
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import derive, generator, shuffled, write_json  # noqa: E402
-from tasks.contextual import Contextual  # noqa: E402
-from model import load_model, token_logprobs, write_model  # noqa: E402
-from pav import Verifier, value_loss  # noqa: E402
-from report.__main__ import machine, print_results  # noqa: E402
-from sample import generate  # noqa: E402
+import train_rl
+import train_sft
+from experiments.vbvf_report import BUDGETS, MIXTURES, claims, figure, tables
+from infra.cli import opt, parse, script
+from infra.runs import derive, generator, shuffled, write_json
+from model import load_model, token_logprobs, write_model
+from pav import Verifier, value_loss
+from report.__main__ import machine, print_results
+from sample import generate
+from tasks.contextual import Contextual
 
 TUNING = 1000  # this seed chooses settings, on val; seeds below are reported, on test
 
@@ -406,7 +403,7 @@ def main(argv=None):
         out = root / "results"
     root.mkdir(parents=True, exist_ok=True)
     rows, tuning = run_all(cfg, root)
-    text, command = tables(rows, cfg), "python experiments/vbvf.py" + (" --smoke" if cfg.smoke else "")
+    text, command = tables(rows, cfg), "python -m experiments.vbvf" + (" --smoke" if cfg.smoke else "")
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
     write_json(out / "results.json", dict(

@@ -1,6 +1,6 @@
 """What experiments/vbvf.py tends to with endless data and perfect learning, exactly, for the scripted base: no model, no samples.
 
-    python experiments/vbvf_exact.py             # a second
+    python -m experiments.vbvf_exact             # a second
     -> docs/results/vbvf/: exact.json, exact.md, exact.png
 
 On the task contextual (contextual.py) the time to the first right point is negative binomial, a mixture of them for a
@@ -22,19 +22,16 @@ Left out: everything that learning adds. VF gets its n traces for nothing here, 
 
 import itertools
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from vbvf_report import MIXTURES  # noqa: E402
-
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import write_json  # noqa: E402
-from tasks.contextual import Contextual  # noqa: E402
-from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
+from experiments.vbvf_report import MIXTURES
+from infra.cli import opt, parse, script
+from infra.runs import write_json
+from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot
+from tasks.contextual import Contextual
 
 
 @dataclass
@@ -141,7 +138,7 @@ def main(argv=None):
     out = Path("runs/vbvf_exact" if cfg.smoke else cfg.out)
     rows = [dict(mixture=m) | limits(strengths, H, cfg.letters, cfg.n)
             for (m, strengths), H in itertools.product(MIXTURES.items(), cfg.horizons)]
-    text, command = table(rows, cfg.n), "python experiments/vbvf_exact.py"
+    text, command = table(rows, cfg.n), "python -m experiments.vbvf_exact"
     out.mkdir(parents=True, exist_ok=True)
     (out / "exact.md").write_text(text + "\n")
     write_json(out / "exact.json", dict(claims=claims(rows, cfg.n, command), command=command, machine=machine(),

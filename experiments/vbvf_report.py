@@ -1,18 +1,14 @@
 """What experiments/vbvf.py measured, in words: tables, claims against the paper's, figure. It computes nothing anew:
 
-    python experiments/vbvf.py        # whose cells, under runs/vbvf, are then only read
+    python -m experiments.vbvf        # whose cells, under runs/vbvf, are then only read
 """
 
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from infra.runs import mean  # noqa: E402
-from report.__main__ import METHOD_COLOURS, finish, pyplot  # noqa: E402
+from infra.runs import mean
+from report.__main__ import METHOD_COLOURS, finish, pyplot
 
 BUDGETS = (1, 2, 4, 8, 16)  # N of best-of-N
 MIXTURES = {"concentrated": (12.0,), "mixed": (3.0, 48.0), "widest": (1.0, 144.0)}  # geometric mean 12, each

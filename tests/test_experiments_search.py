@@ -1,20 +1,13 @@
 """The arithmetic behind experiments/pav_search.py and pav_data.py, on toys that can be counted by hand."""
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import pav_data  # noqa: E402
-import pav_search  # noqa: E402
-import pav_search_report  # noqa: E402
-
-from infra.runs import mean  # noqa: E402
-from pav import bce_weights, value_loss  # noqa: E402
+from experiments import pav_data, pav_search, pav_search_report
+from infra.runs import mean
+from pav import bce_weights, value_loss
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

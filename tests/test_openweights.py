@@ -2,20 +2,14 @@
 
 import itertools
 import json
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent / "experiments"))
-
-import openweights  # noqa: E402
-import wordproblems  # noqa: E402
-
-from tasks.answers import answers_equal, extract_answer  # noqa: E402
-from infra.cli import UserError  # noqa: E402
+from experiments import openweights, wordproblems
+from infra.cli import UserError
+from tasks.answers import answers_equal, extract_answer
 
 
 @pytest.mark.parametrize("found,goal,lines", [

@@ -2,21 +2,15 @@
 finite differences, countdown's solver as a verifier; and the claims that experiments/provers.py prints."""
 
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import countdown_exact  # noqa: E402
-import planted_exact as exact  # noqa: E402
-import provers  # noqa: E402
-from provers_report import verdict  # noqa: E402
-
-from tasks.puzzles import Countdown, Planted, planted_values  # noqa: E402
+from experiments import countdown_exact, provers
+from experiments import planted_exact as exact
+from experiments.provers_report import verdict
+from tasks.puzzles import Countdown, Planted, planted_values
 
 LETTERS, LENGTH = "abc", 5
 

@@ -1,23 +1,16 @@
 """The task contextual against enumeration and sampling, and the arithmetic of experiments/vbvf.py."""
 
 import itertools
-import sys
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import vbvf  # noqa: E402
-import vbvf_exact  # noqa: E402
-import vbvf_report  # noqa: E402
-
-from infra.cli import UserError  # noqa: E402
-from tasks.contextual import Contextual, solve_times  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from experiments import vbvf, vbvf_exact, vbvf_report
+from infra.cli import UserError
+from tasks.contextual import Contextual, solve_times
+from tasks.files import get_task
 
 TOY = dict(symbols=3, planted=2, letters=3, length=5, mixture=(0.5, 6.0))
 
