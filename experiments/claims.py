@@ -7,7 +7,8 @@ Every docs/results/**/*.json may hold a list "claims" of objects with
     paper       arXiv number
     claim       the paper's statement, one sentence, with its number
     measured    ours, one sentence, with spread and seeds
-    holds       true, false or "partly": by a rule in the script that measured it, not by taste
+    holds       true, false, "partly", "open" (not shown either way) or "not tested": by a rule in the script that measured
+                it, not by taste
     command     what makes the file again
     fails_when  the regime where the claim does not hold, one sentence ("" if none was found)
 Nothing is typed in here: a number that is not in a file cannot be in the table.
@@ -25,7 +26,7 @@ BEGIN, END = "<!-- claims: written by experiments/claims.py -->", "<!-- end of c
 PAPERS = {"2410.08146": "PAV", "2406.14532": "incorrect data", "2411.07681": "learning dynamics", "2503.07572": "MRT",
           "2502.12118": "verifier-based or not"}
 FIELDS = ("paper", "claim", "measured", "holds", "command", "fails_when")
-VERDICT = {True: "yes", False: "**no**", "partly": "partly"}
+VERDICT = {True: "yes", False: "**no**", "partly": "partly", "open": "open", "not tested": "not tested"}
 
 
 @dataclass

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pipeline
+from experiments.toolkit import evaluations
 from infra.cli import opt, parse, script
-from infra.runs import mean, read_metrics, write_json
+from infra.runs import mean, write_json
 from train_rl import Config as RLConfig
 
 ARMS = ["outcome", "pav"]
@@ -60,7 +61,7 @@ def main():
     pipeline.run_jobs(stages, cfg.workers or os.cpu_count() or 1, root / "logs")
     rows = []
     for (arm, lr, entropy, group), run in where.items():
-        curve = [r["eval/accuracy"] for r in read_metrics(run) if "eval/accuracy" in r]
+        curve = [r["eval/accuracy"] for r in evaluations(run)]
         rows.append(dict(arm=arm, learning_rate=lr, entropy_coef=entropy, num_generations=group, accuracy=curve[-1],
                          curve_mean=round(mean(curve), 4)))
     rows.sort(key=lambda r: (r["arm"], -r["curve_mean"]))
