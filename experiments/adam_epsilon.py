@@ -1,7 +1,7 @@
 """A bonus that says nothing is not harmless: what Adam makes of a tiny gradient, and what its epsilon does about it.
 
-    python experiments/adam_epsilon.py         # about 25 minutes of one core
-    python experiments/adam_epsilon.py --smoke # the same road in seconds
+    python -m experiments.adam_epsilon         # about 25 minutes of one core
+    python -m experiments.adam_epsilon --smoke # the same road in seconds
     -> docs/results/adam_epsilon/: results.json, table.md, curves.png
 
 On the planted task the controls with an empty process reward (prover = base, whose learned advantages are around 1e-4; a
@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import pipeline  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, read_metrics  # noqa: E402
-from report.figures import COLOURS, NAMES, finish, keep_results, print_results, pyplot, spread  # noqa: E402
-from train_rl import Config as RLConfig  # noqa: E402
+import pipeline
+from experiments.toolkit import ARM_NAMES, COLOURS, finish, mean_sd, print_results, pyplot, spread, write_results
+from infra.cli import opt, parse, script
+from infra.runs import mean, read_metrics
+from train_rl import Config as RLConfig
 
 
 @dataclass
@@ -42,26 +41,29 @@ class Config:
 
 
 def look(run):
-    """One RL run -> accuracy at its end and averaged, and what its gradients and its entropy did."""
+    """One RL run -> accuracy at its end and averaged, and what its gradients and its entropy did. Silent: steps on which
+    no sample was right, so that no group had anything to learn from the outcome. (A group that is right throughout has no
+    spread either; its step is not silent.)"""
     rows = read_metrics(run)
     accuracy, steps = [r["eval/accuracy"] for r in rows if "eval/accuracy" in r], rows[1:]
-    felt = [r["grad_norm"] for r in steps if r["grad_norm"] > 0]
-    silent = [r["grad_norm"] for r in steps if r["grad_norm"] > 0 and r["frac_reward_zero_std"] == 1]
-    return dict(end=accuracy[-1], curve=accuracy, felt=len(felt), norm=median(felt) if felt else 0.0,
+    moving = [r for r in steps if r["grad_norm"] > 0]
+    silent = [r["grad_norm"] for r in moving if r["rewards/outcome/mean"] == 0]
+    return dict(end=accuracy[-1], curve=accuracy, with_gradient=len(moving),
+                norm=median(r["grad_norm"] for r in moving) if moving else 0.0,
                 silent=len(silent), silent_norm=median(silent) if silent else 0.0,
                 entropy=[steps[min(t, len(steps)) - 1]["entropy"] for t in (1, 50)])
 
 
 def table(rows):
     lines = ["| arm | Adam's epsilon | accuracy at the end (sd) | per seed | entropy, step 1 | step 50 | steps with a gradient "
-             "| without any reward | its norm there, median |", "|---|---|---|---|---|---|---|---|---|"]
+             "| of them without a right sample | its norm there, median |", "|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         ends = [x["end"] for x in r["runs"]]
         norms = [x["silent_norm"] for x in r["runs"] if x["silent"]]
-        cells = [NAMES[r["arm"]], f"{r['epsilon']:g}", f"{mean(ends):.2f} ({spread(ends):.2f})",
+        cells = [ARM_NAMES[r["arm"]], f"{r['epsilon']:g}", mean_sd(ends, 2),
                  " ".join(f"{e:.2f}" for e in ends),
                  *(f"{mean(x['entropy'][i] for x in r['runs']):.2f}" for i in (0, 1)),
-                 *(f"{mean(x[key] for x in r['runs']):.0f}" for key in ("felt", "silent")),
+                 *(f"{mean(x[key] for x in r['runs']):.0f}" for key in ("with_gradient", "silent")),
                  f"{median(norms):.1g}" if norms else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -75,7 +77,7 @@ def figure(rows, path):
         mine = [r for r in rows if r["arm"] == arm]
         y = [[x["end"] for x in r["runs"]] for r in mine]
         axis.errorbar([r["epsilon"] for r in mine], [mean(e) for e in y], [spread(e) / len(e) ** 0.5 for e in y], marker="o",
-                      capsize=3, color=COLOURS[arm], label=NAMES[arm])
+                      capsize=3, color=COLOURS[arm], label=ARM_NAMES[arm])
     axis.set(xscale="log", xlabel="Adam's epsilon", ylabel="sampled accuracy at the end", ylim=(-0.02, 1.02),
              title="--task planted (bars: standard error over seeds)")
     axis.legend(frameon=False, fontsize=8)
@@ -84,6 +86,7 @@ def figure(rows, path):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
+    name = " ".join(["adam_epsilon", *(sys.argv[1:] if argv is None else argv)])
     root, stages = Path("runs/adam_epsilon"), Path("runs/planted")
     if cfg.smoke:
         root, stages = Path("runs/adam_epsilon_smoke"), Path("runs/adam_epsilon_smoke")
@@ -103,7 +106,7 @@ def main(argv=None):
     rows = [dict(arm=arm, epsilon=e, runs=[look(where[arm, e, s]) for s in seeds])
             for arm in ["pav", *cfg.arms] for e in cfg.epsilons]
     out, text = Path(cfg.out), table(rows)
-    keep_results(out, text, "adam_epsilon.py", sys.argv[1:], cfg, rows)
+    write_results(out, text, name, cfg, rows=rows)
     figure(rows, out / "curves.png")
     print_results(text, out)
 

@@ -1,8 +1,8 @@
 """What breaks: the classic mistakes with process rewards, each against the right way, same seeds, same everything else.
 
-    python experiments/breaks.py              # about 13 minutes of one core
-    python experiments/breaks.py --no-transformer                         # the tables alone, under a minute
-    python experiments/breaks.py --smoke      # the same road in a few seconds
+    python -m experiments.breaks              # about 13 minutes of one core
+    python -m experiments.breaks --no-transformer                         # the tables alone, under a minute
+    python -m experiments.breaks --smoke      # the same road in a few seconds
     -> docs/results/breaks/: results.json, table.md, curves.png
 
 The right way (Setlur et al. 2024, arXiv 2410.08146, eq. 5): a step is paid the outcome of its solution and its own progress
@@ -31,24 +31,34 @@ Every arm gets the same grid of learning rates, on a seed that is not reported. 
 command goes on.
 """
 
-import sys
 import time
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from planted_exact import ExactVerifier, scripted, state_values, table_rl, transitions  # noqa: E402
-from provers import SMOKE, TUNING, clone, learn_verifier  # noqa: E402
-
-import train_rl  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, read_metrics, write_json  # noqa: E402
-from report.figures import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+import train_rl
+from experiments.planted_exact import scripted, state_values, table_rl, transitions
+from experiments.provers import SMOKE, clone, learn_verifier
+from experiments.toolkit import (
+    COLOURS,
+    TUNING,
+    ExactVerifier,
+    evaluations,
+    finish,
+    mean_sd,
+    print_results,
+    pyplot,
+    quiet,
+    spread,
+    together,
+    verdict,
+    with_sd,
+    write_results,
+)
+from infra.cli import opt, parse, script
+from infra.runs import mean
+from tasks.files import get_task
 
 PROVER = 16
 # flags of train_rl.py beside the right way's; name in figures; colour
@@ -122,9 +132,9 @@ def reinforce(cfg, root, regime, arm, seed, lr):
     if not weak and config.reward != "outcome":
         task = get_task(config)
         verifier = ExactVerifier(task, task.tokenizer(), PROVER)
-    with redirect_stdout(StringIO()):
+    with quiet():
         train_rl.train(config, verifier)
-    rows = [r for r in read_metrics(run) if "eval/accuracy" in r]
+    rows = evaluations(run)
     return dict(accuracy=[r["eval/accuracy"] for r in rows], score=[r.get("eval/verifier_score") for r in rows],
                 tokens=[r["num_tokens"] for r in rows])
 
@@ -147,7 +157,7 @@ def compare(cfg, root, regime, arms, given=None):
         out[arm] = dict(learning_rate=lr, tuning={f"{k:g}": round(v, 4) for k, v in tried.items()}, runs=runs, averaged=averaged,
                         mean=mean(averaged), mean_sd=spread(averaged), start=mean(r["accuracy"][0] for r in runs), end=mean(end),
                         end_sd=spread(end), minus=mean(minus), minus_sd=spread(minus))
-        print(f"  {regime} {arm}: averaged {mean(averaged):.3f} ({spread(averaged):.3f}), end {mean(end):.3f}", flush=True)
+        print(f"  {regime} {arm}: averaged {mean_sd(averaged)}, end {mean(end):.3f}", flush=True)
     return out
 
 
@@ -158,8 +168,9 @@ def table(results, names):
         ends = " ".join(f"{x['accuracy'][-1]:.2f}" for x in r["runs"])
         score = [[x["score"][i] for x in r["runs"]] for i in (0, -1)]
         score = "" if None in score[0] + score[1] else f"{mean(score[0]):.2f} to {mean(score[1]):.2f}"
-        lines.append(f"| {names[arm][1]} | {r['learning_rate']:g} | {r['mean']:.3f} ({r['mean_sd']:.3f}) | {r['minus']:+.3f} "
-                     f"({r['minus_sd']:.3f}) | {r['start']:.3f} | {r['end']:.3f} ({r['end_sd']:.3f}) | {ends} | {score} |")
+        lines.append(f"| {names[arm][1]} | {r['learning_rate']:g} | {with_sd(r['mean'], r['mean_sd'])} | "
+                     f"{with_sd(r['minus'], r['minus_sd'], signed=True)} | {r['start']:.3f} | {with_sd(r['end'], r['end_sd'])} | "
+                     f"{ends} | {score} |")
     return "\n".join(lines)
 
 
@@ -208,66 +219,84 @@ def draw_goodhart(axis, results):
     axis.legend(frameon=False, fontsize=7)
 
 
-def hurts(row):
-    """Below the right way by more than two standard errors of the paired difference."""
-    return bool(row["minus"] < -2 * row["minus_sd"] / len(row["runs"]) ** 0.5)
+HARD, EASY = ("table", "main"), ("table_easy", "easy")
+POLICY = dict(table="table", main="transformer", table_easy="table", easy="transformer")
 
 
-def verdict(results, arm):
-    """True: the mistake hurts table and transformer; "partly": one of them; False: none. One alone decides if it is alone."""
-    found = [hurts(results[regime][arm]) for regime in ("table", "main") if regime in results]
-    return True if all(found) else "partly" if any(found) else False
+def hurts(results, arm):
+    """For each policy: is the mistake's accuracy, averaged over the run, below the right way's? Paired over seeds."""
+    regimes = [results[g] for g in HARD if g in results]
+    return [verdict(a - b for a, b in zip(r["pav"]["averaged"], r[arm]["averaged"])) for r in regimes]
 
 
-def claims(results, command):
-    """(sentences for README's table of claims, further lessons), filled with what was measured."""
-    def show(arm, *regimes):
-        named = dict(table="table", main="transformer", table_easy="table", easy="transformer")
-        found = [(named[g], results[g][arm]) for g in regimes if g in results]
-        return ", ".join(f"{name} {r['mean']:.2f} ({r['mean_sd']:.2f})" for name, r in found)
+def show(results, arm, regimes):
+    found = [(POLICY[g], results[g][arm]) for g in regimes if g in results]
+    return ", ".join(f"{name} {with_sd(r['mean'], r['mean_sd'], 2)}" for name, r in found)
 
-    hard, easy = ("table", "main"), ("table_easy", "easy")
-    n = " and ".join(f"{len(results[g]['pav']['runs'])} seeds ({p})" for g, p in (("table", "table"), ("main", "transformer"))
-                     if g in results)
-    how = f"Accuracy averaged over the run (sd over {n}), exact values:"
-    paper = [
-        dict(claim="Process rewards must be progress, not Q: RL on Q^pi + Q^mu collapses (appendix G).",
-             measured=f"{how} progress: {show('pav', *hard)}; value, own step: {show('q', *hard)}; value, return-to-go: "
-                      f"{show('q_to_go', *hard)}.",
-             holds=verdict(results, "q_to_go") if verdict(results, "q") else verdict(results, "q_to_go") and "partly",
-             fails_when="a step is paid its own value only (discount 0), as its expected gradient is that of progress, or the "
-                        f"prompts share no parameters (table). Four letters: progress {show('pav', *easy)}, value to go "
-                        f"{show('q_to_go', *easy)}."),
-        dict(claim="The bonus is paid to its own step (discount 0); summed to the right it telescopes into a baseline.",
-             measured=f"{how} own step: {show('pav', *hard)}; return-to-go: {show('to_go', *hard)}; outcome only: "
-                      f"{show('outcome', *hard)}.",
-             holds=verdict(results, "to_go"),
-             fails_when=f"the outcome alone is enough. Four letters: return-to-go {show('to_go', *easy)}, outcome only "
-                        f"{show('outcome', *easy)}, progress {show('pav', *easy)}."),
-    ]
-    more = [dict(claim="Outcomes over their group's std beside process rewards (phantom advantages) hurt.",
-                 measured=f"{how} as they are: {show('pav', *hard)}; over the std: {show('group', *hard)}.",
-                 holds=verdict(results, "group"), fails_when="a group that agrees gets exactly nothing, scaled or not.")]
+
+def conditions(results):
+    seeds = " and ".join(f"{len(results[g]['pav']['runs'])} seeds ({POLICY[g]})" for g in HARD if g in results)
+    return f"Accuracy averaged over the run (sd over {seeds}), exact values:"
+
+
+def claims_of(record):
+    """Of the paper."""
+    results, how = record["results"], conditions(record["results"])
+    shared = dict(paper="2410.08146", command=record["command"])
+    return [shared | dict(
+        claim="Process rewards must be progress, not Q: RL on Q^pi + Q^mu collapses (appendix G).",
+        measured=f"{how} progress: {show(results, 'pav', HARD)}; value, own step: {show(results, 'q', HARD)}; value, "
+                 f"return-to-go: {show(results, 'q_to_go', HARD)}.",
+        holds=together([*hurts(results, "q"), *hurts(results, "q_to_go")]),
+        fails_when="a step is paid its own value only (discount 0), as its expected gradient is that of progress, or the "
+                   f"prompts share no parameters (table). Four letters: progress {show(results, 'pav', EASY)}, value to go "
+                   f"{show(results, 'q_to_go', EASY)}. Solutions of this task always have 12 steps of one token: a collapse by "
+                   "more and emptier steps, as the appendix has it, cannot happen here.",
+    ), shared | dict(
+        claim="The bonus is paid to its own step (discount 0); summed to the right it telescopes into a baseline.",
+        measured=f"{how} own step: {show(results, 'pav', HARD)}; return-to-go: {show(results, 'to_go', HARD)}; outcome only: "
+                 f"{show(results, 'outcome', HARD)}.",
+        holds=together(hurts(results, "to_go")),
+        fails_when=f"the outcome alone is enough. Four letters: return-to-go {show(results, 'to_go', EASY)}, outcome only "
+                   f"{show(results, 'outcome', EASY)}, progress {show(results, 'pav', EASY)}.")]
+
+
+def last(r):
+    return with_sd(r["end"], r["end_sd"], 2)
+
+
+def lessons_of(record):
+    """Further mistakes, which are not claims of the paper."""
+    results, how = record["results"], conditions(record["results"])
+    found = [dict(claim="Outcomes over their group's std beside process rewards (phantom advantages) hurt.",
+                  measured=f"{how} as they are: {show(results, 'pav', HARD)}; over the std: {show(results, 'group', HARD)}.",
+                  holds=together(hurts(results, "group")),
+                  fails_when="a group that agrees gets exactly nothing, scaled or not.")]
     if "learned" in results:
-        last = lambda r: f"{r['end']:.2f} ({r['end_sd']:.2f})"  # noqa: E731
-        weak, able = results["learned"], results["able"]
-        fooled, score = weak["believed"], [mean(x["score"][i] for x in weak["believed"]["runs"]) for i in (0, -1)]
-        more += [
-            dict(claim="Optimised far enough, a learned reward rises while the truth does not (Goodhart; arXiv 2210.10760).",
-                 measured=f"A verifier of few solutions, last evaluation (sd over {len(fooled['runs'])} seeds): as the only "
-                          f"reward its score goes from {score[0]:.2f} to {score[1]:.2f}, accuracy from {fooled['start']:.2f} to "
-                          f"{last(fooled)}; beside the grader without the anchor {last(weak['unguarded'])}, with it "
-                          f"{last(weak['guarded'])}, grader alone {last(weak['graded'])}.",
-                 holds=score[1] > 2 * score[0] and all(r["accuracy"][-1] <= r["accuracy"][0] for r in fooled["runs"]),
-                 fails_when=f"the policy already solves a tenth: from {able['believed']['start']:.2f} that verifier alone leads "
-                            f"to {last(able['believed'])}, the grader alone to {last(able['graded'])}."),
-            dict(claim="Dividing a learned, dense reward by its group's std makes phantom advantages.",
-                 measured=f"The verifier's score as the reward, last evaluation: as it is {last(fooled)}, over the group's std "
-                          f"{last(weak['phantom'])}.",
-                 holds=weak["phantom"]["end"] + 2 * weak["phantom"]["end_sd"] < fooled["end"],
-                 fails_when="the score as it is does not work either."),
-        ]
-    return [dict(paper="2410.08146", command=command) | c for c in paper], [dict(command=command) | c for c in more]
+        found += learned_lessons(results["learned"], results["able"])
+    return [dict(command=record["command"]) | c for c in found]
+
+
+def learned_lessons(weak, able):
+    fooled = weak["believed"]
+    score = [mean(x["score"][i] for x in fooled["runs"]) for i in (0, -1)]
+    rise = verdict(x["score"][-1] - x["score"][0] for x in fooled["runs"])
+    truth = verdict(x["accuracy"][-1] - x["accuracy"][0] for x in fooled["runs"])
+    phantom = verdict(a["accuracy"][-1] - b["accuracy"][-1] for a, b in zip(fooled["runs"], weak["phantom"]["runs"]))
+    return [
+        dict(claim="Optimised far enough, a learned reward rises while the truth does not (Goodhart; arXiv 2210.10760).",
+             measured=f"A verifier of few solutions, last evaluation (sd over {len(fooled['runs'])} seeds): as the only "
+                      f"reward its score goes from {score[0]:.2f} to {score[1]:.2f}, accuracy from {fooled['start']:.2f} to "
+                      f"{last(fooled)}; beside the grader without the anchor {last(weak['unguarded'])}, with it "
+                      f"{last(weak['guarded'])}, grader alone {last(weak['graded'])}.",
+             holds=together([rise, truth is not True]),
+             fails_when=f"the policy already solves a tenth: from {able['believed']['start']:.2f} that verifier alone leads "
+                        f"to {last(able['believed'])}, the grader alone to {last(able['graded'])}."),
+        dict(claim="Dividing a learned, dense reward by its group's std makes phantom advantages.",
+             measured=f"The verifier's score as the reward, last evaluation: as it is {last(fooled)}, over the group's std "
+                      f"{last(weak['phantom'])}.",
+             holds=phantom, fails_when="the score as it is does not work either."),
+    ]
 
 
 def main(argv=None):
@@ -290,18 +319,14 @@ def main(argv=None):
                    "easy": f"A transformer, {cfg.easy_letters} letters, the same learning rates:",
                    "learned": f"A transformer, six letters, a verifier of {cfg.weak_problems} continuations, from the base:",
                    "able": f"The same, from a policy cloned from strength {PROVER}:"}
-    out = Path(cfg.out)
-    command = "python experiments/breaks.py" + " --smoke" * cfg.smoke + " --no-transformer" * (not cfg.transformer)
-    out.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join(f"{title}\n\n{table(results[name], LEARNED if name in ('learned', 'able') else ARMS)}"
-                       for name, title in titles.items())
-    (out / "table.md").write_text(text + "\n")
-    from_paper, lessons = claims(results, command)
-    write_json(out / "results.json", dict(
-        claims=from_paper, lessons=lessons, command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
-        results=results, cpu_seconds_of_this_call=round(time.process_time() - clock)))
-    figure(results, out / "curves.png")
-    print_results(text, out)
+    name = "breaks" + " --smoke" * cfg.smoke + " --no-transformer" * (not cfg.transformer)
+    text = "\n\n".join(f"{title}\n\n{table(results[regime], LEARNED if regime in ('learned', 'able') else ARMS)}"
+                       for regime, title in titles.items())
+    lessons = lessons_of(dict(results=results, command=f"python -m experiments.{name}"))
+    write_results(cfg.out, text, name, cfg, claims_of, lessons=lessons, results=results,
+                  cpu_seconds_of_this_call=round(time.process_time() - clock))
+    figure(results, Path(cfg.out) / "curves.png")
+    print_results(text, cfg.out)
 
 
 if __name__ == "__main__":

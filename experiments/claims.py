@@ -1,32 +1,32 @@
 """README's table of claims, written from the result files: what a paper says, what we measured, with which command.
 
-    python experiments/claims.py            # rewrites the table between the marks in README.md
-    python experiments/claims.py --check    # exit code 1 if README does not say what the files say (a test runs it)
+    python -m experiments.claims            # rewrites the table between the marks in README.md
+    python -m experiments.claims --check    # exit code 1 if README does not say what the files say (a test runs it)
 
 Every docs/results/**/*.json may hold a list "claims" of objects with
     paper       arXiv number
     claim       the paper's statement, one sentence, with its number
     measured    ours, one sentence, with spread and seeds
-    holds       true, false or "partly": by a rule in the script that measured it, not by taste
+    holds       true, false, "partly", "open" (not shown either way) or "not tested": by a rule in the script that measured
+                it, not by taste
     command     what makes the file again
     fails_when  the regime where the claim does not hold, one sentence ("" if none was found)
 Nothing is typed in here: a number that is not in a file cannot be in the table.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.cli import UserError, opt, parse, script
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from infra.cli import UserError, opt, parse, script  # noqa: E402
 
 BEGIN, END = "<!-- claims: written by experiments/claims.py -->", "<!-- end of claims -->"
 PAPERS = {"2410.08146": "PAV", "2406.14532": "incorrect data", "2411.07681": "learning dynamics", "2503.07572": "MRT",
           "2502.12118": "verifier-based or not"}
 FIELDS = ("paper", "claim", "measured", "holds", "command", "fails_when")
-VERDICT = {True: "yes", False: "**no**", "partly": "partly"}
+VERDICT = {True: "yes", False: "**no**", "partly": "partly", "open": "open", "not tested": "not tested"}
 
 
 @dataclass
@@ -77,7 +77,7 @@ def main():
     new = rewrite(old, table(claims, Path(cfg.results)))
     if cfg.check:
         if new != old:
-            raise UserError(f"{readme.name} does not say what the result files say; run python experiments/claims.py")
+            raise UserError(f"{readme.name} does not say what the result files say; run python -m experiments.claims")
         print(f"{len(claims)} claims, as {readme.name} has them")
         return
     readme.write_text(new)

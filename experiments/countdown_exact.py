@@ -1,7 +1,7 @@
 """Countdown, and why it looked as if no process reward could help: the batch, the verifier, and the solver in its place.
 
-    python experiments/countdown_exact.py         # 45 minutes of one core behind train_rl.py --task countdown --seeds 3
-    python experiments/countdown_exact.py --smoke # the same road in seconds
+    python -m experiments.countdown_exact         # 45 minutes of one core behind train_rl.py --task countdown --seeds 3
+    python -m experiments.countdown_exact --smoke # the same road in seconds
     -> docs/results/countdown_exact/: results.json, table.md, curves.png
 
 An earlier comparison (128 samples a step, a verifier fitted in 470 steps) moved nothing. Two things were too small, and the
@@ -19,21 +19,28 @@ What would have falsified it: exact values that do not help at the larger batch 
 import itertools
 import os
 import sys
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import torch
-from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import pipeline  # noqa: E402
-import train_rl  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, read_metrics  # noqa: E402
-from report.figures import COLOURS, accuracy_at, finish, keep_results, print_results, pyplot, spread  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+import pipeline
+import train_rl
+from experiments.toolkit import (
+    COLOURS,
+    ExactVerifier,
+    accuracy_at,
+    evaluations,
+    finish,
+    mean_sd,
+    print_results,
+    pyplot,
+    quiet,
+    write_results,
+)
+from infra.cli import opt, parse, script
+from infra.runs import mean
+from tasks.files import get_task
 
 NAMES = dict(outcome="outcome only", pav="PAV, learned verifier", exact="PAV, exact values")
 HUES = dict(outcome=COLOURS["outcome"], pav=COLOURS["pav"], exact=COLOURS["orm"])
@@ -50,27 +57,6 @@ class Config:
     smoke: bool = opt(False, "one seed, a few steps")
 
 
-class ExactVerifier(nn.Module):
-    """The solver in the place of a pav.Verifier: tokens [B,T] -> logits [B,T] of the scripted prover's chance from there, for
-    tasks whose prompt is a line and whose steps are lines. Read at line ends only; elsewhere it says the last line's."""
-
-    def __init__(self, task, tokenizer, strength):
-        super().__init__()
-        self.head, self.logit_shift, self.k = nn.Linear(1, 1), 0.0, 1
-        self.task, self.tokenizer, self.strength = task, tokenizer, strength
-        self.problems = {p.prompt: p for part in task.by_split.values() for p in part}
-
-    def forward(self, tokens, share=None):
-        out = torch.zeros(tokens.shape, dtype=torch.float64)
-        for b, row in enumerate(tokens.tolist()):
-            lines = [t for t, token in enumerate(row) if b"\n" in self.tokenizer.token_bytes(token)]
-            problem = self.problems[self.tokenizer.decode(row[: lines[0] + 1])]
-            for t in lines:
-                text = self.tokenizer.decode(row[lines[0] + 1 : t + 1])
-                out[b, t:] = self.task.exact_value(problem, text, self.strength)
-        return out.clamp(1e-9, 1 - 1e-9).logit().float()
-
-
 def reinforce(root, argv, arm, prompts, lr):
     """One RL run (or the one that is there) -> its evaluations."""
     seed = pipeline.flag_value(argv, "seed")
@@ -83,10 +69,9 @@ def reinforce(root, argv, arm, prompts, lr):
         verifier = ExactVerifier(task, task.tokenizer(), task.strengths["prover"])
     elif arm == "pav":
         config.verifier = pipeline.flag_value(argv, "verifier")
-    with redirect_stdout(StringIO()):
+    with quiet():
         train_rl.train(config, verifier)
-    return [dict(num_tokens=r["num_tokens"], **{"eval/accuracy": r["eval/accuracy"]})
-            for r in read_metrics(config.run_dir) if "eval/accuracy" in r]
+    return [{k: r[k] for k in ("num_tokens", "eval/accuracy")} for r in evaluations(config.run_dir)]
 
 
 def table(rows):
@@ -95,7 +80,7 @@ def table(rows):
              "|---|---|---|---|---|---|---|---|"]
     for r in rows:
         at = [[accuracy_at(c, c[-1]["num_tokens"] * share) for c in r["curves"]] for share in (0, 0.5, 1)]
-        cells = [f"{mean(a):.3f} ({spread(a):.3f})" for a in at]
+        cells = [mean_sd(a) for a in at]
         tokens = mean(c[-1]["num_tokens"] for c in r["curves"]) / 1e3
         lines.append(f"| {NAMES[r['arm']]} | {r['prompts'] * 8} | {r['learning_rate']:g} | {tokens:.0f}k | {' | '.join(cells)} | "
                      f"{' '.join(f'{a:.2f}' for a in at[2])} |")
@@ -132,13 +117,13 @@ def main(argv=None):
                          eval_split="test", eval_steps=20)
     _, plan = pipeline.plan(rl, given={"steps", "eval_split", "eval_steps"})
     pipeline.run_jobs([j for j in plan if "/rl_" not in j[0]], cfg.workers or os.cpu_count() or 1, root / "logs")
-    arms, rows = [argv for label, _, argv in plan if label.endswith("/rl_pav")], []
+    arms, rows = [job for label, _, job in plan if label.endswith("/rl_pav")], []
     for prompts, lr, arm in itertools.product(cfg.prompts, cfg.learning_rates, NAMES):
         rows.append(dict(arm=arm, prompts=prompts, learning_rate=lr,
-                         curves=[reinforce(root, argv, arm, prompts, lr) for argv in arms]))
+                         curves=[reinforce(root, job, arm, prompts, lr) for job in arms]))
         print("  " + table(rows[-1:]).splitlines()[-1], flush=True)
     out, text = Path(cfg.out), table(rows)
-    keep_results(out, text, "countdown_exact.py", sys.argv[1:], cfg, rows)
+    write_results(out, text, " ".join(["countdown_exact", *(sys.argv[1:] if argv is None else argv)]), cfg, rows=rows)
     figure(rows, out / "curves.png")
     print_results(text, out)
 

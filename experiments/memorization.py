@@ -1,7 +1,7 @@
 """Does accuracy before memorization predict generalisation? (Kang et al. 2024, arXiv 2411.07681)
 
-    python experiments/memorization.py                            # own runs and curation: 33 minutes of one core
-    python experiments/memorization.py --published FILE.npz       # the authors' measurements, seconds
+    python -m experiments.memorization                            # own runs and curation: 33 minutes of one core
+    python -m experiments.memorization --published FILE.npz       # the authors' measurements, seconds
     -> docs/results/memorization/{published,runs,curation}.json, published.png, curves.png, table.md
 
 1. published  R^2 of mean pre-memorization accuracy against test accuracy (line y = x) on the arrays that the authors
@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import derive, write_json  # noqa: E402
-from papers.memorization import (  # noqa: E402
+import train_sft
+from experiments.toolkit import finish, mean_sd, print_results, pyplot, spread, together, verdict, write_results
+from infra.cli import UserError, opt, parse, script
+from infra.runs import derive, mean
+from model import load_model, resolve
+from papers.memorization import (
     choose_threshold,
     held_out_r_squared,
     load_run,
@@ -40,12 +40,13 @@ from papers.memorization import (  # noqa: E402
     r_squared,
     sampled_accuracy,
 )
-from model import load_model, resolve  # noqa: E402
-from report.figures import finish, machine, print_results, pyplot  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from tasks.files import get_task
+from tasks.worded import WORDING
 
 TAU = dict(gsm8k=-2.3, math=-1.7)  # the authors' thresholds: ln(nll)
 GRID = np.exp(np.arange(-4.0, 0.01, 0.1))  # nats a token
+ENOUGH = 50  # examples of a group, for the comparison of two groups within a run
+MATTERS = 0.1  # accuracy lost to a changed first line: what counts as not surviving it
 
 
 @dataclass
@@ -55,6 +56,8 @@ class Config:
     learning_rates: list = opt([1e-3, 3e-3], "peak learning rates", "runs")
     steps: list = opt([200, 500], "optimizer steps (batch 128)", "runs")
     seeds: int = opt(1, "seeds of each combination", "runs", low=1)
+    robustness: bool = opt(False, "of the runs, only what a changed first line costs their examples", "runs")
+    threshold: float = opt(0.0, "of --robustness, in nats a token (0: the best on these runs)", "runs", low=0)
     snapshots: int = opt(6, "a run", "runs", low=2)
     curation_seeds: int = opt(5, "seeds", "curation", low=1)
     curation_start: int = opt(500, "examples before", "curation", low=2)
@@ -119,28 +122,54 @@ def own_runs(cfg):
                 track_memorization=cfg.snapshots) for n, lr, steps, seed in grid]
 
 
-def robustness(configs, threshold):
-    """Accuracy from a first line with other wording, for examples of low (< 0.5) and of high final pre-memorization
-    accuracy that the finished model gets right when left alone. Pooled over runs; problems of one line are left out."""
-    drop = dict(low=[], high=[])
-    for c in configs:
-        task, run = get_task(c), load_run(c.run_dir)
-        model, tokenizer = load_model(resolve(c.run_dir))
-        problems = task.problems("train", run["accuracy"].shape[1], c.seed)
-        premem = pre_memorization(run["accuracy"], run["nll"], threshold)[-1]
-        keep = [i for i, p in enumerate(problems) if len(p.data[1]) > 1 and run["accuracy"][-1, i] == 1][:200]
-        if not keep:
-            continue
+def changed_wording(letters):
+    """The two meaningless letters of a line -> two others."""
+    return "".join(chr(ord("a") + (ord(x) - ord("a") + 4) % len(WORDING)) for x in letters)
+
+
+def after_first_line(config, threshold):
+    """One finished run -> what it costs its examples to go on from a first line in other letters, or None.
+
+    Examples: problems of several lines whose samples are all right at the end. Each is drawn four times from its own
+    first line and four times from the same line with both letters changed; the cost is the accuracy lost. low, high:
+    pre-memorization accuracy below 0.5, or not. The two are compared within a run, since runs differ in both."""
+    task, run = get_task(config), load_run(config.run_dir)
+    model, tokenizer = load_model(resolve(config.run_dir))
+    problems = task.problems("train", run["accuracy"].shape[1], config.seed)
+    premem = pre_memorization(run["accuracy"], run["nll"], threshold)[-1]
+    right = [i for i, p in enumerate(problems) if len(p.data[1]) > 1 and run["accuracy"][-1, i] == 1]
+    if not right:
+        return None
+
+    def accuracy(change):
         prompts = []
-        for i in keep:
-            line, old = problems[i].data[1][0], task.demonstration(problems[i], None, 0).split("\n")[0][-2:]
-            other = "".join(chr(ord("a") + (ord(x) - ord("a") + 4) % 8) for x in old)  # both letters changed
-            prompts.append(task.prompt_tokens(problems[i], tokenizer) + tokenizer.encode(f"{line}{other}\n"))
-        after = sampled_accuracy(model, tokenizer, task, prompts, [problems[i] for i in keep], 4, c.memorization_temperature,
-                                 task.max_new_tokens, derive(c.seed, "robustness"))
-        for i, a in zip(keep, after):
-            drop["low" if premem[i] < 0.5 else "high"].append(float(a))
-    return {k: dict(examples=len(v), accuracy=float(np.mean(v)) if v else None) for k, v in drop.items()}
+        for i in right:
+            letters = task.demonstration(problems[i], None, 0).split("\n")[0][-2:]
+            line = f"{problems[i].data[1][0]}{change(letters)}\n"
+            prompts.append(task.prompt_tokens(problems[i], tokenizer) + tokenizer.encode(line))
+        return sampled_accuracy(model, tokenizer, task, prompts, [problems[i] for i in right], 4,
+                                config.memorization_temperature, task.max_new_tokens, derive(config.seed, "robustness"))
+
+    unchanged, changed = accuracy(lambda letters: letters), accuracy(changed_wording)
+    groups = dict(low=premem[right] < 0.5, high=premem[right] >= 0.5)
+    found = {k: dict(examples=int(of.sum()), unchanged=unchanged[of], changed=changed[of]) for k, of in groups.items()}
+    return dict(run=Path(config.run_dir).name, train_accuracy=float(run["accuracy"][-1].mean()), premem=float(premem.mean()),
+                test=float(run["test"][-1]), **found)
+
+
+def group_numbers(group):
+    """{examples, unchanged [n], changed [n]} -> their means, the mean cost and its standard error over the examples."""
+    n = group["examples"]
+    cost = np.subtract(group["unchanged"], group["changed"])
+    return dict(examples=n, unchanged=float(np.mean(group["unchanged"])), changed=float(np.mean(group["changed"])),
+                cost=float(cost.mean()), error=float(cost.std(ddof=1) / n**0.5))
+
+
+def robustness(configs, threshold):
+    """-> a row for each run that has at least ENOUGH examples of low and of high pre-memorization accuracy."""
+    rows = [r for c in configs if (r := after_first_line(c, threshold))]
+    return [r | {k: group_numbers(r[k]) for k in ("low", "high")} for r in rows
+            if min(r["low"]["examples"], r["high"]["examples"]) >= ENOUGH]
 
 
 def curation(cfg, threshold):
@@ -157,9 +186,9 @@ def curation(cfg, threshold):
     return out
 
 
-def claim(command, says, measured, holds, fails_when=""):
-    """For README (experiments/claims.py)."""
-    return dict(paper="2411.07681", claim=says, measured=measured, holds=holds, command=command, fails_when=fails_when)
+def claim(results, says, measured, holds, fails_when=""):
+    return dict(paper="2411.07681", claim=says, measured=measured, holds=holds, command=results["command"],
+                fails_when=fails_when)
 
 
 def predicts(r):
@@ -169,41 +198,62 @@ def predicts(r):
     return True if better and r["held_out"]["median"] >= 0.8 else "partly" if better else False
 
 
-def published_claim(command, name, r):
-    good = [np.log(float(t)) for t, r2 in r["sensitivity"].items() if r2 >= 0.8]
-    return claim(command, f"pre-memorization accuracy predicts test accuracy (R^2 above 0.9; {name}, Llama-3-8B)",
-                 f"their arrays: R^2 {r['r2']:.3f} ({r['checkpoints']} checkpoints); threshold from half of the runs, scored "
-                 f"on the other: median {r['held_out']['median']:.3f} (10th percentile {r['held_out']['p10']:.3f}); training "
-                 f"accuracy {r['r2_train_accuracy']:.1f}", predicts(r),
-                 f"the threshold's logarithm is not within {min(good):.1f} to {max(good):.1f} (R^2 below 0.8)")
+def published_claims(results):
+    """Of published.json."""
+    found = []
+    for name in ("gsm8k", "math"):
+        r = results[name]
+        good = [np.log(float(t)) for t, r2 in r["sensitivity"].items() if r2 >= 0.8]
+        found.append(claim(
+            results, f"pre-memorization accuracy predicts test accuracy (R^2 above 0.9; {name}, Llama-3-8B)",
+            f"their arrays: R^2 {r['r2']:.3f} ({r['checkpoints']} checkpoints); threshold from half of the runs, scored on "
+            f"the other: median {r['held_out']['median']:.3f} (10th percentile {r['held_out']['p10']:.3f}); training accuracy "
+            f"{r['r2_train_accuracy']:.1f}", predicts(r),
+            f"the threshold's logarithm is not within {min(good):.1f} to {max(good):.1f} (R^2 below 0.8)"))
+    return found
 
 
-def run_claims(command, r):
-    low, high = r["robustness"]["low"], r["robustness"]["high"]
-    said = [claim(command, "pre-memorization accuracy predicts test accuracy, training accuracy does not",
+def runs_claims(results):
+    """Of runs.json."""
+    r = results
+    return [claim(results, "pre-memorization accuracy predicts test accuracy, training accuracy does not",
                   f"{r['runs']} runs of our own: R^2 {r['r2']:.3f}, held out {r['held_out']['median']:.3f} (10th percentile "
                   f"{r['held_out']['p10']:.3f}); training accuracy {r['r2_train_accuracy']:.2f}", predicts(r))]
-    if low["examples"] and high["examples"]:
-        said.append(claim(
-            command, "examples that were learned before they were memorised survive a changed prompt, the others do not",
-            f"right when left alone, and still right from a first line in other letters: {high['accuracy']:.2f} of "
-            f"{high['examples']} with high pre-memorization accuracy, {low['accuracy']:.2f} of {low['examples']} with low "
-            "(pooled over the runs, no spread)", high["accuracy"] - low["accuracy"] > 0.1))
-    return said
 
 
-def curation_claim(command, more):
-    """Curated against iid data at equal size, differences paired by seed."""
+def robustness_claims(results):
+    """Of robustness.json. What the change costs examples of low minus what it costs those of high pre-memorization
+    accuracy, within each run; two standard errors over the runs, or of one run over its examples, on either side of
+    MATTERS decide."""
+    rows = results["rows"]
+    if not rows:
+        return []
+    extra = [r["low"]["cost"] - r["high"]["cost"] for r in rows]
+    error = spread(extra) / len(extra) ** 0.5 if len(rows) > 1 else (rows[0]["low"]["error"] ** 2 + rows[0]["high"]["error"] ** 2) ** 0.5
+    above, below = mean(extra) - 2 * error > MATTERS, mean(extra) + 2 * error < MATTERS
+    show = lambda k: (f"{mean(r[k]['changed'] for r in rows):.3f} (own letters: {mean(r[k]['unchanged'] for r in rows):.3f}; "  # noqa: E731
+                      f"{sum(r[k]['examples'] for r in rows)} examples)")
+    return [claim(
+        results, "examples that were learned before they were memorised survive a changed prompt, the others do not",
+        f"within {'one run' if len(rows) == 1 else f'each of {len(rows)} runs'}, still right from a first line in other letters: "
+        f"high pre-memorization accuracy {show('high')}, low {show('low')}; the change costs low ones {mean(extra):+.3f} more "
+        f"(standard error over {'examples' if len(rows) == 1 else 'runs'} {error:.3f}; {MATTERS} would count)",
+        True if above else False if below else "open",
+        "only where runs are pooled do the two groups differ (runs.json): those that recite have most of the low examples and "
+        "lose most, which is a difference between runs and not between examples")]
+
+
+def curation_claims(results):
+    """Of curation.json. Curated against iid data at equal size, differences paired by seed."""
+    more = results["test_accuracy"]
     sizes = [n for n in more if "iid" in more[n]]
-    gains = {by: [np.subtract(more[n][by], more[n]["iid"]) for n in sizes] for by in ("premem", "nll", "accuracy")}
-    show = lambda d: ", ".join(f"{x.mean():+.3f} ({x.std(ddof=1) if len(x) > 1 else 0:.3f})" for x in d)  # noqa: E731
-    sure = [x.mean() > 2 * x.std(ddof=1) / len(x) ** 0.5 for x in gains["premem"] if len(x) > 1]
-    best = all(gains["premem"][i].mean() >= gains[by][i].mean() for by in gains for i in range(len(sizes)))
-    return claim(command, "problems like those of low pre-memorization accuracy are worth 1.5 to 2 times iid ones",
-                 f"test accuracy minus iid at {', '.join(sizes)} examples: {show(gains['premem'])}; chosen by nll "
-                 f"{show(gains['nll'])}, by training accuracy {show(gains['accuracy'])} ({len(gains['premem'][0])} seeds, sd)",
-                 True if all(sure) and best else "partly" if any(sure) else False,
-                 "" if best else "another measure of difficulty does as well or better")
+    gains = {by: [np.subtract(more[n][by], more[n]["iid"]).tolist() for n in sizes] for by in ("premem", "nll", "accuracy")}
+    show = lambda d: ", ".join(mean_sd(x, signed=True) for x in d)  # noqa: E731
+    best = all(mean(gains["premem"][i]) >= mean(gains[by][i]) for by in gains for i in range(len(sizes)))
+    return [claim(results, "problems like those of low pre-memorization accuracy are worth 1.5 to 2 times iid ones",
+                  f"test accuracy minus iid at {', '.join(sizes)} examples: {show(gains['premem'])}; chosen by nll "
+                  f"{show(gains['nll'])}, by training accuracy {show(gains['accuracy'])} ({len(gains['premem'][0])} seeds, sd)",
+                  together(verdict(x) for x in gains["premem"]), "" if best else "another measure of difficulty does as well or better")]
 
 
 def scatter(path, panels, title, more=None):
@@ -252,41 +302,72 @@ def minutes(cfg):
     return sum(json.loads(p.read_text())["seconds"] for p in Path(cfg.run_dir).glob("*/summary.json")) / 60
 
 
-def main():
-    cfg, out = parse(Config, None, __doc__), None
+def published_part(cfg, out):
+    panels = {name: judge(runs, fixed=float(np.exp(TAU[name]))) for name, runs in published(cfg.published).items()}
+    text = HEAD + "\n".join(row(k, v) for k, v in panels.items())
+    write_results(out, text, "memorization --published FILE.npz", cfg, published_claims, "published", **plain(panels))
+    scatter(out / "published.png", panels, "Llama-3-8B, the authors' measurements")
+    print(text)
+
+
+def runs_part(cfg, out, configs, name):
+    """-> the R^2 of our own runs; runs.json."""
+    result = judge([load_run(c.run_dir) for c in configs])
+    text = HEAD + row("worded", result)
+    write_results(out, text, name, cfg, runs_claims, "runs", **plain(result))
+    return result, text
+
+
+def robustness_part(cfg, out, configs, threshold, name):
+    """-> robustness.json, a row a run."""
+    rows = robustness(configs, threshold)
+    lines = ["| run | train accuracy | pre-mem. | test | examples | of them | own first line | other letters | cost (standard error) |",
+             "|---" * 9 + "|"]
+    for r in rows:
+        for k in ("low", "high"):
+            g = r[k]
+            lines.append(f"| {r['run']} | {r['train_accuracy']:.2f} | {r['premem']:.2f} | {r['test']:.2f} | {k} | {g['examples']} | "
+                         f"{g['unchanged']:.3f} | {g['changed']:.3f} | {g['cost']:.3f} ({g['error']:.3f}) |")
+    text = "\n".join(lines)
+    write_results(out, text, name, cfg, robustness_claims, "robustness", threshold=float(threshold), rows=plain(rows))
+    return text
+
+
+def curation_part(cfg, out, threshold, name):
+    """-> {size: {by: [accuracy a seed]}}; curation.json."""
+    more = curation(cfg, float(threshold))
+    lines = ["| examples | chosen by | test accuracy, mean (sd over seeds) | better than iid, seeds |", "|---|---|---|---|"]
+    for n, arms in sorted(more.items(), key=lambda x: int(x[0])):
+        for by, a in arms.items():
+            wins = f"{sum(x > y for x, y in zip(a, arms['iid']))} of {len(a)}" if "iid" in arms and by != "iid" else ""
+            lines.append(f"| {n} | {by} | {mean_sd(a)} | {wins} |")
+    text = "\n".join(lines)
+    write_results(out, text, name, cfg, curation_claims, "curation", threshold=float(threshold), minutes=minutes(cfg),
+                  test_accuracy=plain(more))
+    return more, text
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
     out = Path(cfg.out if not cfg.smoke else f"{cfg.run_dir}_smoke/results")
-    out.mkdir(parents=True, exist_ok=True)
-    argv = " ".join(sys.argv[1:]).replace(cfg.published or "\0", "FILE.npz")
-    command = f"python experiments/memorization.py {argv}".strip()
     if cfg.published:
-        panels = {name: judge(runs, fixed=float(np.exp(TAU[name]))) for name, runs in published(cfg.published).items()}
-        found = [published_claim(command, name, r) for name, r in panels.items()]
-        write_json(out / "published.json", plain(dict(command=command, claims=found) | panels))
-        scatter(out / "published.png", panels, "Llama-3-8B, the authors' measurements")
-        (out / "published.md").write_text(HEAD + "\n".join(row(k, v) for k, v in panels.items()) + "\n")
-        print((out / "published.md").read_text())
+        published_part(cfg, out)
         return
+    name = " ".join(["memorization", *(sys.argv[1:] if argv is None else argv)])
     if cfg.smoke:
         cfg.run_dir += "_smoke"
         cfg.sizes, cfg.learning_rates, cfg.steps, cfg.seeds, cfg.snapshots = [32, 64], [3e-3], [4], 2, 2
         cfg.curation_seeds, cfg.curation_start, cfg.curation_sizes, cfg.curation_steps = 1, 32, [48], 4
     configs = own_runs(cfg)
-    result = judge([load_run(c.run_dir) for c in configs])
-    result["robustness"] = robustness(configs, result["threshold"])
-    record = dict(command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg))
-    write_json(out / "runs.json", plain(record | dict(claims=run_claims(command, result)) | result))
-    more = curation(cfg, float(result["threshold"]))
+    if cfg.robustness:
+        threshold = cfg.threshold or choose_threshold([load_run(c.run_dir) for c in configs], GRID)
+        print(robustness_part(cfg, out, configs, threshold, name))
+        return
+    result, text = runs_part(cfg, out, configs, name)
+    tables = [text, robustness_part(cfg, out, configs, result["threshold"], name)]
+    more, text = curation_part(cfg, out, result["threshold"], name)
     scatter(out / "curves.png", {"--task worded, our own runs": result}, "left: each point one snapshot of one run", more)
-    write_json(out / "curation.json", plain(record | dict(claims=[curation_claim(command, more)], threshold=result["threshold"],
-                                                          minutes=minutes(cfg), test_accuracy=more)))
-    lines = [HEAD + row("worded", result), "", f"From a first line in other words, right: {result['robustness']}", "",
-             "| examples | chosen by | test accuracy, mean (sd over seeds) | better than iid, seeds |", "|---|---|---|---|"]
-    for n, arms in sorted(more.items(), key=lambda x: int(x[0])):
-        for by, a in arms.items():
-            wins = f"{sum(x > y for x, y in zip(a, arms['iid']))} of {len(a)}" if "iid" in arms and by != "iid" else ""
-            lines.append(f"| {n} | {by} | {np.mean(a):.3f} ({np.std(a, ddof=1) if len(a) > 1 else 0:.3f}) | {wins} |")
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    print_results("\n".join(lines), out, figure="curves", numbers="runs.json, curation")
+    print_results("\n\n".join([*tables, text]), out, figure="curves", numbers="runs.json, robustness.json, curation")
 
 
 if __name__ == "__main__":

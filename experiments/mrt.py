@@ -1,7 +1,7 @@
 """Meta reinforcement fine-tuning against outcome rewards: what is the answer worth when the thinking is stopped early?
 
-    python experiments/mrt.py              # about 20 minutes of one core; --no-tune 15
-    python experiments/mrt.py --smoke      # the same road in 20 seconds
+    python -m experiments.mrt              # about 20 minutes of one core; --no-tune 15
+    python -m experiments.mrt --smoke      # the same road in 20 seconds
     -> docs/results/mrt/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2025, arXiv 2503.07572): rewarding the progress of each episode beside the outcome gives the same
@@ -13,7 +13,8 @@ or better accuracy, lower regret, and 1.5 times the token efficiency of outcome-
     outcome_long   the same for three times the steps: about as many sampled tokens as MRT with its meta-prover's. Not tuned.
     length         a right solution of n tokens earns 1 - lambda * n / limit: the plain way to shorter thinking
     mrt            progress of each episode, credited to its own tokens (train_rl.py --reward mrt)
-    mrt_scalar     one number for all that follows a random cut, as in the paper
+    mrt_scalar     one number for all that follows a random cut. On-policy that is the outcome with another baseline, so this
+                   arm cannot tell the paper's RL form from outcome-only: it shows the noise between two runs of one objective
     star           the STaR form (mrt.py): as many solutions in three rounds
 
 All arms of a seed start from one base policy and sample equally many solutions (outcome_long: three times as many). Four
@@ -34,33 +35,40 @@ Runs stay in runs/mrt: killed, the same command goes on. --only 3 4 builds these
 """
 
 import itertools
-import json
-import sys
 import time
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
-import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from papers import mrt  # noqa: E402
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from model import load_model  # noqa: E402
-from report.figures import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+import train_rl
+import train_sft
+from experiments.toolkit import (
+    COLOURS,
+    TUNING,
+    cached,
+    cpu_seconds,
+    finish,
+    mean_sd,
+    print_results,
+    pyplot,
+    spread,
+    together,
+    verdict,
+    with_sd,
+    write_results,
+)
+from infra.cli import opt, parse, script
+from infra.runs import mean
+from model import load_model
+from papers import mrt
+from tasks.files import get_task
 
 NAMES = {"base": "base (SFT)", "outcome": "outcome only", "outcome_long": "outcome only, 3x the steps",
          "length": "outcome, length penalty", "mrt": "MRT, per episode", "mrt_scalar": "MRT, scalar after a random cut",
          "star": "MRT (STaR)"}
 COLOUR = {"base": "#aaaaaa", "outcome": COLOURS["outcome"], "outcome_long": COLOURS["outcome-long"], "length": "#E69F00",
           "mrt": COLOURS["mrt"], "mrt_scalar": "#56B4E9", "star": "#009E73"}
-TUNING = 1000  # this seed chooses settings, on val; those below are reported, on test
 LONG = 3
 COMMON = {"outcome": dict(learning_rate=1e-3), "outcome_long": dict(learning_rate=1e-3), "base": {},
           "length": dict(learning_rate=1e-3, length_penalty=0.3), "mrt": dict(learning_rate=1e-3, alpha=1.0),
@@ -92,23 +100,22 @@ class Config:
 # Runs: a directory each, its measurement beside it.
 
 
-def measured(cfg, run, seed, train, config, limit=0):
+def trained(cfg, run, seed, train, config, limit=0):
     """Train (or find) one run -> its measurement on val (tuning) or test, tokens sampled and processor seconds."""
-    path = Path(run) / f"measured{limit or ''}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    clock = time.process_time()
-    with redirect_stdout(StringIO()):
+
+    def make():
+        clock = time.process_time()
         summary = train(config)
+        spent = time.process_time() - clock
         model, tokenizer = load_model(run)
-    spent = time.process_time() - clock
-    task = get_task("probe")
-    problems = task.problems("val" if seed == TUNING else "test", cfg.test_problems, 0)
-    row = mrt.measure(model, tokenizer, task, problems, mrt.Config(task="probe", max_completion_length=limit, mu_samples=4), 0)
-    row |= dict(train_tokens=summary.get("num_tokens", 0), mu_tokens=summary.get("mrt_tokens", summary.get("mu_tokens", 0)),
-                train_seconds=round(spent, 1), cpu_seconds=round(time.process_time() - clock, 1))
-    write_json(path, row)
-    return row
+        task = get_task("probe")
+        problems = task.problems("val" if seed == TUNING else "test", cfg.test_problems, 0)
+        options = mrt.Config(task="probe", max_completion_length=limit, mu_samples=4)
+        row = mrt.measure(model, tokenizer, task, problems, options, 0)
+        mu_tokens = summary.get("mrt_tokens", summary.get("mu_tokens", 0))
+        return row | dict(train_tokens=summary.get("num_tokens", 0), mu_tokens=mu_tokens, train_seconds=round(spent, 1))
+
+    return cached(Path(run) / f"measured{limit or ''}.json", make)
 
 
 def run_arm(cfg, root, name, seed, setting, limit=0, strength=-1.0):
@@ -121,16 +128,16 @@ def run_arm(cfg, root, name, seed, setting, limit=0, strength=-1.0):
         config = train_sft.Config(**shared, run_dir=str(base), steps=cfg.sft_steps, batch_size=64, strength=strength,
                                   num_examples=min(20000, 64 * cfg.sft_steps), learning_rate=4e-3, save_steps=10**6,
                                   eval_problems=32)
-        return measured(cfg, base, seed, train_sft.train, config, limit)
+        return trained(cfg, base, seed, train_sft.train, config, limit)
     run = home / name / "_".join([f"{k}{v:g}" for k, v in setting.items()] + ["short"] * bool(limit))
     shared |= dict(policy=str(base), run_dir=str(run), max_completion_length=limit, num_generations=4, eval_problems=8) | setting
     if name == "star":
         config = mrt.Config(**shared, rounds=cfg.star_rounds, num_prompts=cfg.rl_steps * cfg.num_prompts // cfg.star_rounds)
-        return measured(cfg, run, seed, mrt.train, config, limit)
+        return trained(cfg, run, seed, mrt.train, config, limit)
     shared |= dict(mrt=dict(reward="mrt"), mrt_scalar=dict(reward="mrt", mrt_credit="scalar")).get(name, dict(reward="outcome"))
     steps = cfg.rl_steps * (LONG if name == "outcome_long" else 1)
     config = train_rl.Config(**shared, num_prompts=cfg.num_prompts, steps=steps, eval_steps=steps, save_steps=10**6)
-    return measured(cfg, run, seed, train_rl.train, config, limit)
+    return trained(cfg, run, seed, train_rl.train, config, limit)
 
 
 def grids(cfg):
@@ -193,49 +200,66 @@ def table(rows, best):
     for name, r in rows.items():
         setting = ", ".join(f"{k.replace('learning_rate', 'lr')} {v:g}" for k, v in best[name].items())
         n = len(r["curve"]) - 1
-        gain = "" if name == "outcome" else f"{r['gain']:+.3f} ({r['gain_sd']:.3f})"
-        factor = f"{r['efficiency']:.2f} ({r['efficiency_sd']:.2f})" if r["efficiency"] else "not reached"
+        gain = "" if name == "outcome" else with_sd(r["gain"], r["gain_sd"], signed=True)
+        factor = with_sd(r["efficiency"], r["efficiency_sd"], 2) if r["efficiency"] else "not reached"
         if None in r["efficiency_per_seed"] and r["efficiency"]:
             factor += f", {r['efficiency_per_seed'].count(None)} seeds not reached"
-        lines.append(f"| {NAMES[name]} | {setting} | {r['accuracy']:.3f} ({r['accuracy_sd']:.3f}) | {r['tokens']:.1f} | "
-                     f"{r['curve'][n // 4]:.3f} | {r['curve'][n // 2]:.3f} | {r['regret']:.3f} ({r['regret_sd']:.3f}) | "
+        lines.append(f"| {NAMES[name]} | {setting} | {with_sd(r['accuracy'], r['accuracy_sd'])} | {r['tokens']:.1f} | "
+                     f"{r['curve'][n // 4]:.3f} | {r['curve'][n // 2]:.3f} | {with_sd(r['regret'], r['regret_sd'])} | "
                      f"{r['regret_exact']:.3f} | {gain} | {factor} | {r['train_tokens'] / 1e3:.0f}k | "
                      f"{r['mu_tokens'] / 1e3:.0f}k |")
     return "\n".join(lines)
 
 
-def claims(rows, regimes, seeds, tuned):
-    """For README's table. Holds: regret and tokens both better than outcome-only's by more than one sd of the paired
-    differences; "partly" if a plainer rival (length penalty, more steps) is within that."""
+def claims_of(results):
+    """Regret and token efficiency both better than outcome-only's, and regret better than the plainer rivals' (the length
+    penalty, more steps of outcome-only): a rival that is not shown to be worse makes it "partly"."""
+    rows, seeds = results["rows"], results["settings"]["seeds"]
+    return [dict(paper="2503.07572", command=results["command"]) | c
+            for c in (regret_claim(results, rows, seeds), scalar_claim(rows, seeds))]
+
+
+def regret_claim(results, rows, seeds):
     m, o = rows["mrt"], rows["outcome"]
-    sure = lambda gain, sd: gain > sd  # noqa: E731
-    better = sure(m["gain"], m["gain_sd"]) and m["efficiency"] and sure(m["efficiency"] - 1, m["efficiency_sd"])
-    rivals = {n: [a - b for a, b in zip(rows[n]["regret_per_seed"], m["regret_per_seed"])] for n in ("length", "outcome_long")}
-    close = [NAMES[n] for n, d in rivals.items() if not sure(mean(d), spread(d))]
-    efficiency = f"{m['efficiency']:.2f} (sd {m['efficiency_sd']:.2f})" if m["efficiency"] else "undefined"
-    gains = {n: f"{r['mrt']['gain']:+.3f} (sd {r['mrt']['gain_sd']:.3f})" for n, r in regimes.items()}
-    scalar = rows["mrt_scalar"]
-    return [dict(
-        paper="2503.07572", claim="MRT has lower cumulative regret than outcome-reward RL and 1.5 times its token efficiency.",
-        measured=f"Regret {m['regret']:.3f} (sd {m['regret_sd']:.3f}) against {o['regret']:.3f} ({o['regret_sd']:.3f}), accuracy "
-                 f"{m['accuracy']:.3f} against {o['accuracy']:.3f}, token efficiency {efficiency}, {seeds} seeds, "
-                 f"{'four settings an arm tried' if tuned else 'no arm tuned'}; regret of the length penalty "
-                 f"{rows['length']['regret']:.3f}, of outcome-only for {LONG} times the steps "
-                 f"{rows['outcome_long']['regret']:.3f}"
-                 + (f". Within the spread of MRT: {', '.join(close)}." if close else "."),
-        holds=False if not better else "partly" if close else True, command="python experiments/mrt.py",
+    less = lambda name: [a - b for a, b in zip(rows[name]["regret_per_seed"], m["regret_per_seed"])]  # noqa: E731
+    rivals = {name: less(name) for name in ("length", "outcome_long")}
+    reached = [e for e in m["efficiency_per_seed"] if e is not None]
+    judged = [verdict(less("outcome")), verdict(reached, 1.0), *(verdict(d) for d in rivals.values())]
+    not_shown = [f"{NAMES[n]} ({mean_sd(d, signed=True)}, MRT ahead on {sum(x > 0 for x in d)} of {len(d)} seeds)"
+                 for n, d in rivals.items() if verdict(d) is not True]
+    efficiency = f"{mean_sd(reached, 2)}, per seed {' '.join(f'{e:.2f}' for e in reached)}" if reached else "undefined"
+    worst = min(range(seeds), key=lambda i: o["accuracy_per_seed"][i])
+    gains = {n: with_sd(results[n]["mrt"]["gain"], results[n]["mrt"]["gain_sd"], signed=True) for n in ("short", "brisk") if n in results}
+    return dict(
+        claim="MRT has lower cumulative regret than outcome-reward RL and 1.5 times its token efficiency.",
+        measured=f"Regret {with_sd(m['regret'], m['regret_sd'])} against {with_sd(o['regret'], o['regret_sd'])}, paired "
+                 f"{mean_sd(less('outcome'), signed=True)}; accuracy {m['accuracy']:.3f} against {o['accuracy']:.3f}; token "
+                 f"efficiency {efficiency} ({seeds} seeds, sd, "
+                 f"{'four settings an arm tried' if results['settings']['tune'] else 'no arm tuned'}; on seed {worst} outcome-only "
+                 f"ends at {o['accuracy_per_seed'][worst]:.3f}, which makes both spreads). Regret of the length penalty "
+                 f"{rows['length']['regret']:.3f}, of outcome-only for {LONG} times the steps {rows['outcome_long']['regret']:.3f}"
+                 + (f"; not shown to be worse than MRT: {', '.join(not_shown)}." if not_shown else "."),
+        holds=together(judged),
         fails_when=f"Less is gained under a limit of {SHORT} tokens (regret lower by {gains['short']}, paired)"
                    + (f" and from a base policy that idles nowhere ({gains.get('brisk')})" * ("brisk" in gains))
                    + f"; the STaR form does not reach it ({rows['star']['regret']:.3f}); mu samples "
-                   f"{m['mu_tokens'] / m['train_tokens']:.1f} times the policy's own tokens."), dict(
-        paper="2503.07572",
+                   f"{m['mu_tokens'] / max(1, m['train_tokens']):.1f} times the policy's tokens.")
+
+
+def scalar_claim(rows, seeds):
+    """Not tested: what all tokens after the cut are paid, R - J(cut), is the outcome minus a number that they cannot
+    change, a baseline. Its expected gradient is the outcome's, whatever J."""
+    scalar, o, m = rows["mrt_scalar"], rows["outcome"], rows["mrt"]
+    return dict(
         claim="The RL form, one progress bonus for all that follows a cut, beats GRPO (AIME 2024: 47.2 against 44.5).",
-        measured=f"On-policy reading of it: regret {scalar['regret']:.3f} (sd {scalar['regret_sd']:.3f}), against outcome-only's "
-                 f"{o['regret']:.3f}, paired gain {scalar['gain']:+.3f} (sd {scalar['gain_sd']:.3f}), {seeds} seeds; per episode "
-                 f"{m['gain']:+.3f} ({m['gain_sd']:.3f}).",
-        holds=sure(scalar["gain"], scalar["gain_sd"]), command="python experiments/mrt.py",
-        fails_when="The outcome is nearly always right: one number then says little of which episode was useful."
-                   if not sure(scalar["gain"], scalar["gain_sd"]) else "")]
+        measured=f"Our on-policy reading of it pays R - J(cut) to every token after the cut: the outcome with another baseline, "
+                 f"and so the outcome's expected gradient. What was measured is noise of one objective run twice: regret "
+                 f"{with_sd(scalar['regret'], scalar['regret_sd'])}, outcome-only {o['regret']:.3f}, paired gain "
+                 f"{with_sd(scalar['gain'], scalar['gain_sd'], signed=True)}, {seeds} seeds; credited per episode "
+                 f"{with_sd(m['gain'], m['gain_sd'], signed=True)}.",
+        holds="not tested",
+        fails_when="What the paper adds is left out here: terminated rollouts in the same group, normalised together with the "
+                   "continued ones.")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -280,24 +304,20 @@ def figure(rows, regimes, path):
 def write(cfg, root, best, tried, runs):
     """runs: {regime: {arm: rows, one a seed}}."""
     out = root / "results" if cfg.smoke else Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    regimes = {name: summarise(found) for name, found in runs.items()}
+    regimes = {name: summarise(group) for name, group in runs.items()}
     rows = regimes.pop("")
     limit = int(rows["base"]["budget"])
     titles = [f"Limit of {limit} tokens (20 episodes), {cfg.seeds} seeds, {cfg.test_problems} test problems:",
               f"Limit of {SHORT} tokens (7 episodes), same settings:",
               f"Base policy that tests something new in every episode (strength 1), same settings, {cfg.brisk_seeds} seeds:"]
-    tables = [t for title, r in zip(titles, (rows, *regimes.values())) for t in (title, table(r, best))]
-    (out / "table.md").write_text("\n\n".join(tables) + "\n")
-    seconds = sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("seed*/**/measured*.json"))
-    write_json(out / "results.json", dict(
-        command="python experiments/mrt.py" + " --smoke" * cfg.smoke, machine=machine(), torch=torch.__version__,
-        claims=claims(rows, regimes, cfg.seeds, cfg.tune), settings=vars(cfg),
-        regret="1 - area under J(tokens) / limit; comparator 1; linear between episode ends",
-        chosen=best, rows=rows, **regimes, tuning=tried, cpu_seconds=round(seconds),
-        details={n: [{k: v for k, v in r.items() if "curve" not in k} for r in rs] for n, rs in runs[""].items()}))
+    text = "\n\n".join(t for title, r in zip(titles, (rows, *regimes.values())) for t in (title, table(r, best)))
+    details = {n: [{k: v for k, v in r.items() if "curve" not in k} for r in rs] for n, rs in runs[""].items()}
+    seconds = cpu_seconds(root.glob("seed*/**/measured*.json"))
+    write_results(out, text, "mrt" + " --smoke" * cfg.smoke, cfg, claims_of, chosen=best, rows=rows, **regimes, tuning=tried,
+                  regret="1 - area under J(tokens) / limit; comparator 1; linear between episode ends",
+                  cpu_seconds=seconds, details=details)
     figure(rows, regimes, out / "curves.png")
-    print_results("\n\n".join(tables), out, seconds)
+    print_results(text, out, seconds)
 
 
 def main(argv=None):

@@ -1,7 +1,7 @@
 """What wrong solutions are worth: accuracy against the number of training problems, with and without negatives.
 
-    python experiments/negatives.py              # about 20 minutes of one core
-    python experiments/negatives.py --smoke      # the same road in under a minute
+    python -m experiments.negatives              # about 20 minutes of one core
+    python -m experiments.negatives --smoke      # the same road in under a minute
     -> docs/results/negatives/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's own right solutions
@@ -30,35 +30,41 @@ Runs, with their samples, stay in runs/negatives: killed, the same command goes 
 """
 
 import itertools
-import json
 import math
 import shutil
-import sys
-import time
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from papers import train_dpo  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from model import load_model  # noqa: E402
-from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from sample import generate  # noqa: E402
-from tasks.files import get_task  # noqa: E402
-from papers.train_dpo import load_pairs  # noqa: E402
+import train_sft
+from experiments.toolkit import (
+    METHOD_COLOURS,
+    TUNING,
+    cached,
+    cpu_seconds,
+    finish,
+    mean_sd,
+    opposite,
+    print_results,
+    pyplot,
+    spread,
+    together,
+    verdict,
+    with_sd,
+    write_results,
+)
+from infra.cli import UserError, opt, parse, script
+from infra.runs import mean
+from model import load_model
+from papers import train_dpo
+from papers.train_dpo import load_pairs
+from sample import generate
+from tasks.files import get_task
 
 NAMES = {"sft": "SFT", "rft": "RFT", "dpo_per_step": "per-step DPO",
          "dpo_whole": "whole-solution DPO", "dpo_random_cut": "DPO, cut at random (control)"}
 DPO = {"dpo_per_step": dict(pairs="per_step"), "dpo_whole": dict(pairs="whole"), "dpo_random_cut": dict(pairs="random")}
 UNTUNED = ("dpo_random_cut",)  # takes the setting of dpo_per_step
 TINY = dict(threads=1, device="cpu", save_steps=10**6, eval_problems=32)  # the scripts' own last evaluation is not used
-TUNING = 1000  # seeds from here on choose settings, on val; those below are reported, on test
 SAMPLING = dict(num_generations=16, slots=1024)
 
 
@@ -92,22 +98,19 @@ def accuracy(run, task, split, n, temperature=0.0):
     return mean(task.grade(p, t) for p, t in zip(problems, texts)), mean(first)
 
 
-def measured(run, cfg, train, config):
+def trained(run, cfg, train, config):
     """Train (or find) one run -> its numbers: greedy accuracy on val (tuning seeds) or test, sampled accuracy, counts."""
-    run, path = Path(run), Path(run) / "accuracy.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    clock = time.process_time()
-    with redirect_stdout(StringIO()):
+
+    def make():
         summary = train(config)
-    task, row, split = get_task(config), {}, "val" if config.seed >= TUNING else "test"
-    row[split], row["first"] = accuracy(run, task, split, cfg.test_problems)
-    if split == "test":
-        row["test_sampled"], _ = accuracy(run, task, split, cfg.test_problems, temperature=1.0)
-    row |= {k: v for k, v in summary.items() if k not in ("accuracy", "clipped_ratio")}
-    row["cpu_seconds"] = round(time.process_time() - clock, 1)
-    write_json(path, row)
-    return row
+        task, split = get_task(config), "val" if config.seed >= TUNING else "test"
+        solved, first = accuracy(run, task, split, cfg.test_problems)
+        row = {split: solved, "first": first}
+        if split == "test":
+            row["test_sampled"], _ = accuracy(run, task, split, cfg.test_problems, temperature=1.0)
+        return row | {k: v for k, v in summary.items() if k not in ("accuracy", "clipped_ratio")}
+
+    return cached(Path(run) / "accuracy.json", make)
 
 
 def borrow(run, other, pairs=False):
@@ -149,7 +152,7 @@ class Arm:
         tail = Path(self.name) / "_".join(f"{k}{v:g}" for k, v in setting.items() if k != "policy")
         if self.name == "sft":
             run = self.home / tail
-            return measured(run, self.cfg, train_sft.train, sft_config(self.task, self.size, self.seed, run, **more)), run
+            return trained(run, self.cfg, train_sft.train, sft_config(self.task, self.size, self.seed, run, **more)), run
         sft = Arm(self.cfg, self.task, "sft", self.size, self.seed, self.home, self.strength)
         _, policy = sft.run(dict(steps=setting["policy"]))
         home = self.home / f"policy{setting['policy']}"
@@ -163,10 +166,10 @@ class Arm:
         if self.name == "rft":
             config = sft_config(self.task, self.size, self.seed, run, rft=True, policy=str(policy),
                                 num_generations=SAMPLING["num_generations"], shard_problems=200, **more)
-            return measured(run, self.cfg, train_sft.train, config), run
+            return trained(run, self.cfg, train_sft.train, config), run
         more |= dict(max_steps=self.cfg.dpo_steps)
         config = dpo_config(self.task, self.size, self.seed, run, policy, **DPO[self.name], **more)
-        return measured(run, self.cfg, train_dpo.train, config), run
+        return trained(run, self.cfg, train_dpo.train, config), run
 
 
 def steps_of(epochs, size):
@@ -278,38 +281,41 @@ def chain_summary(results, sizes):
     return rows
 
 
-def verdict(differences):
-    """differences: one list of paired differences (over seeds) a size -> True if each mean is above two standard errors,
-    False if none is, else "partly"."""
-    above = [mean(d) > 2 * spread(d) / len(d) ** 0.5 for d in differences]
-    return True if all(above) else "partly" if any(above) else False
-
-
-def chain_claims(rows, sizes, seeds):
-    """What the paper says against the rows of chain_summary, for README (experiments/claims.py)."""
+def claims_of(results):
+    """What the paper says against the rows of chain_summary."""
+    rows, sizes, seeds = results["rows"], results["settings"]["sizes"], results["settings"]["seeds"]
     at = {(r["size"], r["method"]): r for r in rows}
     minus = lambda a, b: [[x - y for x, y in zip(at[s, a]["per_seed"], at[s, b]["per_seed"])] for s in sizes]  # noqa: E731
-    show = lambda d: ", ".join(f"{mean(x):+.3f} ({spread(x):.3f})" for x in d)  # noqa: E731
+    over_policy = lambda a: [[x - y for x, y in zip(at[s, a]["per_seed"], at[s, a]["policy_per_seed"])] for s in sizes]  # noqa: E731
+    show = lambda d: ", ".join(mean_sd(x, signed=True) for x in d)  # noqa: E731
+    judged = lambda d: together(verdict(x) for x in d)  # noqa: E731
     over = f"at {', '.join(map(str, sizes))} problems"
-    shared = dict(paper="2406.14532", command="python experiments/negatives.py")
+    shared = dict(paper="2406.14532", command=results["command"])
     found = []
     for name, says in (("rft", "RFT on a policy's own right solutions is worth 2 times the problems of SFT"),
                        ("dpo_per_step", "per-step DPO on its wrong ones is worth 8 times the problems of SFT")):
         factors = [at[s, name]["worth"] for s in sizes]
         words = ", ".join("off SFT's curve" if f is None else f"{f:.2f}" for f in factors)
         found.append(shared | dict(
-            claim=says, holds=verdict(minus(name, "sft")),
+            claim=says, holds=judged(minus(name, "sft")),
             measured=f"{over}, minus SFT with as many epochs as help it: {show(minus(name, 'sft'))}; worth {words} times the "
                      f"problems (chain, greedy accuracy, {seeds} seeds, sd of the paired differences in brackets)",
             fails_when="SFT may train as long as it helps (the longest of its grid won at every size): on this task that alone "
                        "goes further, and leaves hardly a wrong sample to learn from"))
-    policy = [[x - y for x, y in zip(at[s, "dpo_per_step"]["per_seed"], at[s, "dpo_per_step"]["policy_per_seed"])] for s in sizes]
+    policy, rival = over_policy("dpo_per_step"), minus("dpo_per_step", "dpo_whole")
     found.append(shared | dict(
-        claim="negatives cut at the first pit improve the policy they were sampled from; whole negatives do not",
-        holds=verdict(policy + minus("dpo_per_step", "dpo_whole")),
-        measured=f"{over}: per-step DPO minus its own policy {show(policy)}; minus whole-solution DPO "
-                 f"{show(minus('dpo_per_step', 'dpo_whole'))}; minus random cuts {show(minus('dpo_per_step', 'dpo_random_cut'))}",
+        claim="negatives cut at the first pit improve the policy they were sampled from, and more than whole ones",
+        holds=together(verdict(d) for d in policy + rival),
+        measured=f"{over}: per-step DPO minus its own policy {show(policy)}; minus whole-solution DPO {show(rival)}; minus random "
+                 f"cuts, which were not tuned for themselves, {show(minus('dpo_per_step', 'dpo_random_cut'))}",
         fails_when="the policy was trained until it makes few mistakes on its own problems (last table of the files)"))
+    whole = over_policy("dpo_whole")
+    unclear = [str(size) for size, d in zip(sizes, whole) if verdict(d) == "open"]
+    found.append(shared | dict(
+        claim="whole negatives do not improve the policy they were sampled from",
+        holds=together(opposite(verdict(d)) for d in whole),
+        measured=f"{over}: whole-solution DPO minus its own policy {show(whole)} ({seeds} seeds, sd)",
+        fails_when=f"not shown either way at {', '.join(unclear)} problems" if unclear else ""))
     return found
 
 
@@ -318,11 +324,12 @@ def chain_table(rows):
              "at T=1 | tokens sampled | worth, in SFT's problems |", "|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         setting = ", ".join(f"{k.replace('learning_rate', 'lr')} {v:g}" for k, v in r["setting"].items() if k != "policy")
-        gain, own, factor = "", "", "1"
+        gain, over_policy, factor = "", "", "1"
         if r["method"] != "sft":
-            gain, own = f"{r['gain']:+.3f} ({r['gain_sd']:.3f})", f"{r['test'] - r['policy_test']:+.3f}"
+            gain = with_sd(r["gain"], r["gain_sd"], signed=True)
+            over_policy = f"{r['test'] - r['policy_test']:+.3f}"
             factor = "off SFT's curve" if r["worth"] is None else f"{r['worth']:.2f}"
-        lines.append(f"| {r['size']} | {NAMES[r['method']]} | {setting} | {r['test']:.3f} ({r['sd']:.3f}) | {gain} | {own} | "
+        lines.append(f"| {r['size']} | {NAMES[r['method']]} | {setting} | {with_sd(r['test'], r['sd'])} | {gain} | {over_policy} | "
                      f"{r['sampled']:.3f} | {r['tokens'] / 1e3:.0f}k | {factor} |")
     return "\n".join(lines)
 
@@ -373,23 +380,20 @@ def chain(cfg, root, out):
     clean = {str(size): chain_at(cfg, root, size, 1.0, ["sft", "rft", "dpo_per_step", "dpo_whole"], chosen)}
     reference = reference_regimes(cfg, root, size, chosen)
     rows, clean_rows = chain_summary(results, cfg.sizes), chain_summary(clean, [size])
-    out.mkdir(parents=True, exist_ok=True)
     tables = [f"Sloppy demonstrations (strength 0.7), {cfg.seeds} seeds:", chain_table(rows),
               "Clean demonstrations (strength 1), at the settings chosen above:", chain_table(clean_rows),
               reference_table(reference)]
-    (out / "table.md").write_text("\n\n".join(tables) + "\n")
-    write_json(out / "results.json", dict(
-        command="python experiments/negatives.py" + (" --smoke" if cfg.smoke else ""), machine=machine(),
-        torch=torch.__version__, settings=vars(cfg), claims=chain_claims(rows, cfg.sizes, cfg.seeds), rows=rows,
-        clean=clean_rows, reference=reference,
-        pits={s: {k: mean(r[k] for r in arm["dpo_per_step"]["rows"]) for k in ("pit_exact", "pit_later", "pit_early")}
-              for s, arm in results.items() if "dpo_per_step" in arm},
-        tuning={s: {n: a["tuning"] for n, a in arm.items()} for s, arm in results.items()},
-        details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in results.items()},
-        clean_details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in clean.items()},
-        cpu_seconds=round(sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("**/accuracy.json")))))
+    pits = {s: {k: mean(r[k] for r in arm["dpo_per_step"]["rows"]) for k in ("pit_exact", "pit_later", "pit_early")}
+            for s, arm in results.items() if "dpo_per_step" in arm}
+    text = "\n\n".join(tables)
+    write_results(out, text, "negatives" + " --smoke" * cfg.smoke, cfg, claims_of, rows=rows, clean=clean_rows,
+                  reference=reference, pits=pits,
+                  tuning={s: {n: a["tuning"] for n, a in arm.items()} for s, arm in results.items()},
+                  details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in results.items()},
+                  clean_details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in clean.items()},
+                  cpu_seconds=cpu_seconds(root.glob("**/accuracy.json")))
     chain_figure(rows, clean_rows, reference, cfg.sizes, out / "curves.png")
-    print_results("\n\n".join(tables), out)
+    print_results(text, out)
 
 
 def reference_table(rows):
@@ -398,7 +402,7 @@ def reference_table(rows):
     for steps in sorted({r["steps"] for r in rows}):
         mine = [r for r in rows if r["steps"] == steps]
         gain = {n: [r[n] - r["sft"] for r in mine] for n in ("dpo_per_step", "dpo_whole")}
-        cells = " | ".join(f"{mean(g):+.3f} ({spread(g):.3f})" for g in gain.values())
+        cells = " | ".join(mean_sd(g, signed=True) for g in gain.values())
         lines.append(f"| {steps} | {mean(r['sft'] for r in mine):.3f} | {cells} | {mean(r['wrong_share'] for r in mine):.2f} | "
                      f"{mean(r['pairs'] for r in mine):.0f} |")
     return "\n".join(lines)

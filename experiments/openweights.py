@@ -1,11 +1,11 @@
 """Open weights, word problems, the whole road: SmolLM2-135M from its base to RL with process rewards, and search.
 
-    python experiments/openweights.py --size cpu --data mawps_*.jsonl          # about 75 minutes of one core
-    python experiments/openweights.py --size cpu-gsm8k --problems gsm8k --limit 160 --data gsm8k_train.jsonl gsm8k_test.jsonl \
+    python -m experiments.openweights --size cpu --data mawps_*.jsonl          # about 75 minutes of one core
+    python -m experiments.openweights --size cpu-gsm8k --problems gsm8k --limit 160 --data gsm8k_train.jsonl gsm8k_test.jsonl \
                                       --out docs/results/openweights_gsm8k     # about 100 minutes of one core
-    python experiments/openweights.py --size gpu --data mawps_*.jsonl          # written for one H100; nobody has run it yet
-    python experiments/openweights.py --size gpu --problems gsm8k --limit 256 --data gsm8k_train.jsonl gsm8k_test.jsonl
-    python experiments/openweights.py --smoke                                  # a tiny random model, made-up problems
+    python -m experiments.openweights --size gpu --data mawps_*.jsonl          # written for one H100; nobody has run it yet
+    python -m experiments.openweights --size gpu --problems gsm8k --limit 256 --data gsm8k_train.jsonl gsm8k_test.jsonl
+    python -m experiments.openweights --smoke                                  # a tiny random model, made-up problems
     -> docs/results/openweights/: results.json, table.md, curves.png, metrics_*.jsonl
 
     base -> sft -> rft -> orm, q -> rl_outcome, rl_pav -> best-of-N and beam search with orm and q
@@ -27,10 +27,8 @@ directory of its own script: killed, the same command goes on; --plan prints the
 
 import itertools
 import json
-import math
 import shlex
 import shutil
-import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -39,24 +37,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from wordproblems import read_problems  # noqa: E402
-
-import pav  # noqa: E402
-import sample  # noqa: E402
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import derive, mean, read_metrics, setup, write_json  # noqa: E402
-from report.statistics import Z, interval, vote  # noqa: E402
-from labels import boundaries  # noqa: E402
-from model import Config as ModelConfig  # noqa: E402
-from model import Transformer, init_weights, load_model, write_model  # noqa: E402
-from pipeline import last_line  # noqa: E402
-from report.figures import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
-from papers.rft import sample_solutions  # noqa: E402
-from tasks.files import get_task  # noqa: E402
-from open_weights.tokenizer import alphabet_tokenizer  # noqa: E402
+import pav
+import sample
+import train_rl
+import train_sft
+from experiments.toolkit import COLOURS, expected_best, finish, machine, print_results, pyplot, vote_accuracy
+from experiments.wordproblems import read_problems
+from infra.cli import UserError, opt, parse, script
+from infra.runs import derive, mean, read_metrics, setup, write_json
+from labels import boundaries
+from model import Config as ModelConfig
+from model import Transformer, init_weights, load_model, write_model
+from open_weights.tokenizer import alphabet_tokenizer
+from papers.rft import sample_solutions
+from pipeline import last_line
+from report.statistics import Z, interval
+from tasks.files import get_task
 
 MAWPS = [f"mawps_{part}.jsonl" for part in ("singleop", "addsub", "singleeq", "multiarith")]
 SCRIPTS = dict(sft=train_sft, pav=pav, rl=train_rl, sample=sample)
@@ -212,23 +208,13 @@ def reranked(cfg, size, root):
                  for v in ("orm", "q")}
         save_file({k: v.contiguous() for k, v in score.items()}, path)
     score = {k: v.view(-1, n) for k, v in load_file(path).items()}
-    said = [task.answer(problems[b // n], tokenizer.decode(found.rollouts.completion(b))) for b in range(len(found.correct))]
+    answers = [task.answer(problems[b // n], tokenizer.decode(found.rollouts.completion(b))) for b in range(len(found.correct))]
     tokens = (found.rollouts.length - found.rollouts.prompt_len).view(-1, n)
-    return found.correct.view(-1, n).float(), tokens, score, [said[i : i + n] for i in range(0, len(said), n)]
+    return found.correct.view(-1, n).float(), tokens, score, [answers[i : i + n] for i in range(0, len(answers), n)]
 
 
 # ----------------------------------------------------------------------------------------------------
 # Numbers.
-
-
-def best_of(score, correct, n):
-    """Chance that the best-scored of n of a problem's N samples is right. score, correct [P,N] -> [P]; ties: the earlier.
-
-    Exact over all subsets: the sample of rank j (0 is best) is the best of C(N-1-j, n-1) of the C(N, n) subsets."""
-    N = score.shape[1]
-    order = score.argsort(dim=1, descending=True, stable=True)
-    weight = torch.tensor([math.comb(N - 1 - j, n - 1) / math.comb(N, n) for j in range(N)])
-    return (correct.gather(1, order) * weight).sum(1)
 
 
 def auc_within(score, correct):
@@ -238,14 +224,9 @@ def auc_within(score, correct):
     return mean(a for a in found if a == a)
 
 
-def voted(said, correct, n):
-    """Share of a problem's groups of n samples whose commonest answer is right. said [P][N], correct [P,N] -> [P]."""
-    out = []
-    for answers, right in zip(said, correct.tolist()):
-        groups = range(0, len(answers) - n + 1, n)
-        chosen = [vote(answers[i : i + n]) for i in groups]
-        out.append(mean(0.0 if c is None else right[i + c] for i, c in zip(groups, chosen)))
-    return torch.tensor(out)
+def voted(answers, correct, n):
+    """answers [P][N], correct [P,N] -> accuracy of the majority vote of n, [P]."""
+    return torch.tensor([vote_accuracy(a, right, n) for a, right in zip(answers, correct.tolist())])
 
 
 def paired(a, b):
@@ -272,7 +253,7 @@ def numbers_of(cfg, size, root):
     for name in ("base", "sft"):
         right, _ = shares(root / "test" / f"{name}.jsonl", 1 if name == "base" else size["n"])
         policies[name] = row(right, 1 if name == "base" else size["n"])
-    correct, tokens, score, said = reranked(cfg, size, root)
+    correct, tokens, score, answers = reranked(cfg, size, root)
     rft = correct.mean(1).tolist()
     policies["rft"] = row(rft, size["search"]["n"])
     policies["sft"]["minus_rft"] = paired(right, rft)
@@ -288,11 +269,11 @@ def numbers_of(cfg, size, root):
                              verifier_tokens=q["sampled_tokens"] if arm == "rl_pav" else 0,
                              minus_rft=paired(by_arm[arm], rft))
     search, ns = {}, [2**i for i in range(20) if 2**i <= size["search"]["n"]]
-    ways = {f"best-of-n, {v}": lambda n, v=v: best_of(score[v], correct, n) for v in score}
-    ways |= {"majority": lambda n: voted(said, correct, n), "pass@n (an oracle)": lambda n: best_of(correct, correct, n)}
+    ways = {f"best-of-n, {v}": lambda n, v=v: expected_best(score[v], correct, n) for v in score}
+    ways |= {"majority": lambda n: voted(answers, correct, n), "pass@n (an oracle)": lambda n: expected_best(correct, correct, n)}
     for name, way in ways.items():
         search[name] = [dict(row(way(n).tolist(), size["search"]["n"] / n), n=n, tokens=n * float(tokens.float().mean()),
-                             minus_majority=paired(way(n).tolist(), voted(said, correct, n).tolist())) for n in ns]
+                             minus_majority=paired(way(n).tolist(), voted(answers, correct, n).tolist())) for n in ns]
     for name, alpha in [b for b in BEAMS.items() if (root / "test" / f"{b[0]}.jsonl").exists()]:
         right, rows = shares(root / "test" / f"{name}.jsonl", 1)
         cost = {k: mean(r[f"{k}_tokens"] for r in rows) for k in ("generated", "prefilled", "scored")}

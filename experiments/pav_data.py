@@ -1,7 +1,7 @@
 """How to spend a verifier's rollouts: many prefixes with noisy labels, few with exact ones, or those where value is lost?
 
-    python experiments/pav_data.py             # about 15 minutes of one core
-    python experiments/pav_data.py --smoke     # the same road in under 20 seconds
+    python -m experiments.pav_data             # about 15 minutes of one core
+    python -m experiments.pav_data --smoke     # the same road in under 20 seconds
     -> docs/results/pav_data/: results.json, table.md, curves.png
 
 The claims (Setlur et al. 2024, arXiv 2410.08146, section 4 and appendix D): with few rollouts it is better to cover more seed
@@ -30,9 +30,7 @@ above the best of the three uniform arms at a budget. A difference counts if it 
 Everything stays in runs/pav_data: killed, the same command goes on.
 """
 
-import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,20 +39,30 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from pav_search import kept  # noqa: E402
-
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from labels import collect, concatenate  # noqa: E402
-from model import load_model  # noqa: E402
-from pav import Config as VerifierConfig  # noqa: E402
-from pav import Verifier, fit, judge  # noqa: E402
-from report.figures import finish, machine, print_results, pyplot, spread  # noqa: E402
-from papers.rft import write_shard  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+import train_rl
+import train_sft
+from experiments.toolkit import (
+    TUNING,
+    cached,
+    cpu_seconds,
+    finish,
+    mean_sd,
+    print_results,
+    pyplot,
+    spread,
+    together,
+    verdict,
+    with_sd,
+    write_results,
+)
+from infra.cli import opt, parse, script
+from infra.runs import mean
+from labels import collect, concatenate
+from model import load_model
+from papers.rft import write_shard
+from pav import Config as VerifierConfig
+from pav import Verifier, fit, judge
+from tasks.files import get_task
 
 # problems: seed solutions in a shard, so that a shard costs at most a third of the lowest budget.
 DESIGNS = {"mc1": dict(n_mc=1, cuts=0, problems=32), "mc4": dict(n_mc=4, cuts=0, problems=8),
@@ -65,7 +73,6 @@ NAMES = {"mc1": "n_mc 1: many seeds", "mc4": "n_mc 4", "mc16": "n_mc 16: few see
          "mc1_all": "n_mc 1, later ends labelled", "mc16_all": "n_mc 16, later ends labelled"}
 COLOURS = {"mc1": "#0072B2", "mc4": "#56B4E9", "mc16": "#D55E00", "first_pit": "#009E73", "mc1_all": "#0072B2",
            "mc16_all": "#D55E00"}
-TUNING = 1000  # the seed that chooses the steps of the fits; 0, 1, ... are reported
 STRENGTH = dict(sft=5.0, prover=16.0)
 TINY = dict(task="planted", planted_length=5, threads=1, device="cpu", save_steps=10**6)
 SAMPLING = {}  # CPU seconds of every shard that was used
@@ -107,17 +114,15 @@ def shards_within(costs, budget):
     return int(np.abs(total - budget).argmin()) + 1
 
 
+def per_seed(rows, arm, budget, metric="corr_advantage_exact"):
+    """One metric of an arm at a budget, in the order of seeds. rows: [{arm, budget, seed, metric...}]."""
+    at = {r["seed"]: r[metric] for r in rows if r["arm"] == arm and r["budget"] == budget}
+    return [at[s] for s in sorted(at)]
+
+
 def gain(rows, arm, other, budget, metric="corr_advantage_exact"):
-    """Paired differences between two arms, a seed each. rows: [{arm, budget, seed, metric...}]."""
-    at = lambda name: {r["seed"]: r[metric] for r in rows if r["arm"] == name and r["budget"] == budget}  # noqa: E731
-    a, b = at(arm), at(other)
-    return [a[s] - b[s] for s in sorted(a)]
-
-
-def sign(gains):
-    """1, -1: the mean is two standard errors above or below 0; 0: neither."""
-    m, error = mean(gains), spread(gains) / math.sqrt(len(gains))
-    return (m > 2 * error) - (m < -2 * error)
+    """Paired differences between two arms, a seed each."""
+    return [a - b for a, b in zip(per_seed(rows, arm, budget, metric), per_seed(rows, other, budget, metric))]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ def policies(cfg, home, seed):
     shape = dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else dict(steps=300, num_examples=6000)
     for name, strength in STRENGTH.items():
         config = train_sft.Config(**TINY, seed=seed, strength=strength, run_dir=str(home / name), **shape)
-        kept(home / f"{name}.json", lambda: train_sft.train(config))  # noqa: B023
+        cached(home / f"{name}.json", lambda: train_sft.train(config))  # noqa: B023
 
 
 def verifier_config(cfg, home, seed, run="", **more):
@@ -180,7 +185,7 @@ def verify(cfg, home, seed, arm, budget, steps, shards):
             seeds=n * DESIGNS[ARMS[arm][0]]["problems"],
             right=float((data["target"] * data["weight"]).sum() / data["weight"].sum()))
 
-    return kept(home / f"{run.name}.json", make), run
+    return cached(home / f"{run.name}.json", make), run
 
 
 def reinforce(cfg, home, seed, arm, verifier):
@@ -189,7 +194,7 @@ def reinforce(cfg, home, seed, arm, verifier):
     config = train_rl.Config(**TINY, seed=seed, reward="pav", policy=str(home / "sft"), verifier=str(verifier), run_dir=str(run),
                              steps=cfg.rl_steps, num_prompts=4, num_generations=32, eval_steps=10,
                              eval_problems=16 if cfg.smoke else 256)
-    return kept(home / f"{run.name}.json", lambda: train_rl.train(config))
+    return cached(home / f"{run.name}.json", lambda: train_rl.train(config))
 
 
 def compare(cfg, root):
@@ -243,43 +248,49 @@ def table(rows, rl, cfg):
     for budget in cfg.budgets:
         for r in [r for r in rows if r["budget"] == budget]:
             lines.append(f"| {r['spent'] / 1e3:.1f}k | {NAMES[r['arm']]} | {r['seeds']:.0f} | {r['labels']:.0f} | {r['steps']} | "
-                         f"{r['corr_advantage_exact']:.3f} ({r['corr_advantage_exact_sd']:.3f}) | {r['corr_advantage']:.2f} | "
+                         f"{with_sd(r['corr_advantage_exact'], r['corr_advantage_exact_sd'])} | {r['corr_advantage']:.2f} | "
                          f"{r['brier']:.4f} | {r['auc']:.3f} |")
     lines += ["", f"RL on the verifiers of the largest budget, {cfg.rl_steps} steps:", "",
               "| data | accuracy at the end (sd) | mean over the curve (sd) |", "|---|---|---|"]
     for r in rl:
-        lines.append(f"| {NAMES[r['arm']]} | {mean(r['accuracy']):.3f} ({spread(r['accuracy']):.3f}) | "
-                     f"{mean(r['curve_mean']):.3f} ({spread(r['curve_mean']):.3f}) |")
+        lines.append(f"| {NAMES[r['arm']]} | {mean_sd(r['accuracy'])} | {mean_sd(r['curve_mean'])} |")
     return "\n".join(lines)
 
 
-def claims(rows, summary, cfg, command):
-    """What the paper says against what is seen; the rules are those of the header."""
-    low, high = cfg.budgets[0], cfg.budgets[-1]
-    at = lambda arm, budget: next(r["corr_advantage_exact"] for r in summary if r["arm"] == arm and r["budget"] == budget)  # noqa: E731
-    plus = lambda g: f"{mean(g):+.3f} (sd {spread(g):.3f})"  # noqa: E731
-    cover, repeat = sign(gain(rows, "mc1", "mc16", low)) > 0, sign(gain(rows, "mc16", "mc1", high)) > 0
-    uniform = {b: max(("mc1", "mc4", "mc16"), key=lambda a: at(a, b)) for b in cfg.budgets}  # noqa: B023
-    pit = [sign(gain(rows, "first_pit", uniform[b], b)) for b in cfg.budgets]
-    everywhere = "; ".join(f"{b} tokens: {plus(gain(rows, 'first_pit', uniform[b], b))} against {NAMES[uniform[b]].split(':')[0]}"
-                           for b in cfg.budgets)
-    return [
-        dict(paper="2410.08146", claim="With few rollouts covering more solutions (n_cov) makes the better verifier, with many "
-             "more continuations a prefix (n_mc; 20 in the final runs).",
-             measured=f"Correlation of the advantage with the exact one, n_mc 1 minus n_mc 16: "
-             f"{plus(gain(rows, 'mc1', 'mc16', low))} at {low} tokens, {plus(gain(rows, 'mc1', 'mc16', high))} at {high}, where "
-             f"the best is {NAMES[uniform[high]]}.",
-             holds=True if cover and repeat else "partly" if cover or repeat else False, command=command,
-             fails_when=f"Labelling the later step ends of a continuation too, which is free, matters more than n_mc: with n_mc "
-             f"1 {plus(gain(rows, 'mc1_all', 'mc1', low))} at {low} tokens, {plus(gain(rows, 'mc1_all', 'mc1', high))} at "
-             f"{high}; n_mc 1 minus n_mc 16 is then {plus(gain(rows, 'mc1_all', 'mc16_all', high))}."),
-        dict(paper="2410.08146", claim="Prefixes up to the first pit make better verifiers than random ones, most where few.",
-             measured=f"First pit minus the best uniform cuts, same correlation: {everywhere}.",
-             holds=True if all(s > 0 for s in pit) else "partly" if any(s > 0 for s in pit) else False, command=command,
-             fails_when=f"As a judge of states it is worse (AUC {plus(gain(rows, 'first_pit', uniform[high], high, 'auc'))} at "
-             f"{high} tokens), and there it is {plus(gain(rows, 'first_pit', 'mc1_all', high))} against n_mc 1 with later step "
-             "ends labelled."),
-    ]
+def claims_of(results):
+    """What the paper says against what is seen; the rules are those of the header. Many continuations a prefix are tested
+    only where rollouts are many: where the best arm no longer gains between the two budgets."""
+    rows, summary, budgets = results["details"], results["rows"], results["settings"]["budgets"]
+    low, high = budgets[0], budgets[-1]
+    at = {(r["arm"], r["budget"]): r["corr_advantage_exact"] for r in summary}
+    best = {b: max(("mc1", "mc4", "mc16"), key=lambda arm: at[arm, b]) for b in budgets}  # noqa: B023
+    plus = lambda *pair: mean_sd(gain(rows, *pair), signed=True)  # noqa: E731
+    shared = dict(paper="2410.08146", command=results["command"])
+    more = [b - a for a, b in zip(*(per_seed(rows, best[high], b) for b in (low, high)))]
+    rising = low == high or verdict(more) is not False
+    correlation = "Correlation of the advantage with the exact one"
+    few = dict(
+        claim="With few rollouts covering more solutions (n_cov) makes the better verifier than repeating continuations (n_mc).",
+        measured=f"{correlation}, n_mc 1 minus n_mc 16: " + ", ".join(f"{plus('mc1', 'mc16', b)} at {b} tokens" for b in budgets)
+                 + f" ({results['settings']['seeds']} seeds, sd).",
+        holds=together(verdict(gain(rows, "mc1", "mc16", b)) for b in budgets),
+        fails_when=f"Labelling the later step ends of a continuation too, which is free, matters more than n_mc: with n_mc "
+                   f"1 {plus('mc1_all', 'mc1', low)} at {low} tokens, {plus('mc1_all', 'mc1', high)} at {high}; n_mc 1 minus n_mc "
+                   f"16 is then {plus('mc1_all', 'mc16_all', high)}.")
+    many = dict(
+        claim="With many rollouts more continuations a prefix (n_mc; 20 in the final runs) make the better verifier.",
+        measured=f"{correlation} of the best arm of cuts alone, {NAMES[best[high]]}, still rises between {low} and {high} tokens "
+                 f"({mean_sd(per_seed(rows, best[high], low))} to {mean_sd(per_seed(rows, best[high], high))}): {high} are few."
+                 if rising else f"{correlation}, n_mc 16 minus n_mc 1: {plus('mc16', 'mc1', high)} at {high} tokens.",
+        holds="not tested" if rising else verdict(gain(rows, "mc16", "mc1", high)), fails_when="")
+    against = "; ".join(f"{b} tokens: {plus('first_pit', best[b], b)} against {NAMES[best[b]].split(':')[0]}" for b in budgets)
+    pit = dict(
+        claim="Prefixes up to the first pit make better verifiers than random ones, most where few.",
+        measured=f"First pit minus the best uniform cuts, same correlation: {against}.",
+        holds=together(verdict(gain(rows, "first_pit", best[b], b)) for b in budgets),
+        fails_when=f"As a judge of states it is worse (AUC {plus('first_pit', best[high], high, 'auc')} at {high} tokens), and "
+                   f"there it is {plus('first_pit', 'mc1_all', high)} against n_mc 1 with later step ends labelled.")
+    return [shared | c for c in (few, many, pit)]
 
 
 def figure(summary, rl, cfg, path):
@@ -313,16 +324,12 @@ def main(argv=None):
     if cfg.smoke:
         root, out = Path("runs/pav_data_smoke"), Path("runs/pav_data_smoke/results")
         cfg.seeds, cfg.budgets, cfg.steps, cfg.rl_arms, cfg.rl_steps = 2, [1500], [2], ["mc1"], 2
-    command = "python experiments/pav_data.py" + " --smoke" * cfg.smoke
     rows, chosen, tried, rl = compare(cfg, root)
     summary, accuracy = summarise(rows, rl)
     text = table(summary, accuracy, cfg)
-    seconds = sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("seed*/*.json")) + sum(SAMPLING.values())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(f"`planted`, {cfg.seeds} seeds:\n\n{text}\n")
-    write_json(out / "results.json", dict(command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
-                                          designs=DESIGNS, claims=claims(rows, summary, cfg, command),
-                                          cpu_seconds=round(seconds), rows=summary, rl=accuracy, details=rows, tuning=tried))
+    seconds = cpu_seconds(root.glob("seed*/*.json")) + round(sum(SAMPLING.values()))
+    write_results(out, f"`planted`, {cfg.seeds} seeds:\n\n{text}", "pav_data" + " --smoke" * cfg.smoke, cfg, claims_of,
+                  designs=DESIGNS, cpu_seconds=seconds, rows=summary, rl=accuracy, details=rows, tuning=tried)
     figure(summary, accuracy, cfg, out / "curves.png")
     print_results(text, out, seconds)
 

@@ -1,7 +1,7 @@
 """Is a beam steered by progress cheaper than best-of-N? Accuracy against generated tokens, with learned verifiers.
 
-    python experiments/pav_search.py             # about 26 minutes of one core
-    python experiments/pav_search.py --smoke     # the same road in under 20 seconds
+    python -m experiments.pav_search             # about 26 minutes of one core
+    python -m experiments.pav_search --smoke     # the same road in under 20 seconds
     -> docs/results/pav_search/: results.json, table.md, curves.png
 
 The claims (Setlur et al. 2024, arXiv 2410.08146, sections 3 and 4): a beam ranked by Q^pi + alpha * A^mu is 1.5 to 5 times
@@ -33,35 +33,26 @@ Everything stays in runs/pav_search: killed, the same command goes on.
 """
 
 import itertools
-import json
-import math
 import shutil
-import sys
-import time
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from pav_search_report import BEAMS, NAMES, claims, figure, summarise, table  # noqa: E402
-
-import pav  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from kernels import packed_weights  # noqa: E402
-from model import load_model  # noqa: E402
-from pav import load_verifier  # noqa: E402
-from report.figures import machine, print_results  # noqa: E402
-from sample import pass_at_k  # noqa: E402
-from search import beam, best_of_n, learned_values, majority  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+import pav
+import train_sft
+from experiments.pav_search_report import BEAMS, NAMES, claims_of, figure, summarise, table
+from experiments.toolkit import TUNING, cached, cpu_seconds, expected_best, print_results, vote_accuracy, write_results
+from infra.cli import opt, parse, script
+from infra.runs import mean
+from kernels import packed_weights
+from model import load_model
+from pav import load_verifier
+from sample import pass_at_k
+from search import beam, best_of_n, learned_values
+from tasks.files import get_task
 
 PAPER = dict(alpha=0.0, k=4, children=3)  # a beam's settings before any are chosen
-TUNING = 1000  # the seed that chooses settings, on val; seeds 0, 1, ... are reported, on test
 TINY = dict(threads=1, device="cpu", save_steps=10**6)
 POLICY = {"planted": dict(strength=7.0, steps=300), "chain": dict(strength=0.7, steps=300)}
 REGIMES = {"planted": ("weak", "cold"), "chain": ("cold",)}  # where the claims should fail; see measure
@@ -88,44 +79,14 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Pure functions.
-
-
-def expected_best(scores, right, n):
-    """Expected correctness of the highest-scored of n samples out of len(scores), over all subsets: the sample of rank r
-    (0 is best; ties: the earlier) is the best of a subset with chance C(m-1-r, n-1) / C(m, n)."""
-    m, order = len(scores), sorted(range(len(scores)), key=lambda i: -scores[i])
-    return sum(right[i] * math.comb(m - 1 - r, n - 1) for r, i in enumerate(order)) / math.comb(m, n)
-
-
-def vote_accuracy(answers, right, n):
-    """Accuracy of the majority vote of n samples: mean over the disjoint blocks of n."""
-    blocks = [range(i, i + n) for i in range(0, len(answers) - n + 1, n)]
-    return mean(right[b[majority([answers[i] for i in b])]] for b in blocks)
-
-
-# ----------------------------------------------------------------------------------------------------
 # Stages: run directories of train_sft.py and pav.py, and numbers kept beside them.
-
-
-def kept(path, make):
-    """make() -> dict, computed once: kept in path with its CPU seconds."""
-    if path.exists():
-        return json.loads(path.read_text())
-    clock = time.process_time()
-    with redirect_stdout(StringIO()):
-        row = make()
-    row["cpu_seconds"] = round(time.process_time() - clock, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, row)
-    return row
 
 
 def policy_of(cfg, home, task, seed):
     shape = dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else dict(num_examples=6000)
     place = dict(task=task, planted_length=4, seed=seed, run_dir=str(home / "sft"))
     config = train_sft.Config(**(place | TINY | POLICY[task] | shape))
-    return kept(home / "sft.json", lambda: train_sft.train(config))
+    return cached(home / "sft.json", lambda: train_sft.train(config))
 
 
 def verifier_of(cfg, home, name, task, seed, label, epochs, rollouts, donor=None):
@@ -136,7 +97,7 @@ def verifier_of(cfg, home, name, task, seed, label, epochs, rollouts, donor=None
     strength = POLICY[task]["strength"] if task == "planted" and label == "q" else -1.0
     config = pav.Config(**(dict(task=task, planted_length=4, seed=seed, policy=str(home / "sft"), run_dir=str(home / name),
                                 label=label, epochs=epochs, num_problems=rollouts, prover_strength=strength) | TINY | shape))
-    return kept(home / f"{name}.json", lambda: pav.train(config))
+    return cached(home / f"{name}.json", lambda: pav.train(config))
 
 
 def verifiers_of(cfg, home, task, seed, orm_epochs, share=1):
@@ -173,17 +134,19 @@ class Searcher:
             q = [learned_values(self.verifiers["q"])(p, [e.tokens for e in f.candidates])[0]
                  for p, f in zip(self.problems, found)]
         text = [[self.text(e) for e in f.candidates] for f in found]
-        right = [[self.task.grade(p, t) for t in ts] for p, ts in zip(self.problems, text)]
-        rank = dict(orm=[[e.q for e in f.candidates] for f in found], q_as_orm=q)
-        row = lambda n, accuracy: dict(n=n, accuracy=accuracy, tokens=mean(f.generated for f in found) * n / most,  # noqa: E731
-                                       scored=mean(f.scored for f in found) * n / most)
-        out = {name: [row(n, mean(expected_best(s, r, n) for s, r in zip(scores, right))) for n in sizes]
-               for name, scores in rank.items()}
+        right = torch.tensor([[self.task.grade(p, t) for t in ts] for p, ts in zip(self.problems, text)])
+        rank = dict(orm=torch.tensor([[e.q for e in f.candidates] for f in found]), q_as_orm=torch.tensor(q))
+        generated, scored = mean(f.generated for f in found) / most, mean(f.scored for f in found) / most
+
+        def curve(accuracy):
+            return [dict(n=n, accuracy=accuracy(n), tokens=n * generated, scored=n * scored) for n in sizes]
+
+        out = {name: curve(lambda n: float(expected_best(score, right, n).mean())) for name, score in rank.items()}  # noqa: B023
         if not isinstance(self.problems[0].answer, str) or len(self.problems[0].answer) == 1:  # a digit; not a hidden sequence
-            said = [[t.rsplit("=", 1)[-1] for t in ts] for ts in text]
-            out["majority"] = [row(n, mean(vote_accuracy(a, r, n) for a, r in zip(said, right))) for n in sizes]
-        out["pass"] = [row(n, mean(pass_at_k(most, int(sum(r)), n) for r in right)) for n in sizes]
-        out["one_sample"] = mean(mean(r) for r in right)
+            answers = [[t.rsplit("=", 1)[-1] for t in ts] for ts in text]
+            out["majority"] = curve(lambda n: mean(vote_accuracy(a, r, n) for a, r in zip(answers, right.tolist())))
+        out["pass"] = curve(lambda n: mean(pass_at_k(most, int(sum(r)), n) for r in right.tolist()))
+        out["one_sample"] = float(right.mean())
         return out
 
     def beam(self, n, alpha, k, children, temperature=1.0):
@@ -205,7 +168,7 @@ def tune(cfg, root, task):
     policy_of(cfg, home, task, TUNING)
 
     def score(name, make):
-        return kept(home / "tuning" / f"{name}.json", lambda: dict(accuracy=mean(r["accuracy"] for r in make())))["accuracy"]
+        return cached(home / "tuning" / f"{name}.json", lambda: dict(accuracy=mean(r["accuracy"] for r in make())))["accuracy"]
 
     out["orm"] = []
     for epochs in cfg.orm_epochs:
@@ -234,11 +197,11 @@ def measure(cfg, root, task, seed, chosen, regime=""):
 
     it = Searcher(cfg, home, task, seed, folders)
     at = lambda name: home / "curves" / f"{name}{regime and '_'}{regime}.json"  # noqa: E731
-    row = kept(at(f"samples_{chosen['orm']['epochs']}"), lambda: it.samples(sizes, temperature))
+    row = cached(at(f"samples_{chosen['orm']['epochs']}"), lambda: it.samples(sizes, temperature))
     for arm in BEAMS:
         full = PAPER | chosen[arm]
         name = "_".join(f"{k}{v:g}" for k, v in full.items())
-        row[arm] = [kept(at(f"beam_{name}_n{n}"), lambda: it.beam(n, **full, temperature=temperature)) for n in sizes]  # noqa: B023
+        row[arm] = [cached(at(f"beam_{name}_n{n}"), lambda: it.beam(n, **full, temperature=temperature)) for n in sizes]  # noqa: B023
     row["verifier"] = {f"{v}_{k}": q.get(k) for v, q in quality.items()
                        for k in ("auc", "auc_outcome", "corr_advantage", "corr_advantage_exact", "sampled_tokens")}
     return row
@@ -252,7 +215,7 @@ def main(argv=None):
         cfg.seeds, cfg.sizes, cfg.tuning_sizes, cfg.regime_sizes = 2, [3, 6, 12], [6], [6]
         cfg.alphas, cfg.prover_ks, cfg.children, cfg.orm_epochs, cfg.problems = [0.5], [1, 4], [3, 6], [1], 8
         cfg.rollouts, cfg.epochs = 64, 1
-    command, results = "python experiments/pav_search.py" + " --smoke" * cfg.smoke, {}
+    results = {}
     for task in cfg.tasks:
         tuning = tune(cfg, root, task)
         chosen = {arm: max(tuning[arm], key=lambda x: x[0])[1] for arm in ("orm", *BEAMS)}
@@ -267,14 +230,11 @@ def main(argv=None):
                              regimes={regime: summarise(rows[regime]) for regime in REGIMES[task]},
                              one_sample=[r["one_sample"] for r in rows[""]],
                              verifiers={k or "main": [r["verifier"] for r in v] for k, v in rows.items() if k != "cold"})
-    out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(f"`{task}`, {cfg.seeds} seeds x {cfg.problems} searches; one sample: {mean(r['one_sample']):.3f}; "
                        f"accuracy (sd over seeds):\n\n{table(r, cfg)}" for task, r in results.items())
-    (out / "table.md").write_text(text + "\n")
     files = [p for task in cfg.tasks for below in ("", "tuning/", "curves/") for p in (root / task).glob(f"seed*/{below}*.json")]
-    seconds = sum(json.loads(p.read_text())["cpu_seconds"] for p in files)
-    write_json(out / "results.json", dict(command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
-                                          claims=claims(results, cfg, command), cpu_seconds=round(seconds), tasks=results))
+    seconds = cpu_seconds(files)
+    write_results(out, text, "pav_search" + " --smoke" * cfg.smoke, cfg, claims_of, cpu_seconds=seconds, tasks=results)
     figure(results, cfg, out / "curves.png")
     print_results(text, out, seconds)
 

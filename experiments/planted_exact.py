@@ -5,16 +5,12 @@ K: found); an action a is one of the letters (A of them). Everything is float64 
 al. 2024, arXiv 2410.08146, section 3.3 (the task), eq. 13 (the update), theorem 3.1 (the two terms).
 """
 
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from tasks.puzzles import kmp_next, planted_values  # noqa: E402
-from train_rl import center_by_step, outcome_advantage, spread_credit, step_bonus  # noqa: E402
+from tasks.puzzles import kmp_next
+from train_rl import center_by_step, outcome_advantage, spread_credit, step_bonus
 
 
 def transitions(pattern, letters):
@@ -125,30 +121,3 @@ def table_rl(step, base, V_mu, seed, lr, steps, reward="pav", credit="step", sca
         (-(chosen * adv).mean()).backward()
         optimizer.step()
     return curve
-
-
-class ExactVerifier(nn.Module):
-    """The solver in the place of a pav.Verifier: tokens [B,T] -> logits [B,T] of V^mu, for prompts of one token."""
-
-    def __init__(self, task, tokenizer, strength, k=1):
-        super().__init__()
-        self.head, self.logit_shift, self.k, self.length = nn.Linear(1, 1), 0.0, k, task.max_new_tokens
-        self.tables = {}
-        for p in task.all:
-            K = len(p.answer)
-            step = torch.zeros(K + 1, tokenizer.n_vocab, dtype=torch.long)  # any other symbol starts again
-            step[K] = K  # found once, found for good
-            for k_, c in ((i, c) for i in range(K) for c in task.letters):
-                step[k_, tokenizer.encode(c)[0]] = kmp_next(p.answer, k_, c)
-            table = planted_values(p.answer, task.letters, task.max_new_tokens, float(strength))
-            self.tables[tokenizer.encode(p.prompt)[0]] = step, torch.tensor(table, dtype=torch.float64)
-
-    def forward(self, tokens, share=None):
-        out = torch.empty(tokens.shape)
-        for prompt, (step, table) in self.tables.items():
-            rows = tokens[:, 0] == prompt
-            state, seen = torch.zeros(int(rows.sum()), dtype=torch.long), tokens[rows]
-            for t in range(tokens.shape[1]):
-                state = step[state, seen[:, t]] if t else state
-                out[rows, t] = table[self.length - t, state].logit().float()
-        return out

@@ -1,9 +1,9 @@
 """Which prover? The two terms of PAV's theory, computed exactly, beside the improvement that is measured.
 
-    python experiments/provers.py              # about 25 minutes of one core
-    python experiments/provers.py --learned-arms                           # without 4 below, 10 minutes
-    python experiments/provers.py --no-transformer                         # 1 and 2 below, about a minute
-    python experiments/provers.py --smoke      # the same road in a few seconds
+    python -m experiments.provers              # about 25 minutes of one core
+    python -m experiments.provers --learned-arms                           # without 4 below, 10 minutes
+    python -m experiments.provers --no-transformer                         # 1 and 2 below, about a minute
+    python -m experiments.provers --smoke      # the same road in a few seconds
     -> docs/results/provers/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2024, arXiv 2410.08146, theorem 3.1): a policy pi that is updated by eq. 13,
@@ -34,17 +34,15 @@ same command goes on.
 import random
 import sys
 import time
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
-import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from planted_exact import (  # noqa: E402
-    ExactVerifier,
+import pav
+import train_rl
+import train_sft
+from experiments.planted_exact import (
     natural_gradient,
     progress,
     scripted,
@@ -56,27 +54,22 @@ from planted_exact import (  # noqa: E402
     two_terms,
     visits,
 )
-from provers_report import (  # noqa: E402
-    claims,
+from experiments.provers_report import (
+    claims_of,
     correlation_table,
     exact_table,
     figure,
     remark_table,
     runs_table,
 )
+from experiments.toolkit import TUNING, ExactVerifier, evaluations, mean_sd, print_results, quiet, spread, write_results
+from infra.cli import opt, parse, script
+from infra.runs import derive, mean
+from labels import boundaries
+from model import load_model
+from sample import generate
+from tasks.files import get_task
 
-import pav  # noqa: E402
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import derive, mean, read_metrics, write_json  # noqa: E402
-from labels import boundaries  # noqa: E402
-from model import load_model  # noqa: E402
-from report.figures import machine, print_results, spread  # noqa: E402
-from sample import generate  # noqa: E402
-from tasks.files import get_task  # noqa: E402
-
-TUNING = 1000  # the seed on which learning rates are chosen; the reported ones are 0, 1, ...
 STAGES, SMOKE = Path("runs/planted"), Path("runs/lessons_smoke")  # policies are those of train_rl.py's own comparison
 
 
@@ -182,7 +175,7 @@ def exact_part(cfg):
 def row(source, prover, lr, tried, curves, corr=()):
     """One line of the tables: accuracy averaged over a run (without the first evaluation) and at its end, over seeds."""
     averaged, end = [mean(c[1:]) for c in curves], [c[-1] for c in curves]
-    print(f"  {source} {prover}: averaged {mean(averaged):.3f} ({spread(averaged):.3f}), end {mean(end):.3f}", flush=True)
+    print(f"  {source} {prover}: averaged {mean_sd(averaged)}, end {mean(end):.3f}", flush=True)
     return dict(source=source, prover=prover, learning_rate=lr, tuning={f"{k:g}": round(v, 4) for k, v in tried.items()},
                 mean=mean(averaged), mean_sd=spread(averaged), end=mean(end), end_sd=spread(end),
                 per_seed=[round(v, 4) for v in averaged], curves=[[round(v, 4) for v in c] for c in curves],
@@ -220,7 +213,7 @@ def clone(seed, name, strength, smoke, **more):
     """A policy that train_sft.py clones from the demonstrator (or finds): the stages of train_rl.py's own comparison."""
     run = (SMOKE if smoke else STAGES) / f"seed{seed}" / name
     size = dict(steps=20, num_examples=256) if smoke else dict(steps=400, num_examples=6000)
-    with redirect_stdout(StringIO()):
+    with quiet():
         train_sft.train(train_sft.Config(task="planted", seed=seed, strength=float(strength), run_dir=str(run), threads=1,
                                          **size | more))
     return run
@@ -229,7 +222,7 @@ def clone(seed, name, strength, smoke, **more):
 def learn_verifier(run, seed, policy, prover, strength, problems, epochs, smoke):
     """A verifier that pav.py trains (or finds), one continuation a problem."""
     size = dict(num_problems=64, epochs=1, eval_problems=16, eval_mc=4) if smoke else dict(num_problems=problems, epochs=epochs)
-    with redirect_stdout(StringIO()):
+    with quiet():
         pav.train(pav.Config(task="planted", seed=seed, policy=str(policy), prover=str(prover), prover_strength=float(strength),
                              run_dir=str(run), threads=1, n_cov=1, cuts=1, n_mc=1, **size))
     return run
@@ -258,9 +251,9 @@ def reinforce(cfg, root, seed, source, prover, lr):
         num_generations=32, reward="outcome" if prover == "none" else "pav", steps=cfg.steps, learning_rate=lr, threads=1,
         eval_problems=cfg.eval_problems, save_steps=cfg.steps, device="cpu", eval_split="val" if seed == TUNING else "test")
     verifier = None if prover == "none" else get_verifier(cfg, root, seed, get_task(config), source, prover)
-    with redirect_stdout(StringIO()):
+    with quiet():
         train_rl.train(config, verifier)
-    return [r["eval/accuracy"] for r in read_metrics(run) if "eval/accuracy" in r]
+    return [r["eval/accuracy"] for r in evaluations(run)]
 
 
 def advantage_correlation(cfg, root, seed, prover):
@@ -291,10 +284,7 @@ def transformer_part(cfg, root):
 # Results.
 
 
-def write(cfg, exact, rows, seconds):
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python experiments/provers.py", *sys.argv[1:]])
+def write(cfg, exact, rows, name, seconds):
     text = "\n\n".join([
         "Exact, base of strength 5, six hidden letters in 12 (no sampling, no spread). First order and the terms are per unit of "
         "eta, summed over the base's visits; outcome: A^mu = 0.", exact_table(exact["rows"]),
@@ -303,16 +293,14 @@ def write(cfg, exact, rows, seconds):
         "Remark 3.1, Best-of-K of the base:", remark_table(exact["remark"]),
         f"Sampled gradients, {cfg.steps} RL steps of 128 solutions; learning rate of each arm from {cfg.table_rates} (table) or "
         f"{cfg.learning_rates} (transformer) on other seeds:", runs_table(rows)])
-    (out / "table.md").write_text(text + "\n")
-    write_json(out / "results.json", dict(claims=claims(exact, rows, command), command=command, machine=machine(),
-                                          torch=torch.__version__, settings=vars(cfg), exact=exact, runs=rows,
-                                          cpu_seconds_of_this_call=round(seconds)))
-    figure(exact, rows, out / "curves.png")
-    print_results(text, out)
+    write_results(cfg.out, text, name, cfg, claims_of, exact=exact, runs=rows, cpu_seconds_of_this_call=round(seconds))
+    figure(exact, rows, Path(cfg.out) / "curves.png")
+    print_results(text, cfg.out)
 
 
 def main(argv=None):
     cfg, clock = parse(Config, argv, __doc__), time.process_time()
+    name = " ".join(["provers", *(sys.argv[1:] if argv is None else argv)])
     root = SMOKE / "provers" if cfg.smoke else Path("runs/provers")
     if cfg.smoke:
         cfg.strengths, cfg.best_of, cfg.patterns, cfg.seeds, cfg.steps, cfg.eval_problems = [5, 16, 1000], [1, 4], 1, 1, 2, 16
@@ -321,7 +309,7 @@ def main(argv=None):
     exact = exact_part(cfg)
     print(exact_table(exact["rows"]), flush=True)
     rows = table_part(cfg) + (transformer_part(cfg, root) if cfg.transformer else [])
-    write(cfg, exact, rows, time.process_time() - clock)
+    write(cfg, exact, rows, name, time.process_time() - clock)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,9 @@
 """Tables, figure and claims of experiments/provers.py, from its numbers; nothing is computed twice."""
 
 import math
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from planted_exact import spearman  # noqa: E402
-
-from infra.runs import mean  # noqa: E402
-from report.figures import finish, pyplot, spread  # noqa: E402
+from experiments.planted_exact import spearman
+from experiments.toolkit import finish, mean_sd, pyplot, together, verdict, with_sd
 
 
 def number(x, digits=3):
@@ -37,8 +32,7 @@ def correlation_table(exact):
             cells = []
             for term in ("distinguishability", "alignment", "predicted"):
                 values = [f[f"{term}/{gain}"] for f in found]
-                sd = f" ({spread(values):.2f}, {len(values)} patterns)" if len(values) > 1 else ""
-                cells.append(f"{mean(values):.2f}{sd}")
+                cells.append(f"{mean_sd(values, 2)}, {len(values)} patterns" if len(values) > 1 else f"{values[0]:.2f}")
             lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -60,12 +54,12 @@ def runs_table(rows):
              "| corr. of learned with exact A (sd) |", "|---|---|---|---|---|---|---|"]
     for r in rows:
         known = [c for c in r["corr_advantage"] if c is not None and math.isfinite(c)]
-        corr = f"{mean(known):.2f} ({spread(known):.2f})" if known else ""
+        corr = mean_sd(known, 2) if known else ""
         if len(known) < len(r["corr_advantage"]):
             corr += f" the verifier is constant on {len(r['corr_advantage']) - len(known)} of {len(r['corr_advantage'])} seeds"
         per_seed = " ".join(f"{v:.2f}" for v in r["per_seed"])
-        lines.append(f"| {HOW[r['source']]} | {r['prover']} | {r['learning_rate']:g} | {r['mean']:.3f} ({r['mean_sd']:.3f}) | "
-                     f"{per_seed} | {r['end']:.3f} ({r['end_sd']:.3f}) | {corr} |")
+        lines.append(f"| {HOW[r['source']]} | {r['prover']} | {r['learning_rate']:g} | {with_sd(r['mean'], r['mean_sd'])} | "
+                     f"{per_seed} | {with_sd(r['end'], r['end_sd'])} | {corr} |")
     return "\n".join(lines)
 
 
@@ -117,54 +111,76 @@ def figure(exact, rows, path):
     finish(plt, fig, (left, middle, equal, right), path)
 
 
-def verdict(*tests):
-    """True if all of them pass, "partly" if some do, False if none does."""
-    return True if all(tests) else "partly" if any(tests) else False
+def claims_of(results):
+    """The sentences for the table of claims, filled with what was measured."""
+    exact, rows = results["exact"], results["runs"]
+    parts = (theory_claim(exact), strength_claim(exact, rows), remark_claim(exact["remark"][-1]))
+    return [dict(paper="2410.08146", command=results["command"]) | c for c in parts]
 
 
-def claims(exact, rows, command):
-    """The sentences for README's table of claims, filled with what was measured."""
-    by, easy = {r["prover"]: r for r in exact["rows"]}, next(iter(exact["regimes"].values()))
+def easy_task(exact):
+    return next(iter(exact["regimes"].values()))
+
+
+def theory_claim(exact):
     paid = [r for r in exact["rows"] if r["success"] is not None]
     share = [r["first_order"] / r["predicted"] for r in paid]
     gap = max(abs(r["first_order"] / (r["own_variance"] + r["alignment"]) - 1) for r in exact["rows"])
-    c, ec, top = exact["correlations"], easy["correlations"], exact["remark"][-1]
-    theory = dict(
+    c, easy = exact["correlations"], easy_task(exact)["correlations"]
+    return dict(
         claim="Theorem 3.1: one policy update improves by at least the order of distinguishability plus alignment.",
         measured=f"Exact tabular update, {len(paid)} provers: the sum's rank correlation with the gain of a step of size 1 is "
                  f"{c['predicted/step_of_one']:.2f}, with the speed to 50% {c['predicted/flow']:.2f}; to first order the gain "
                  f"is Var[A^pi] + alignment (within {gap:.1%}) and distinguishability is not in it: gain over sum falls from "
                  f"{max(share):.2f} to {min(share):.2f} with the prover's strength. The alignment's sign is plus.",
-        holds=verdict(c["predicted/step_of_one"] > 0.8, ec["predicted/first_order"] > 0.8),
+        holds=together([c["predicted/step_of_one"] > 0.8, easy["predicted/first_order"] > 0.8]),
         fails_when=f"the task is easy (four letters in 30): the sum's rank correlation with the first-order gain is "
-                   f"{ec['predicted/first_order']:.2f}, alignment's alone {ec['alignment/first_order']:.2f}.")
+                   f"{easy['predicted/first_order']:.2f}, alignment's alone {easy['alignment/first_order']:.2f}.")
+
+
+def strength_claim(exact, rows):
+    """The best scripted prover against the strongest, paired over seeds; and the same in the exact flow."""
+    by = {r["prover"]: r for r in exact["rows"]}
     of = {(r["source"], r["prover"]): r for r in rows}
+    how = "exact" if any(r["source"] == "exact" for r in rows) else "table"
+    sampled = [r for r in rows if r["source"] == how and r["prover"] != "none"]
+    scripts = [r for r in sampled if r["prover"].startswith("scripted")]
+    best, strongest = max(scripts, key=lambda r: r["mean"]), max(scripts, key=lambda r: by[r["prover"]]["success"])
+    rho = spearman([by[r["prover"]]["predicted"] for r in sampled], [r["mean"] for r in sampled])
+    rho_kl = spearman([-by[r["prover"]]["equal_kl_steps"] for r in sampled], [r["mean"] for r in sampled])
     shape = {n: by[n]["equal_kl_steps"] for n in by if n.startswith("scripted")}
     quickest, strong = min(shape, key=shape.get), max(shape, key=lambda n: by[n]["success"])
-    show = lambda r: f"{r['mean']:.2f} ({r['mean_sd']:.2f})"  # noqa: E731
-    how = "exact" if any(r["source"] == "exact" for r in rows) else "table"
-    mine = [r for r in rows if r["source"] == how and r["prover"] != "none"]
+    easy_best = max((r for r in easy_task(exact)["rows"] if r["prover"].startswith("scripted")), key=lambda r: r["step_of_one"])
     plain = of["outcome" if how == "exact" else how, "none"]
-    learned = ", ".join(f"{r['prover']} {show(r)}" for r in rows if r["source"] == "learned")
-    scripts = [r for r in mine if r["prover"].startswith("scripted")]
-    best, strongest = max(scripts, key=lambda r: r["mean"]), max(scripts, key=lambda r: by[r["prover"]]["success"])
-    rho = spearman([by[r["prover"]]["predicted"] for r in mine], [r["mean"] for r in mine])
-    rho_kl = spearman([-by[r["prover"]]["equal_kl_steps"] for r in mine], [r["mean"] for r in mine])
-    margin = 2 * ((best["mean_sd"] ** 2 + strongest["mean_sd"] ** 2) / len(best["per_seed"])) ** 0.5
-    easy_best = max((r for r in easy["rows"] if r["prover"].startswith("scripted")), key=lambda r: r["step_of_one"])
-    strength = dict(
+    show = lambda r: with_sd(r["mean"], r["mean_sd"], 2)  # noqa: E731
+    minus = [a - b for a, b in zip(best["per_seed"], strongest["per_seed"])]
+    measured = [
+        f"Sampled gradients, {HOW[how]} values, accuracy averaged over the run (sd over {len(best['per_seed'])} seeds): "
+        f"{best['prover']} {show(best)}, {strongest['prover']} {show(strongest)}, outcome only {show(plain)}; rank correlation "
+        f"with theorem 3.1's sum {rho:.2f}, with the exact speed at equal KL {rho_kl:.2f}."]
+    if four := of.get((how, "best-of-4")):
+        gap = [a - b for a, b in zip(four["per_seed"], best["per_seed"])]
+        measured.append(f"Best-of-4 of the base {show(four)}, minus {best['prover']} {mean_sd(gap, signed=True)}, paired.")
+    if learned := [f"{r['prover']} {show(r)}" for r in rows if r["source"] == "learned"]:
+        measured.append(f"Learned verifiers: {', '.join(learned)}; those of the base see hardly any success, and correlate with "
+                        "the exact advantage by less than 0.1.")
+    measured.append(f"Exact gradient, steps of equal KL to 50%: {quickest} {shape[quickest]:.2f}, {strong} {shape[strong]:.2f}, "
+                    f"outcome only {by['outcome']['equal_kl_steps']:.2f}. {strong}'s steps differ most of all (distinguishability "
+                    f"{by[strong]['distinguishability']:.2f}) but point elsewhere: alignment over distinguishability "
+                    f"{by[strong]['alignment'] / by[strong]['distinguishability']:.2f}, {quickest}'s "
+                    f"{by[quickest]['alignment'] / by[quickest]['distinguishability']:.2f}.")
+    return dict(
         claim="Provers of middle strength are best (planted sub-sequence: 8 to 15 with a base of 5), too strong ones help less.",
-        measured=f"Sampled gradients, {HOW[how]} values, accuracy averaged over the run (sd over {len(best['per_seed'])} "
-                 f"seeds): {best['prover']} {show(best)}, {strongest['prover']} {show(strongest)}, outcome only {show(plain)}; "
-                 f"rank correlation with theorem 3.1's sum {rho:.2f}, with the exact speed at equal KL {rho_kl:.2f}. "
-                 + (f"Learned verifiers: {learned}. " if learned else "")
-                 + f"Exact gradient, steps of equal KL to 50%: {quickest} {shape[quickest]:.2f}, {strong} {shape[strong]:.2f}, "
-                 f"outcome only {by['outcome']['equal_kl_steps']:.2f}.",
-        holds=verdict(best["mean"] - strongest["mean"] > margin, by[strong]["time_to_half"] > by[quickest]["time_to_half"]),
+        measured=" ".join(measured),
+        holds=together([verdict(minus), by[strong]["time_to_half"] > by[quickest]["time_to_half"]]),
         fails_when=f"steps are measured in eta, not in KL: then the scale of A^mu counts, and time to 50% is "
                    f"{by[strong]['time_to_half']:.1f} with {strong}, {by[quickest]['time_to_half']:.1f} with {quickest} (on the "
                    f"easy task {easy_best['prover']} is best even so).")
-    remark = dict(
+
+
+def remark_claim(top):
+    """top: the row of the largest K."""
+    return dict(
         claim="Remark 3.1: where Q^pi = O(1/K), Best-of-K raises distinguishability by K^2 and worsens alignment by at most K.",
         measured=f"K = {top['K']} (K^2 = {top['K'] ** 2}), over states with K Q <= 0.3: distinguishability times "
                  f"{number(top['distinguishability_small_q'])}, alignment times {number(top['alignment_small_q'])}: better, not "
@@ -172,4 +188,3 @@ def claims(exact, rows, command):
         holds=abs((top["distinguishability_small_q"] or 0) / top["K"] ** 2 - 1) < 0.5,
         fails_when=f"all states are counted: the letter that completes the sequence has Q = 1, which is not O(1/K), and K = "
                    f"{top['K']} gives a factor of {number(top['distinguishability_all'])}.")
-    return [dict(paper="2410.08146", command=command) | c for c in (theory, strength, remark)]

@@ -1,7 +1,7 @@
 """The search behind the RL settings: every arm gets the same grid, on a seed that no reported number uses.
 
-    python experiments/search_rl.py --task planted           # about 5 minutes on 2 cores
-    python experiments/search_rl.py --task countdown --samples 512 --groups 4 8 32 --learning-rates 1e-4 3e-4 1e-3 3e-3 \
+    python -m experiments.search_rl --task planted           # about 5 minutes on 2 cores
+    python -m experiments.search_rl --task countdown --samples 512 --groups 4 8 32 --learning-rates 1e-4 3e-4 1e-3 3e-3 \
                                     --entropy-coefs 0        # about 40 minutes on 2 cores
     -> docs/results/search_TASK.json: accuracy at the end and mean over the curve, per arm and setting
 
@@ -17,11 +17,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import pipeline  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, read_metrics, write_json  # noqa: E402
-from train_rl import Config as RLConfig  # noqa: E402
+import pipeline
+from experiments.toolkit import evaluations
+from infra.cli import opt, parse, script
+from infra.runs import mean, write_json
+from train_rl import Config as RLConfig
 
 ARMS = ["outcome", "pav"]
 
@@ -61,13 +61,13 @@ def main():
     pipeline.run_jobs(stages, cfg.workers or os.cpu_count() or 1, root / "logs")
     rows = []
     for (arm, lr, entropy, group), run in where.items():
-        curve = [r["eval/accuracy"] for r in read_metrics(run) if "eval/accuracy" in r]
+        curve = [r["eval/accuracy"] for r in evaluations(run)]
         rows.append(dict(arm=arm, learning_rate=lr, entropy_coef=entropy, num_generations=group, accuracy=curve[-1],
                          curve_mean=round(mean(curve), 4)))
     rows.sort(key=lambda r: (r["arm"], -r["curve_mean"]))
     out = Path("docs/results" if not cfg.smoke else root) / f"search_{cfg.task}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, dict(command=f"python experiments/search_rl.py {' '.join(sys.argv[1:])}", steps=cfg.steps,
+    write_json(out, dict(command=f"python -m experiments.search_rl {' '.join(sys.argv[1:])}", steps=cfg.steps,
                          samples=cfg.samples, rows=rows))
     for arm in ARMS:
         for r in [r for r in rows if r["arm"] == arm][:5]:

@@ -1,7 +1,7 @@
 """Clone right traces, or learn to tell right from wrong? Verifier-free against verifier-based use of the same n problems.
 
-    python experiments/vbvf.py                   # 15 to 20 minutes of one core, by the time of single cells
-    python experiments/vbvf.py --smoke           # the same road in seconds
+    python -m experiments.vbvf                   # 15 to 20 minutes of one core, by the time of single cells
+    python -m experiments.vbvf --smoke           # the same road in seconds
     -> docs/results/vbvf/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2025, arXiv 2502.12118): as the test budget of H tokens grows, fine-tuning on right traces
@@ -40,29 +40,22 @@ the paper's GPT-2 and MATH experiments. Results of each cell stay in runs/vbvf: 
 import copy
 import functools
 import itertools
-import json
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from vbvf_report import BUDGETS, MIXTURES, claims, figure, tables  # noqa: E402
-
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import derive, generator, shuffled, write_json  # noqa: E402
-from tasks.contextual import Contextual  # noqa: E402
-from model import load_model, token_logprobs, write_model  # noqa: E402
-from pav import Verifier, value_loss  # noqa: E402
-from report.figures import machine, print_results  # noqa: E402
-from sample import generate  # noqa: E402
-
-TUNING = 1000  # this seed chooses settings, on val; seeds below are reported, on test
+import train_rl
+import train_sft
+from experiments.toolkit import TUNING, cached, expected_best, print_results, write_results
+from experiments.vbvf_report import BUDGETS, MIXTURES, claims_of, figure, tables
+from infra.cli import opt, parse, script
+from infra.runs import derive, generator, shuffled
+from model import load_model, token_logprobs, write_model
+from pav import Verifier, value_loss
+from sample import generate
+from tasks.contextual import Contextual
 
 
 @dataclass
@@ -144,9 +137,15 @@ def sample(model, task, tokenizer, problems, times, H, seed, temperature=1.0):
 
 
 def solve_times(task, tokenizer, problems, tokens):
-    """[P, B/P] float64: letters up to the first right point, inf where there is none. Rows of tokens follow problems."""
-    each, k = len(tokens) // len(problems), task.planted
-    times = [task.solve_time(problems[b // each], tokenizer.decode(row)) for b, row in enumerate(tokens[:, k:].tolist())]
+    """[P, B/P] float64: tokens up to the first right point, inf where there is none. Rows of tokens follow problems.
+
+    An EOS is a token like any other here (no stop id), and no letter: decoded it would vanish, and the letters after it
+    would be counted as earlier tokens. It stands as a blank."""
+    each = len(tokens) // len(problems)
+    letter = [" " if t in tokenizer.eos_ids else tokenizer.decode([t]) for t in range(tokenizer.n_vocab)]
+    times = []
+    for b, row in enumerate(tokens[:, task.planted :].tolist()):
+        times.append(task.solve_time(problems[b // each], "".join(letter[t] for t in row)))
     return torch.tensor([float("inf") if t is None else t for t in times], dtype=torch.float64).view(-1, each)
 
 
@@ -180,9 +179,8 @@ def reward_to_go(reward, G, floor=1e-2):
 
 
 def best_of(scores, value, N):
-    """Mean value of the highest-scored of the first N samples of each problem; scores, value [P, >= N]."""
-    pick = scores[:, :N].argmax(1, keepdim=True)
-    return float(value.gather(1, pick).mean())
+    """Mean over problems of the expected value of the highest-scored of N samples; scores, value [P, >= N]."""
+    return float(expected_best(scores, value, N).mean())
 
 
 def spread_of_base(reward):
@@ -328,7 +326,7 @@ def search(world, verifiers, H, weight, each=BUDGETS[-1]):
 
 def cell(world, n, H, setting):
     """Everything at one n and H."""
-    clock, r = time.process_time(), rewards(world.held_times, H)
+    r = rewards(world.held_times, H)
     base = summary(world.held_times, H) | spread_of_base(r) | dict(
         given_right=float(r[r > 0].mean()) if (r > 0).any() else 0.0, oracle={N: best_of(r, r, N) for N in BUDGETS})
     greedy, _ = sample(world.base, world.task, world.tokenizer, world.test, 1, H, 0, temperature=0)
@@ -340,22 +338,14 @@ def cell(world, n, H, setting):
                                    [setting["rl"]["steps"]])
     return dict(base=base, vf=judge(world, model, H, 16) | dict(traces=len(traces), base_traces=drawn),
                 rl=judge(world, policy, H, 16) | logs, bon=search(world, verifiers, H, world.cfg.pessimism),
-                labelled_right=float((world.pool_times[:n, 0] <= H).double().mean()),
-                cpu_seconds=round(time.process_time() - clock, 1))
-
-
-def kept(path, make):
-    """The JSON at path, made once."""
-    if not path.exists():
-        write_json(path, make())
-    return json.loads(path.read_text())
+                labelled_right=float((world.pool_times[:n, 0] <= H).double().mean()))
 
 
 def tune(root, n, H, world):
     """The settings at n: as many tried for each arm on the tuning seed, at the middle H with the mixed base."""
     best, tried = {}, {}
     for name in ("vf", "vb", "rl"):
-        tried[name] = kept(root / f"tuning_{name}_n{n}.json", lambda: list(trials(world(), name, n, H, best)))  # noqa: B023
+        tried[name] = cached(root / f"tuning_{name}_n{n}.json", lambda: list(trials(world(), name, n, H, best)))  # noqa: B023
         best[name] = {k: v for k, v in max(tried[name], key=lambda row: row["J"]).items() if k != "J"}
         print(f"tuning, n = {n}, {name}: {best[name]}", flush=True)
     return best, tried
@@ -388,7 +378,7 @@ def run_all(cfg, root):
         world = make(seed, mixture, max(sizes))
         for n, H in itertools.product(sizes, horizons):
             path = root / f"{mixture}_n{n}_H{H}_seed{seed}.json"
-            row = kept(path, lambda: cell(world(), n, H, tuning[n][0]))  # noqa: B023 (called at once)
+            row = cached(path, lambda: cell(world(), n, H, tuning[n][0]))  # noqa: B023
             rows.append(dict(seed=seed, mixture=mixture, n=n, H=H) | row)
             print(f"seed {seed}, {mixture}, n = {n}, H = {H}: J of base {row['base']['J']:.3f}, VF {row['vf']['J']:.3f}, VB-RL "
                   f"{row['rl']['J']:.3f}, best-of-16 {row['bon']['J']['16']:.3f}, {row['cpu_seconds']:.0f} s", flush=True)
@@ -406,14 +396,12 @@ def main(argv=None):
         out = root / "results"
     root.mkdir(parents=True, exist_ok=True)
     rows, tuning = run_all(cfg, root)
-    text, command = tables(rows, cfg), "python experiments/vbvf.py" + (" --smoke" if cfg.smoke else "")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(text + "\n")
-    write_json(out / "results.json", dict(
-        claims=claims(rows, cfg, command), command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg),
-        mixtures=MIXTURES, tuning=tuning, rows=rows, cpu_seconds=round(sum(r["cpu_seconds"] for r in rows))))
+    text = tables(rows, cfg)
+    seconds = round(sum(r["cpu_seconds"] for r in rows))
+    write_results(out, text, "vbvf" + " --smoke" * cfg.smoke, cfg, claims_of, mixtures=MIXTURES, tuning=tuning, rows=rows,
+                  cpu_seconds=seconds)
     figure(rows, cfg, out / "curves.png")
-    print_results(text, out)
+    print_results(text, out, seconds)
 
 
 if __name__ == "__main__":

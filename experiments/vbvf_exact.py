@@ -1,6 +1,6 @@
 """What experiments/vbvf.py tends to with endless data and perfect learning, exactly, for the scripted base: no model, no samples.
 
-    python experiments/vbvf_exact.py             # a second
+    python -m experiments.vbvf_exact             # a second
     -> docs/results/vbvf/: exact.json, exact.md, exact.png
 
 On the task contextual (contextual.py) the time to the first right point is negative binomial, a mixture of them for a
@@ -22,19 +22,15 @@ Left out: everything that learning adds. VF gets its n traces for nothing here, 
 
 import itertools
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from vbvf_report import MIXTURES  # noqa: E402
-
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import write_json  # noqa: E402
-from tasks.contextual import Contextual  # noqa: E402
-from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
+from experiments.toolkit import METHOD_COLOURS, finish, print_results, pyplot, together, write_results
+from experiments.vbvf_report import MIXTURES
+from infra.cli import opt, parse, script
+from tasks.contextual import Contextual
 
 
 @dataclass
@@ -87,9 +83,10 @@ def table(rows, N):
     return "\n".join(lines)
 
 
-def claims(rows, N, command):
+def claims_of(results):
     """Judged by three questions on the mixed base: does the gap of best-of-N grow over all horizons, does it end above the
     concentrated base's, and does the gap within VF's own distance grow, too?"""
+    rows, N = results["rows"], results["settings"]["n"]
     gap = lambda m, name="gap_best": [r[name] for r in rows if r["mixture"] == m]  # noqa: E731
     H = sorted({r["H"] for r in rows})
     ends = lambda m: f"{gap(m)[0]:.1f} at H = {H[0]} to {gap(m)[-1]:.1f} at H = {H[-1]}"  # noqa: E731
@@ -98,14 +95,14 @@ def claims(rows, N, command):
     near = max(rows, key=lambda r: r["gap_near"])
     order = math.log(gap("mixed")[-1] / gap("mixed")[0]) / math.log(H[-1] / H[0])
     return [dict(
-        paper="2502.12118", command=command,
+        paper="2502.12118", command=results["command"],
         claim="From a heterogeneous base the gap between verifier-based and verifier-free use of test tokens grows with their "
               "number H; from a concentrated one it need not.",
         measured=f"Exact, endless data, perfect learning, scripted base: best-of-{N} ({N} H tokens) minus the clone of "
                  f"right traces (H tokens) goes from "
                  f"{ends('mixed')} tokens (mixed base; like H^{order:.2f}), from {ends('widest')} (widest), from "
                  f"{ends('concentrated')} (concentrated). No spread: nothing is sampled.",
-        holds=True if all(checks) else "partly" if any(checks) else False,
+        holds=together(checks),
         fails_when=f"At H = {H[0]} the concentrated base has the larger gap ({gap('concentrated')[0]:.1f} against "
                    f"{gap('mixed')[0]:.1f} and {gap('widest')[0]:.1f}): there wrong traces are the spread, and rejection "
                    f"removes them. Within VF's own chi-square distance a perfect verifier buys {near['gap_near']:.1f} tokens "
@@ -141,11 +138,8 @@ def main(argv=None):
     out = Path("runs/vbvf_exact" if cfg.smoke else cfg.out)
     rows = [dict(mixture=m) | limits(strengths, H, cfg.letters, cfg.n)
             for (m, strengths), H in itertools.product(MIXTURES.items(), cfg.horizons)]
-    text, command = table(rows, cfg.n), "python experiments/vbvf_exact.py"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "exact.md").write_text(text + "\n")
-    write_json(out / "exact.json", dict(claims=claims(rows, cfg.n, command), command=command, machine=machine(),
-                                        settings=vars(cfg), mixtures=MIXTURES, rows=rows))
+    text = table(rows, cfg.n)
+    write_results(out, text, "vbvf_exact", cfg, claims_of, "exact", mixtures=MIXTURES, rows=rows)
     figure(rows, cfg.n, out / "exact.png")
     print_results(text, out, figure="exact", numbers="exact")
 

@@ -13,9 +13,9 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
-from tasks.answers import extract_answer
 from infra.cli import UserError
 from infra.runs import derive
+from tasks.answers import extract_answer
 from tasks.files import read_rows
 
 PARTS = ("demonstrated", "first", "second", "val", "test")  # demonstrated: those of first with a solution

@@ -1,7 +1,7 @@
 """Learning dynamics: does a model learn to solve its training problems before it can recite their solutions?
 
     python train_sft.py --task worded --num-examples 500 --steps 800 --track-memorization 10
-    python experiments/memorization.py                      # the paper's claim, on published and on our own runs
+    python -m experiments.memorization                      # the paper's claim, on published and on our own runs
 
 Kang, Setlur et al. 2024 (arXiv 2411.07681): for checkpoint m and training example i, with acc the share of sampled
 solutions that are right and nll the mean negative log-likelihood of the example's own solution,

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments import claims
+from infra.cli import UserError
+from infra.runs import lock_file
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import claims  # noqa: E402
-
-from infra.cli import UserError  # noqa: E402
-from infra.runs import lock_file  # noqa: E402
 
 CLAIM = dict(paper="2410.08146", claim="a | b", measured="0.9 (sd 0.1)", holds="partly", command="python x.py",
              fails_when="never")
