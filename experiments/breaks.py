@@ -245,6 +245,7 @@ def claims_of(record):
     shared = dict(paper="2410.08146", command=record["command"])
     return [shared | dict(
         claim="Process rewards must be progress, not Q: RL on Q^pi + Q^mu collapses (appendix G).",
+        short="Paying Q instead of progress makes RL collapse",
         measured=f"{how} progress: {show(results, 'pav', HARD)}; value, own step: {show(results, 'q', HARD)}; value, "
                  f"return-to-go: {show(results, 'q_to_go', HARD)}.",
         holds=together([*hurts(results, "q"), *hurts(results, "q_to_go")]),
@@ -254,6 +255,7 @@ def claims_of(record):
                    "more and emptier steps, as the appendix has it, cannot happen here.",
     ), shared | dict(
         claim="The bonus is paid to its own step (discount 0); summed to the right it telescopes into a baseline.",
+        short="A bonus summed to the right is only a baseline",
         measured=f"{how} own step: {show(results, 'pav', HARD)}; return-to-go: {show(results, 'to_go', HARD)}; outcome only: "
                  f"{show(results, 'outcome', HARD)}.",
         holds=together(hurts(results, "to_go")),

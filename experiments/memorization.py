@@ -186,8 +186,8 @@ def curation(cfg, threshold):
     return out
 
 
-def claim(results, says, measured, holds, fails_when=""):
-    return dict(paper="2411.07681", claim=says, measured=measured, holds=holds, command=results["command"],
+def claim(results, says, short, measured, holds, fails_when=""):
+    return dict(paper="2411.07681", claim=says, short=short, measured=measured, holds=holds, command=results["command"],
                 fails_when=fails_when)
 
 
@@ -206,6 +206,7 @@ def published_claims(results):
         good = [np.log(float(t)) for t, r2 in r["sensitivity"].items() if r2 >= 0.8]
         found.append(claim(
             results, f"pre-memorization accuracy predicts test accuracy (R^2 above 0.9; {name}, Llama-3-8B)",
+            f"Pre-memorization accuracy predicts test accuracy: their {name} runs",
             f"their arrays: R^2 {r['r2']:.3f} ({r['checkpoints']} checkpoints); threshold from half of the runs, scored on "
             f"the other: median {r['held_out']['median']:.3f} (10th percentile {r['held_out']['p10']:.3f}); training accuracy "
             f"{r['r2_train_accuracy']:.1f}", predicts(r),
@@ -217,6 +218,7 @@ def runs_claims(results):
     """Of runs.json."""
     r = results
     return [claim(results, "pre-memorization accuracy predicts test accuracy, training accuracy does not",
+                  "Pre-memorization accuracy predicts test accuracy: our runs",
                   f"{r['runs']} runs of our own: R^2 {r['r2']:.3f}, held out {r['held_out']['median']:.3f} (10th percentile "
                   f"{r['held_out']['p10']:.3f}); training accuracy {r['r2_train_accuracy']:.2f}", predicts(r))]
 
@@ -235,6 +237,7 @@ def robustness_claims(results):
                       f"{sum(r[k]['examples'] for r in rows)} examples)")
     return [claim(
         results, "examples that were learned before they were memorised survive a changed prompt, the others do not",
+        "What is learned before it is memorised survives a changed prompt",
         f"within {'one run' if len(rows) == 1 else f'each of {len(rows)} runs'}, still right from a first line in other letters: "
         f"high pre-memorization accuracy {show('high')}, low {show('low')}; the change costs low ones {mean(extra):+.3f} more "
         f"(standard error over {'examples' if len(rows) == 1 else 'runs'} {error:.3f}; {MATTERS} would count)",
@@ -251,6 +254,7 @@ def curation_claims(results):
     show = lambda d: ", ".join(mean_sd(x, signed=True) for x in d)  # noqa: E731
     best = all(mean(gains["premem"][i]) >= mean(gains[by][i]) for by in gains for i in range(len(sizes)))
     return [claim(results, "problems like those of low pre-memorization accuracy are worth 1.5 to 2 times iid ones",
+                  "Problems of low pre-memorization accuracy are worth 1.5 to 2 others",
                   f"test accuracy minus iid at {', '.join(sizes)} examples: {show(gains['premem'])}; chosen by nll "
                   f"{show(gains['nll'])}, by training accuracy {show(gains['accuracy'])} ({len(gains['premem'][0])} seeds, sd)",
                   together(verdict(x) for x in gains["premem"]), "" if best else "another measure of difficulty does as well or better")]

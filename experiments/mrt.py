@@ -232,6 +232,7 @@ def regret_claim(results, rows, seeds):
     gains = {n: with_sd(results[n]["mrt"]["gain"], results[n]["mrt"]["gain_sd"], signed=True) for n in ("short", "brisk") if n in results}
     return dict(
         claim="MRT has lower cumulative regret than outcome-reward RL and 1.5 times its token efficiency.",
+        short="MRT: less regret and 1.5 times the token efficiency",
         measured=f"Regret {with_sd(m['regret'], m['regret_sd'])} against {with_sd(o['regret'], o['regret_sd'])}, paired "
                  f"{mean_sd(less('outcome'), signed=True)}; accuracy {m['accuracy']:.3f} against {o['accuracy']:.3f}; token "
                  f"efficiency {efficiency} ({seeds} seeds, sd, "
@@ -252,6 +253,7 @@ def scalar_claim(rows, seeds):
     scalar, o, m = rows["mrt_scalar"], rows["outcome"], rows["mrt"]
     return dict(
         claim="The RL form, one progress bonus for all that follows a cut, beats GRPO (AIME 2024: 47.2 against 44.5).",
+        short="MRT's RL form, one bonus after the cut, beats GRPO",
         measured=f"Our on-policy reading of it pays R - J(cut) to every token after the cut: the outcome with another baseline, "
                  f"and so the outcome's expected gradient. What was measured is noise of one objective run twice: regret "
                  f"{with_sd(scalar['regret'], scalar['regret_sd'])}, outcome-only {o['regret']:.3f}, paired gain "

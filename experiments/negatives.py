@@ -292,12 +292,15 @@ def claims_of(results):
     over = f"at {', '.join(map(str, sizes))} problems"
     shared = dict(paper="2406.14532", command=results["command"])
     found = []
-    for name, says in (("rft", "RFT on a policy's own right solutions is worth 2 times the problems of SFT"),
-                       ("dpo_per_step", "per-step DPO on its wrong ones is worth 8 times the problems of SFT")):
+    for name, says, short in (
+            ("rft", "RFT on a policy's own right solutions is worth 2 times the problems of SFT",
+             "RFT on right samples doubles what the problems are worth"),
+            ("dpo_per_step", "per-step DPO on its wrong ones is worth 8 times the problems of SFT",
+             "Per-step DPO makes the problems worth 8 times as many")):
         factors = [at[s, name]["worth"] for s in sizes]
         words = ", ".join("off SFT's curve" if f is None else f"{f:.2f}" for f in factors)
         found.append(shared | dict(
-            claim=says, holds=judged(minus(name, "sft")),
+            claim=says, short=short, holds=judged(minus(name, "sft")),
             measured=f"{over}, minus SFT with as many epochs as help it: {show(minus(name, 'sft'))}; worth {words} times the "
                      f"problems (chain, greedy accuracy, {seeds} seeds, sd of the paired differences in brackets)",
             fails_when="SFT may train as long as it helps (the longest of its grid won at every size): on this task that alone "
@@ -305,6 +308,7 @@ def claims_of(results):
     policy, rival = over_policy("dpo_per_step"), minus("dpo_per_step", "dpo_whole")
     found.append(shared | dict(
         claim="negatives cut at the first pit improve the policy they were sampled from, and more than whole ones",
+        short="Negatives cut at the first pit help, and more than whole ones",
         holds=together(verdict(d) for d in policy + rival),
         measured=f"{over}: per-step DPO minus its own policy {show(policy)}; minus whole-solution DPO {show(rival)}; minus random "
                  f"cuts, which were not tuned for themselves, {show(minus('dpo_per_step', 'dpo_random_cut'))}",
@@ -313,6 +317,7 @@ def claims_of(results):
     unclear = [str(size) for size, d in zip(sizes, whole) if verdict(d) == "open"]
     found.append(shared | dict(
         claim="whole negatives do not improve the policy they were sampled from",
+        short="Whole negatives do not help",
         holds=together(opposite(verdict(d)) for d in whole),
         measured=f"{over}: whole-solution DPO minus its own policy {show(whole)} ({seeds} seeds, sd)",
         fails_when=f"not shown either way at {', '.join(unclear)} problems" if unclear else ""))

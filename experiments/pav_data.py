@@ -271,6 +271,7 @@ def claims_of(results):
     correlation = "Correlation of the advantage with the exact one"
     few = dict(
         claim="With few rollouts covering more solutions (n_cov) makes the better verifier than repeating continuations (n_mc).",
+        short="Few rollouts: cover more solutions, do not repeat continuations",
         measured=f"{correlation}, n_mc 1 minus n_mc 16: " + ", ".join(f"{plus('mc1', 'mc16', b)} at {b} tokens" for b in budgets)
                  + f" ({results['settings']['seeds']} seeds, sd).",
         holds=together(verdict(gain(rows, "mc1", "mc16", b)) for b in budgets),
@@ -279,6 +280,7 @@ def claims_of(results):
                    f"16 is then {plus('mc1_all', 'mc16_all', high)}.")
     many = dict(
         claim="With many rollouts more continuations a prefix (n_mc; 20 in the final runs) make the better verifier.",
+        short="Many rollouts: repeat continuations of each prefix",
         measured=f"{correlation} of the best arm of cuts alone, {NAMES[best[high]]}, still rises between {low} and {high} tokens "
                  f"({mean_sd(per_seed(rows, best[high], low))} to {mean_sd(per_seed(rows, best[high], high))}): {high} are few."
                  if rising else f"{correlation}, n_mc 16 minus n_mc 1: {plus('mc16', 'mc1', high)} at {high} tokens.",
@@ -286,6 +288,7 @@ def claims_of(results):
     against = "; ".join(f"{b} tokens: {plus('first_pit', best[b], b)} against {NAMES[best[b]].split(':')[0]}" for b in budgets)
     pit = dict(
         claim="Prefixes up to the first pit make better verifiers than random ones, most where few.",
+        short="First-pit prefixes make better verifiers than random ones",
         measured=f"First pit minus the best uniform cuts, same correlation: {against}.",
         holds=together(verdict(gain(rows, "first_pit", best[b], b)) for b in budgets),
         fails_when=f"As a judge of states it is worse (AUC {plus('first_pit', best[high], high, 'auc')} at {high} tokens), and "

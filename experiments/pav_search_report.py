@@ -15,14 +15,18 @@ COLOURS = {"orm": REPORT_COLOURS["orm"], "q_as_orm": "#56B4E9", "majority": "#CC
            "beam_q": REPORT_COLOURS["q"], "beam_pav": REPORT_COLOURS["pav"]}
 BEAMS = ("beam_q", "beam_pav")
 LEARNED = 0.3  # correlation of Q's advantage with fresh rollouts from which on a task's search decides a claim
-TEXT = dict(  # claim, where it fails
-    orm=("A beam ranked by Q + alpha A is 1.5 to 5 times as compute-efficient as best-of-N with an ORM, and over 8% better.", ""),
+TEXT = dict(  # claim, its line in README's index, where it fails
+    orm=("A beam ranked by Q + alpha A is 1.5 to 5 times as compute-efficient as best-of-N with an ORM, and over 8% better.",
+         "A beam by Q + alpha A beats best-of-N with an ORM", ""),
     q=("It beats a beam ranked by Q alone, by up to 8 times the compute.",
+       "It beats a beam ranked by Q alone, too",
        "N=3: one parent a step, where any alpha gives the same ranking"),
     k=("The best prover is Best-of-K with K=4 of 1 to 32: neither the policy itself nor a strong one.",
+       "The best prover for search is Best-of-4 of the policy",
        "one tuning seed, and the best single setting of its grid is not what is judged: differences within the two standard "
        "errors given are noise"),
     rank=("Q re-ranking whole samples is 4% better than the ORM at N=128.",
+          "Whole samples: re-ranking by Q beats the ORM",
           "the ORM is trained for the end of a solution alone, Q on equally many tokens for every prefix; the outcome is a "
           "sub-string, which the ORM reads nearly perfectly: there is nothing left to regularise"))
 
@@ -123,11 +127,11 @@ def claims_of(results):
     apart = [f"{t} does not decide: no verifier learned to check a step there" for t in tasks if t not in decisive]
     parts = dict(orm=orm_part, q=q_part, k=k_part, rank=rank_part)
     found = []
-    for key, (says, fails) in TEXT.items():
+    for key, (says, short, fails) in TEXT.items():
         each = {t: parts[key](t, r, cfg) for t, r in tasks.items()}
         remarks = [fails] if fails else orm_failures(tasks, cfg)
         found.append(dict(
-            paper="2410.08146", claim=says, command=command, measured="; ".join(words for words, _ in each.values()),
+            paper="2410.08146", claim=says, short=short, command=command, measured="; ".join(words for words, _ in each.values()),
             holds=together(v for t in decisive for v in each[t][1]), fails_when="; ".join([*remarks, *apart])))
     return found
 

@@ -129,6 +129,7 @@ def theory_claim(exact):
     c, easy = exact["correlations"], easy_task(exact)["correlations"]
     return dict(
         claim="Theorem 3.1: one policy update improves by at least the order of distinguishability plus alignment.",
+        short="Theorem 3.1: distinguishability plus alignment bounds an update's gain from below",
         measured=f"Exact tabular update, {len(paid)} provers: the sum's rank correlation with the gain of a step of size 1 is "
                  f"{c['predicted/step_of_one']:.2f}, with the speed to 50% {c['predicted/flow']:.2f}; to first order the gain "
                  f"is Var[A^pi] + alignment (within {gap:.1%}) and distinguishability is not in it: gain over sum falls from "
@@ -171,6 +172,7 @@ def strength_claim(exact, rows):
                     f"{by[quickest]['alignment'] / by[quickest]['distinguishability']:.2f}.")
     return dict(
         claim="Provers of middle strength are best (planted sub-sequence: 8 to 15 with a base of 5), too strong ones help less.",
+        short="Provers of middle strength are best",
         measured=" ".join(measured),
         holds=together([verdict(minus), by[strong]["time_to_half"] > by[quickest]["time_to_half"]]),
         fails_when=f"steps are measured in eta, not in KL: then the scale of A^mu counts, and time to 50% is "
@@ -182,6 +184,7 @@ def remark_claim(top):
     """top: the row of the largest K."""
     return dict(
         claim="Remark 3.1: where Q^pi = O(1/K), Best-of-K raises distinguishability by K^2 and worsens alignment by at most K.",
+        short="Remark 3.1: Best-of-K raises distinguishability by K^2",
         measured=f"K = {top['K']} (K^2 = {top['K'] ** 2}), over states with K Q <= 0.3: distinguishability times "
                  f"{number(top['distinguishability_small_q'])}, alignment times {number(top['alignment_small_q'])}: better, not "
                  "worse, as Best-of-K is monotone in Q^pi. Exact, so without a spread.",

@@ -1,6 +1,6 @@
 """The claims of every committed results file made anew from the numbers in it, where a rule or its words have changed.
 
-    python -m experiments.restate            # rewrites the claims in docs/results; then run experiments.claims
+    python -m experiments.restate            # rewrites the claims in docs/results; then run report.claims
     python -m experiments.restate --check    # exit code 2 if a file's claims are not what its numbers give
 
 Nothing is trained or sampled: a claim is a pure function of the file that it stands in, and tests/test_toolkit.py holds

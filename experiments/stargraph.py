@@ -110,6 +110,7 @@ def claims_of(results):
         paper="2406.14532", command=results["command"], holds="not tested" if below else verdict(early),
         claim="imitation guesses the critical token of a star graph; per-step negatives of an early SFT policy mend that, "
               "those of one trained too long do not",
+        short="Per-step negatives mend the guessed token of a star graph",
         measured="first node right after " + ", ".join(f"{n} steps of SFT {mean_sd(v)}" for n, v in first.items())
                  + f" (a guess among the two neighbours: {GUESS}); per-step DPO from {few} steps {show(early)}, from {middle} "
                  f"{show(late)}, whole-solution DPO from there {show(whole)} ({settings['seeds']} seeds, sd)",

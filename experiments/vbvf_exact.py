@@ -98,6 +98,7 @@ def claims_of(results):
         paper="2502.12118", command=results["command"],
         claim="From a heterogeneous base the gap between verifier-based and verifier-free use of test tokens grows with their "
               "number H; from a concentrated one it need not.",
+        short="Verifier-based minus verifier-free grows with H: exact",
         measured=f"Exact, endless data, perfect learning, scripted base: best-of-{N} ({N} H tokens) minus the clone of "
                  f"right traces (H tokens) goes from "
                  f"{ends('mixed')} tokens (mixed base; like H^{order:.2f}), from {ends('widest')} (widest), from "

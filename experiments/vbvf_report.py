@@ -107,6 +107,7 @@ def grows_with_H(c):
     won = "VF is ahead with " + "; ".join(wins) if wins else "VF is ahead by two standard errors in no cell of the sweep"
     return dict(
         claim="From a heterogeneous base the advantage of verifier-based over verifier-free training grows with the test budget H.",
+        short="Verifier-based training's lead grows with the test budget H",
         measured=f"VB-RL (n = {n}) minus VF at its best n, in tokens after the first right point: "
                  + ", ".join(f"{c.tokens(c.fair_gap(H=h))} at H = {h}" for h in H) + f" (sd over {c.seeds} seeds); minus VF at n = {n}: "
                  + ", ".join(c.tokens(c.get("gap", H=h)) for h in H) + ".",
@@ -123,6 +124,7 @@ def grows_with_n(c):
     J = ", ".join(f"{mean_sd(c.get('vf', n))} at n = {n}" for n in sizes)
     return dict(
         claim="The advantage of verifier-based methods grows with the number of training problems n.",
+        short="Verifier-based training's lead grows with the problems n",
         measured=f"VB-RL minus VF at H = {H}, in tokens, VF at its best n up to that: "
                  + ", ".join(f"{c.tokens(c.fair_gap(n))} at n = {n}" for n in sizes) + "; growth up to the last "
                  + ", ".join(f"{c.tokens(g)} from n = {n}" for n, g in growth.items()) + f" (sd over {c.seeds} seeds).",
@@ -137,6 +139,7 @@ def needs_heterogeneity(c):
     contrast = gap["mixed", H1] - gap["concentrated", H1]
     return dict(
         claim="The gap needs heterogeneity: from a concentrated base verifier-free training can keep up.",
+        short="From a concentrated base verifier-free training can keep up",
         measured=f"VB-RL minus VF at n = {mid}, H = {H1}: " + ", ".join(
             f"{c.tokens(gap[m, H1])} tokens from the {m} base (sigma {c.get('sigma', mid, mixture=m).mean():.1f}, "
             f"c {c.get('c', mid, mixture=m).mean():.2f})" for m in MIXTURES)
@@ -154,6 +157,7 @@ def best_of_n_wins(c):
         r["bon"]["J"][N] - max(r["vf"]["J"], r["vf"]["likeliest"][N]) for r in of) is True]
     return dict(
         claim="At equal test tokens N H, best-of-N by a learned verifier beats the verifier-free policy.",
+        short="Best-of-N by a learned verifier beats the verifier-free policy",
         measured=f"Best-of-{N} of the base minus the better of VF's sample and VF's likeliest of {N}, a rival that the paper does not "
                  f"have, n = {n}: " + ", ".join(f"{c.tokens(c.get('gap_bon', H=h))} tokens at H = {h}" for h in H)
                  + f" ({c.seeds} seeds, sd). Against VF's sample alone, at H = {H[-1]}: J {mean_sd(c.get('bon'))} against "
