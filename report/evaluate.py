@@ -1,12 +1,14 @@
-"""Evaluation: answer a split of a task, grade, and say how sure one can be. `python sample.py --task ... --eval` calls it.
+"""Evaluation: answer a split of a task, grade, and say how sure one can be.
 
-    python sample.py --task gsm8k --data gsm8k_test.jsonl --model smollm2 --eval --num-problems 64 --greedy
-    python sample.py --task gsm8k --data gsm8k_train.jsonl gsm8k_test.jsonl --model DIR --eval --template fewshot --n 8
+    python -m report.evaluate --task planted --model runs/planted/seed0/rl_pav --n 8
+    python -m report.evaluate --task gsm8k --data gsm8k_test.jsonl --model smollm2 --greedy
+    python -m report.evaluate --task gsm8k --data train.jsonl test.jsonl --model DIR --shots 4
 
-Every completion is a line of OUT.jsonl, written chunk by chunk; OUT.json beside it holds the settings, and in the end the
-results. Killed? The same command goes on behind the last whole line; as a draw depends on (seed, problem, sample, token)
-alone, the file is the one that an uninterrupted run writes (CPU, float32). Other settings with the same OUT are refused.
-The default name of OUT is made of the settings, under runs/eval/.
+Every completion is a line of OUT.jsonl, written chunk by chunk; OUT.json beside it holds the
+settings, and in the end the results. Killed? The same command goes on behind the last whole line;
+as a draw depends on (seed, problem, sample, token) alone, the file is the one that an uninterrupted
+run writes (CPU, float32). Other settings with the same OUT are refused. The default name of OUT is
+made of the settings, under runs/eval/.
 """
 
 import dataclasses
@@ -15,54 +17,99 @@ import json
 import os
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from infra.cli import UserError, say_next
-from infra.runs import lock_file, mean, write_json
+import torch
+
+from infra.cli import UserError, opt, parse, say_next, script
+from infra.runs import lock_file, mean, read_json, setup, spare_threads, write_json
+from model import load_model
 from report.statistics import interval, vote
+from sample import Config as SampleConfig
 from sample import generate, pass_at_k
 from tasks.symbolic import available
 
 CHUNK_SECONDS = 60  # chunks grow until they take about this long: what a kill can lose
-NO_MATTER = ("out", "slots", "device", "threads", "eval", "smoke", "prompt", "raw")  # flags that do not change a completion
+FORMAT = 2  # of a row; 1 called the final answer "said"
+# Flags that do not change a completion.
+NO_MATTER = ("out", "slots", "device", "threads", "eval", "smoke", "prompt", "raw", "show")
+
+
+# --------------------------------------------------------------------------------------------------
+# What the rows say.
+
+
+def row_of(task, problem, i, n, text, tokens, finish_reason):
+    """One line of the file: sample i % n of problem i // n; tokens: how many the completion has."""
+    row = dict(
+        problem=i // n,
+        sample=i % n,
+        key=problem.key,
+        gold=problem.answer,
+        completion=text,
+    )
+    if hasattr(task, "answer"):
+        row["final_answer"] = task.answer(problem, text)
+    return row | dict(reward=task.grade(problem, text), tokens=tokens, finish_reason=finish_reason)
 
 
 def summarize(rows, n, task, problems):
-    """Rows of the problems in order, n each -> the numbers that are printed and kept. lenient: what a forgiving grader would
-    say (last number in the text, math-verify): far above accuracy, it is the format that is not known, not the mathematics."""
+    """Rows of the problems in order, n each -> the numbers that are printed and written.
+
+    lenient: what a forgiving grader would say (last number in the text, math-verify); far above
+    accuracy, it is the format that is not known, not the mathematics.
+    """
     groups = [rows[i : i + n] for i in range(0, len(rows), n)]
-    right = [sum(r["reward"] for r in g) for g in groups]
-    accuracy, low, high = interval([c / n for c in right], n)
-    out = dict(accuracy=accuracy, low=low, high=high, problems=len(groups), n=n,
-               truncated=mean(r["finish_reason"] == "length" for r in rows), mean_length=mean(r["tokens"] for r in rows))
+    right = [sum(row["reward"] for row in group) for group in groups]
+    accuracy, low, high = interval([count / n for count in right], n)
+    out = dict(
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        problems=len(groups),
+        n=n,
+        truncated=mean(row["finish_reason"] == "length" for row in rows),
+        mean_length=mean(row["tokens"] for row in rows),
+    )
     if hasattr(task, "answer"):
-        out["unparsable"] = mean(r["said"] is None for r in rows)
-        out["lenient"] = mean(task.grade_leniently(problems[r["problem"]], r["completion"]) for r in rows)
+        out["unparsable"] = mean(row["final_answer"] is None for row in rows)
+        out["lenient"] = mean(
+            task.grade_leniently(problems[row["problem"]], row["completion"]) for row in rows
+        )
         out["lenient_asked_math_verify"] = available()
         if n > 1:
-            chosen = [vote([r["said"] for r in g]) for g in groups]
-            out["majority"], out["majority_low"], out["majority_high"] = interval(
-                [0.0 if i is None else g[i]["reward"] for g, i in zip(groups, chosen)])
+            out["majority"], out["majority_low"], out["majority_high"] = majority(groups)
     for k in (2, 4, 8, 16, 32, 64, 128, 256):
         if k <= n:
-            out[f"pass@{k}"] = mean(pass_at_k(n, int(c), k) for c in right)
+            out[f"pass@{k}"] = mean(pass_at_k(n, int(count), k) for count in right)
     return out
+
+
+def majority(groups):
+    """Accuracy of the majority vote over each group's rows, with its interval."""
+    chosen = [vote([row["final_answer"] for row in group]) for group in groups]
+    return interval([0.0 if i is None else group[i]["reward"] for group, i in zip(groups, chosen)])
 
 
 def report(r):
     """Lines for people."""
-    yield (f"accuracy {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}] (95%, {r['problems']} problems x {r['n']}), "
-           f"truncated {r['truncated']:.3f}" + (f", unparsable {r['unparsable']:.3f}" if "unparsable" in r else ""))
+    unparsable = f", unparsable {r['unparsable']:.3f}" if "unparsable" in r else ""
+    yield (
+        f"accuracy {r['accuracy']:.3f} [{r['low']:.3f}, {r['high']:.3f}] (95%, {r['problems']} "
+        f"problems x {r['n']}), truncated {r['truncated']:.3f}{unparsable}"
+    )
     if "lenient" in r:
         yield f"lenient grader {r['lenient']:.3f} (takes the last number; not a reward)"
     if "majority" in r:
-        yield f"majority@{r['n']} {r['majority']:.3f} [{r['majority_low']:.3f}, {r['majority_high']:.3f}]"
+        bounds = f"[{r['majority_low']:.3f}, {r['majority_high']:.3f}]"
+        yield f"majority@{r['n']} {r['majority']:.3f} {bounds}"
     for k in (k for k in r if k.startswith("pass@")):
         yield f"{k} {r[k]:.3f}"
 
 
-# ----------------------------------------------------------------------------------------------------
-# The file
+# --------------------------------------------------------------------------------------------------
+# The file.
 
 
 def fingerprint(model, tokenizer, problems):
@@ -70,37 +117,40 @@ def fingerprint(model, tokenizer, problems):
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for p in model.parameters():
         digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    for p in problems:
-        digest.update(json.dumps([p.key, p.prompt, p.answer]).encode())
+    for problem in problems:
+        digest.update(json.dumps([problem.key, problem.prompt, problem.answer]).encode())
     return digest.hexdigest()[:16]
 
 
 def default_out(cfg, temperature):
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", str(cfg.model).strip("/")) or "model"
+    """runs/eval/SETTINGS.jsonl."""
+    model = re.sub(r"[^A-Za-z0-9._-]+", "_", str(cfg.model).strip("/")) or "model"
     limit = f"_max{cfg.max_new_tokens}" if cfg.max_new_tokens else ""
-    return Path("runs/eval") / (f"{cfg.task}_{cfg.split}_{name[-60:]}_{cfg.template}{cfg.shots or ''}_{cfg.num_problems}x{cfg.n}"
-                                f"_t{temperature:g}{limit}_seed{cfg.seed}.jsonl")
+    name = (
+        f"{cfg.task}_{cfg.split}_{model[-60:]}_{cfg.template}{cfg.shots or ''}_"
+        f"{cfg.num_problems}x{cfg.n}_t{temperature:g}{limit}_seed{cfg.seed}.jsonl"
+    )
+    return Path("runs/eval") / name
 
 
 def open_rows(path, settings):
-    """-> (file open for appending, rows already there). The settings beside it must be the same; a half-written last line, the
-    mark of a kill, is cut off."""
+    """-> (file open for appending, rows already there). The settings beside it must be the same; a
+    half-written last line, the mark of a kill, is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".json")
     if path.exists() and path.stat().st_size and not beside.exists():
-        raise UserError(f"{path} exists and is not an evaluation of mine ({beside.name} is missing); give another --out")
+        raise UserError(
+            f"{path} exists and is not an evaluation ({beside.name} is missing); give another --out"
+        )
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
     if not lock_file(file):
-        raise UserError(f"{path} is being written by another process; wait for it or give another --out")
+        raise UserError(f"{path} is being written by another process; wait or give another --out")
     if beside.exists():
-        old = json.loads(beside.read_text())["settings"]
-        if changed := [k for k in settings if old.get(k) != settings[k]]:
-            k = changed[0]
-            raise UserError(f"{path} holds an evaluation with {k} {old.get(k)!r}, not {settings[k]!r}; give another --out, or "
-                            "delete that one")
+        refuse_other_settings(path, read_json(beside).get("settings", {}), settings)
     else:
         write_json(beside, dict(settings=settings))
-    rows, whole = [], 0
+    rows = []
+    whole = 0
     file.seek(0)
     for line in file.read().splitlines(keepends=True):
         try:
@@ -112,59 +162,150 @@ def open_rows(path, settings):
     return file, rows
 
 
+def refuse_other_settings(path, old, settings):
+    changed = [k for k in settings if old.get(k) != settings[k]]
+    if changed:
+        k = changed[0]
+        raise UserError(
+            f"{path} holds an evaluation with {k} {old.get(k)!r}, not {settings[k]!r}; give another "
+            "--out, or delete that one"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The evaluation.
+
+
+def add_rows(rows, model, task, problems, cfg, limit, tokenizer, options, file=None):
+    """Append the missing rows: --n samples of each problem, in chunks that grow. file: where each
+    chunk's rows go at once. Returns the seconds of generation."""
+    total = len(problems) * cfg.n
+    size = cfg.slots
+    seconds = 0.0
+    while len(rows) < total:
+        ids = range(len(rows), min(total, len(rows) + size))
+        began = time.time()
+        rollouts = generate(
+            model,
+            [task.prompt_tokens(problems[i // cfg.n], tokenizer) for i in ids],
+            max_new_tokens=limit,
+            sequence_ids=list(ids),
+            **options,
+        )
+        new = []
+        for b, i in enumerate(ids):
+            completion = rollouts.completion(b)
+            text = tokenizer.decode(completion)
+            problem = problems[i // cfg.n]
+            reason = rollouts.finish_reason[b]
+            new.append(row_of(task, problem, i, cfg.n, text, len(completion), reason))
+        rows += new
+        seconds += rollouts.seconds
+        if file:
+            file.write("".join(json.dumps(row) + "\n" for row in new))
+            file.flush()
+            os.fsync(file.fileno())
+        if len(rows) < total:
+            so_far = mean(row["reward"] for row in rows)
+            print(f"  {len(rows)}/{total} completions, accuracy so far {so_far:.3f}", flush=True)
+            if time.time() - began < CHUNK_SECONDS / 2:
+                size *= 2
+    return seconds
+
+
 def evaluate(cfg, model, tokenizer, options):
-    """Grade --n samples of --num-problems problems; accuracy, pass@k, majority, truncated and unparsable shares."""
+    """Grade --n samples of --num-problems problems; accuracy, pass@k, majority, truncated and
+    unparsable shares. options: of sample.generate. Returns the numbers, see summarize."""
     from tasks.files import get_task
 
     task = get_task(cfg)
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
     limit = cfg.max_new_tokens or task.max_new_tokens
-    options = options | dict(stop_ids=task.stop_ids(tokenizer) if hasattr(task, "stop_ids") else options["stop_ids"])
-    file, rows, out = None, [], Path(cfg.out) if cfg.out else default_out(cfg, options["temperature"]) if cfg.eval else None
+    if hasattr(task, "stop_ids"):
+        options = options | dict(stop_ids=task.stop_ids(tokenizer))
+    temperature = options["temperature"]
+    out = Path(cfg.out) if cfg.out else None
+    if out is None and getattr(cfg, "eval", True):
+        out = default_out(cfg, temperature)
+    file = None
+    rows = []
     if out:
         settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_MATTER}
-        settings |= dict(temperature=options["temperature"], max_new_tokens=limit,
-                         fingerprint=fingerprint(model, tokenizer, problems))
+        settings |= dict(
+            temperature=temperature,
+            max_new_tokens=limit,
+            fingerprint=fingerprint(model, tokenizer, problems),
+            format=FORMAT,
+        )
         file, rows = open_rows(out, settings)
         if rows:
             print(f"going on behind {len(rows)} completions in {out}")
-    total, resumed, size, seconds = len(problems) * cfg.n, len(rows), cfg.slots, 0.0
-    while len(rows) < total:
-        ids = range(len(rows), min(total, len(rows) + size))
-        began = time.time()
-        some = generate(model, [task.prompt_tokens(problems[i // cfg.n], tokenizer) for i in ids], max_new_tokens=limit,
-                        sequence_ids=list(ids), **options)
-        new = [row_of(task, problems[i // cfg.n], i, cfg.n, tokenizer.decode(some.completion(b)), len(some.completion(b)),
-                      some.finish_reason[b]) for b, i in enumerate(ids)]
-        rows += new
-        if file:
-            file.write("".join(json.dumps(r) + "\n" for r in new))
-            file.flush()
-            os.fsync(file.fileno())
-        seconds += some.seconds
-        if len(rows) < total:
-            print(f"  {len(rows)}/{total} completions, accuracy so far {mean(r['reward'] for r in rows):.3f}", flush=True)
-            if time.time() - began < CHUNK_SECONDS / 2:
-                size *= 2
+    resumed = len(rows)
+    seconds = add_rows(rows, model, task, problems, cfg, limit, tokenizer, options, file)
     result = summarize(rows, cfg.n, task, problems)
-    for r in rows[: 3 * cfg.n : cfg.n]:
-        verdict = "right" if r["reward"] else "wrong"
-        print(f"[{verdict}] {problems[r['problem']].prompt.strip()!r} -> {r['completion'].strip()!r} (gold {r['gold']!r})")
+    print_examples(rows[: 3 * cfg.n : cfg.n], problems)
     print(*report(result), sep="\n")
-    new = sum(r["tokens"] for r in rows[resumed:])
+    new = sum(row["tokens"] for row in rows[resumed:])
     if new:
         print(f"{new / seconds:.0f} tokens/s ({new} tokens in {seconds:.1f} s)")
     if out:
-        write_json(out.with_suffix(".json"), dict(settings=settings, results=result))
-        print(f"completions: {out}, settings and results: {out.with_suffix('.json')}")
+        beside = out.with_suffix(".json")
+        write_json(beside, dict(settings=settings, results=result))
+        print(f"completions: {out}, settings and results: {beside}")
         file.close()
-        say_next(cfg, ("a vote of eight", ["sample.py", "--model", cfg.model, "--search", "majority", "--n", 8]))
+        majority_of_8 = ["sample.py", "--model", cfg.model, "--search", "majority", "--n", 8]
+        say_next(cfg, ("a vote of eight", majority_of_8))
     return result
 
 
-def row_of(task, problem, i, n, text, tokens, finish_reason):
-    """One line of the file: sample i % n of problem i // n."""
-    row = dict(problem=i // n, sample=i % n, key=problem.key, gold=problem.answer, completion=text)
-    if hasattr(task, "answer"):
-        row["said"] = task.answer(problem, text)
-    return row | dict(reward=task.grade(problem, text), tokens=tokens, finish_reason=finish_reason)
+def print_examples(rows, problems):
+    for row in rows:
+        verdict = "right" if row["reward"] else "wrong"
+        prompt = problems[row["problem"]].prompt.strip()
+        completion = row["completion"].strip()
+        print(f"[{verdict}] {prompt!r} -> {completion!r} (gold {row['gold']!r})")
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line.
+
+
+@dataclass
+class Config(SampleConfig):
+    eval: bool = opt(True, "write every completion and the results; --no-eval prints only", "what")
+
+
+def prepare(cfg):
+    """--model and the flags of sampling -> (model, tokenizer, options of sample.generate). What is
+    wrong with the data ends the script before the weights are read."""
+    from tasks.files import get_task
+
+    if cfg.task:
+        get_task(cfg).problems(cfg.split, 1)
+    device = setup(cfg.device, cfg.threads)
+    model, tokenizer = load_model(cfg.model, device, getattr(torch, cfg.dtype))
+    spare_threads(model, cfg.threads)
+    temperature = cfg.temperature
+    if temperature < 0:  # not given
+        temperature = 1.0 if cfg.task else 0.0
+    options = dict(
+        temperature=0.0 if cfg.greedy else temperature,
+        seed=cfg.seed,
+        stop_ids=tokenizer.eos_ids,
+        slots=cfg.slots,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        min_p=cfg.min_p,
+    )
+    return model, tokenizer, options
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    if not cfg.task:
+        raise UserError("--task is missing: whose problems are to be answered?")
+    return evaluate(cfg, *prepare(cfg))
+
+
+if __name__ == "__main__":
+    script(main)

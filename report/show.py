@@ -1,8 +1,7 @@
 """Solutions in the terminal: the value of each step to a verifier, and what it gained or lost.
 
-    python sample.py --model runs/planted/seed0/rl_pav --task planted \\
-        --verifier runs/planted/seed0/verifier --show
-    python sample.py --model smollm2 --prompt "..." --verifier runs/q --show
+    python -m report.show --model runs/rl_pav --task planted --verifier runs/verifier
+    python -m report.show --model smollm2 --prompt "..." --verifier runs/q
 
 Printed for each step: the progress A = V after - V before as a bar (right of the bar's middle: a
 gain), V after it, its text. Blue and orange tell gains from losses for colour-blind readers too;
@@ -12,12 +11,15 @@ reach the terminal.
 
 import os
 import sys
+from dataclasses import dataclass
 
-from infra.cli import UserError
+from infra.cli import UserError, opt, parse, script
 from labels import boundaries
 from pav import load_verifier, step_values
+from report.evaluate import prepare
 from report.solutions import progress_of, solution_rows, write_rows
 from report.solutions import write_solutions as keep_solutions  # noqa: F401 (train_rl.py's name)
+from sample import Config as SampleConfig
 from sample import generate
 
 HALF = 10  # characters on either side of a bar's middle
@@ -113,10 +115,10 @@ def questions(cfg, tokenizer):
 
 
 def show(cfg, model, tokenizer, options):
-    """sample.py --show: sample, score every step, print; --out keeps the rows. options: of
+    """Sample, score every step, print; --out writes the rows. options: of
     sample.generate. UserError: no verifier, or one of another tokenizer."""
     if not cfg.verifier:
-        raise UserError("--show needs --verifier: a run directory of pav.py, for the values")
+        raise UserError("--verifier is missing: a run directory of pav.py, whose values are shown")
     verifier = load_verifier(cfg.verifier, tokenizer, model.head.device)
     task, problems, prompts, limit, grade = questions(cfg, tokenizer)
     if hasattr(task, "stop_ids"):
@@ -137,3 +139,20 @@ def show(cfg, model, tokenizer, options):
     if cfg.out:
         print(f"rows: {cfg.out}")
     return rows
+
+
+@dataclass
+class Config(SampleConfig):
+    verifier: str = opt("", "run directory of pav.py, whose values are shown", "what")
+    out: str = opt("", "write the solutions to this jsonl file, too", "what")
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    if not cfg.task and not cfg.prompt:
+        raise UserError("nothing to show: give --task NAME, or --prompt TEXT")
+    return show(cfg, *prepare(cfg))
+
+
+if __name__ == "__main__":
+    script(main)

@@ -9,8 +9,9 @@ from toy import tiny_model
 
 from infra.cli import UserError
 from open_weights.tokenizer import alphabet_tokenizer
-from report import evaluate
-from report.evaluate import interval, summarize, vote
+from report import evaluate, show
+from report.evaluate import summarize
+from report.statistics import interval, vote
 from sample import Config, main
 from tasks.files import get_task
 
@@ -113,3 +114,17 @@ def test_summary_counts_what_it_says(tmp_path):
     assert out["unparsable"] == pytest.approx(2 / 6) and out["truncated"] == pytest.approx(1 / 6)
     assert out["majority"] == 0.5 and out["pass@2"] == pytest.approx(1 / 3)
     assert Config().task == ""
+
+
+def test_evaluation_and_viewer_are_scripts_of_their_own(sums, tmp_path, capsys):
+    main(sums)
+    first = (tmp_path / "e.jsonl").read_bytes()
+    argv = [flag for flag in sums if flag != "--eval"]
+    evaluate.main([*argv[:-1], str(tmp_path / "f.jsonl")])
+    assert (tmp_path / "f.jsonl").read_bytes() == first and "accuracy" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--task is missing"):
+        evaluate.main([])
+    with pytest.raises(UserError, match="--verifier is missing"):
+        show.main(argv)
+    with pytest.raises(UserError, match="nothing to show"):
+        show.main([])
