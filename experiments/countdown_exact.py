@@ -40,7 +40,7 @@ from experiments.toolkit import (
 )
 from infra.cli import opt, parse, script
 from infra.runs import mean
-from tasks.files import get_task
+from tasks import get_task
 
 NAMES = dict(outcome="outcome only", pav="PAV, learned verifier", exact="PAV, exact values")
 HUES = dict(outcome=COLOURS["outcome"], pav=COLOURS["pav"], exact=COLOURS["orm"])

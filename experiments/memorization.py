@@ -29,7 +29,8 @@ import numpy as np
 import train_sft
 from experiments.toolkit import finish, mean_sd, print_results, pyplot, spread, together, verdict, write_results
 from infra.cli import UserError, opt, parse, script
-from infra.runs import derive, mean
+from infra.runs import mean
+from infra.seeds import derive
 from model import load_model, resolve
 from papers.memorization import (
     choose_threshold,
@@ -40,7 +41,7 @@ from papers.memorization import (
     r_squared,
     sampled_accuracy,
 )
-from tasks.files import get_task
+from tasks import get_task
 from tasks.worded import WORDING
 
 TAU = dict(gsm8k=-2.3, math=-1.7)  # the authors' thresholds: ln(nll)

@@ -62,7 +62,7 @@ from infra.cli import opt, parse, script
 from infra.runs import mean
 from model import load_model
 from papers import mrt
-from tasks.files import get_task
+from tasks import get_task
 
 NAMES = {"base": "base (SFT)", "outcome": "outcome only", "outcome_long": "outcome only, 3x the steps",
          "length": "outcome, length penalty", "mrt": "MRT, per episode", "mrt_scalar": "MRT, scalar after a random cut",

@@ -6,7 +6,7 @@
 
 The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's own right solutions
 (RFT) is worth twice the problems of SFT, per-step DPO on its wrong ones eight times; DPO on whole solutions is worth
-nothing. Here, on the task `chain` (didactic.py), whose demonstrations end right but contain wrong steps:
+nothing. Here, on the task `chain` (tasks/chain.py), whose demonstrations end right but contain wrong steps:
 
     sft            demonstrations, one a problem; epochs tuned at every size
     rft            demonstrations and up to 4 right samples a problem of an SFT policy, from the same random weights;
@@ -58,7 +58,7 @@ from model import load_model
 from papers import train_dpo
 from papers.train_dpo import load_pairs
 from sample import generate
-from tasks.files import get_task
+from tasks import get_task
 
 NAMES = {"sft": "SFT", "rft": "RFT", "dpo_per_step": "per-step DPO",
          "dpo_whole": "whole-solution DPO", "dpo_random_cut": "DPO, cut at random (control)"}

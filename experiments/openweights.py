@@ -44,7 +44,8 @@ import train_sft
 from experiments.toolkit import COLOURS, expected_best, finish, machine, print_results, pyplot, vote_accuracy
 from experiments.wordproblems import read_problems
 from infra.cli import UserError, opt, parse, script
-from infra.runs import derive, mean, read_metrics, setup, write_json
+from infra.runs import mean, read_metrics, setup, write_json
+from infra.seeds import derive
 from labels import boundaries
 from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, write_model
@@ -52,7 +53,7 @@ from open_weights.tokenizer import alphabet_tokenizer
 from papers.rft import sample_solutions
 from pipeline import last_line
 from report.statistics import Z, interval
-from tasks.files import get_task
+from tasks import get_task
 
 MAWPS = [f"mawps_{part}.jsonl" for part in ("singleop", "addsub", "singleeq", "multiarith")]
 SCRIPTS = dict(sft=train_sft, pav=pav, rl=train_rl, sample=sample)
@@ -197,7 +198,7 @@ def run_stage(name, kind, argv, done, logs):
 def reranked(cfg, size, root):
     """n solutions of every test problem by the RFT policy -> correct [P,n], tokens [P,n], {verifier: score [P,n]}, votes."""
     path, n = root / "test" / "reranked.safetensors", size["search"]["n"]
-    task = get_task("jsonl", 0, [f"{p}={root / 'data' / p}.jsonl" for p in ("val", "test")], template="plain")
+    task = get_task("jsonl", data=[f"{p}={root / 'data' / p}.jsonl" for p in ("val", "test")], template="plain")
     problems = task.problems("test", size["test"] or None)
     model, tokenizer = load_model(root / "rft", setup(cfg.device, cfg.threads or (1 if cfg.size != "gpu" else 0)))
     settings = train_sft.Config(seed=1, slots=128, shard_problems=50, max_completion_length=cfg.limit)

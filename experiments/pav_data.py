@@ -62,7 +62,7 @@ from model import load_model
 from papers.rft import write_shard
 from pav import Config as VerifierConfig
 from pav import Verifier, fit, judge
-from tasks.files import get_task
+from tasks import get_task
 
 # problems: seed solutions in a shard, so that a shard costs at most a third of the lowest budget.
 DESIGNS = {"mc1": dict(n_mc=1, cuts=0, problems=32), "mc4": dict(n_mc=4, cuts=0, problems=8),

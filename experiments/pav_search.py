@@ -50,7 +50,7 @@ from model import load_model
 from pav import load_verifier
 from sample import pass_at_k
 from search import beam, best_of_n, learned_values
-from tasks.files import get_task
+from tasks import get_task
 
 PAPER = dict(alpha=0.0, k=4, children=3)  # a beam's settings before any are chosen
 TINY = dict(threads=1, device="cpu", save_steps=10**6)

@@ -64,11 +64,12 @@ from experiments.provers_report import (
 )
 from experiments.toolkit import TUNING, ExactVerifier, evaluations, mean_sd, print_results, quiet, spread, write_results
 from infra.cli import opt, parse, script
-from infra.runs import derive, mean
+from infra.runs import mean
+from infra.seeds import derive
 from labels import boundaries
 from model import load_model
 from sample import generate
-from tasks.files import get_task
+from tasks import get_task
 
 STAGES, SMOKE = Path("runs/planted"), Path("runs/lessons_smoke")  # policies are those of train_rl.py's own comparison
 

@@ -4,7 +4,7 @@
     python -m experiments.stargraph --smoke      # the same road in seconds
     -> docs/results/stargraph/: results.json, table.md, curves.png
 
-Task: the edges of a star of two arms of two edges, its centre and one end; write the way there (didactic.py). All but
+Task: the edges of a star of two arms of two edges, its centre and one end; write the way there (tasks/stargraph.py). All but
 the first node follow from the node before. The first, critical one needs looking back from the goal, and imitation
 can get through a small training set by remembering it instead (Bachmann and Nagarajan 2024, arXiv 2403.06963).
 

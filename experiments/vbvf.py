@@ -7,7 +7,7 @@
 The claim (Setlur et al. 2025, arXiv 2502.12118): as the test budget of H tokens grows, fine-tuning on right traces
 (verifier-free, VF) falls behind learning a verifier and searching or doing RL with it (verifier-based, VB), by sqrt(H)
 where n grows with H, if the base policy is *heterogeneous* (the reward of its traces varies: sigma^2 = sum_h Var_a Q) and
-*anti-concentrated* (it sometimes does much better than its mean). Here, on their didactic task (contextual.py) with the
+*anti-concentrated* (it sometimes does much better than its mean). Here, on their didactic task (tasks/contextual.py) with the
 bi-level reward (tokens after the first right point), a tiny Transformer as base, fine-tuned on traces of a mixture of
 scripted policies whose width is the dial:
 
@@ -51,7 +51,7 @@ import train_sft
 from experiments.toolkit import TUNING, cached, expected_best, print_results, write_results
 from experiments.vbvf_report import BUDGETS, MIXTURES, claims_of, figure, tables
 from infra.cli import opt, parse, script
-from infra.runs import derive, generator, shuffled
+from infra.seeds import derive, generator, shuffled
 from model import load_model, token_logprobs, write_model
 from pav import Verifier, value_loss
 from sample import generate

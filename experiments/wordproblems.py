@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from infra.cli import UserError
-from infra.runs import derive
+from infra.seeds import derive
 from tasks.answers import extract_answer
 from tasks.files import read_rows
 

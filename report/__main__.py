@@ -22,13 +22,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from infra.cli import RunConfig, UserError, opt, parse, script
+from infra.cli import UserError, opt, parse, script
 from infra.runs import mean, write_json
 from report.arms import arm_of
 from report.figures import accuracy_at, finish, machine, pyplot
 from report.runs import commands, load_arms, unequal_arms
 from report.statistics import spread
 from report.webpage import goodhart_points, learning_curves, learning_label, page, shown_end
+from tasks import TaskFlags, get_task
 
 FEW = 30  # problems of a task that the page lists with their answers
 
@@ -177,9 +178,7 @@ def task_facts(config):
     """
     facts = dict(name=config.get("task", "run"), text=None, truth=[], ends_with_eos=True)
     try:
-        from tasks.files import get_task
-
-        settings = dataclasses.asdict(RunConfig()) | config  # flags that are newer than the run
+        settings = dataclasses.asdict(TaskFlags()) | config  # flags that are newer than the run
         task = get_task(SimpleNamespace(**settings))
         facts["ends_with_eos"] = getattr(task, "ends_with_eos", True)
         facts["text"] = task.describe() if hasattr(task, "describe") else None

@@ -20,20 +20,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from infra.cli import UserError, opt, parse, say_next, script
-from infra.runs import lock_file, mean, read_json, setup, spare_threads, write_json
-from model import load_model
+from infra.cli import UserError, opt, parse, print_next_command, script
+from infra.runs import lock_file, mean, read_json, write_json
 from report.statistics import interval, vote
-from sample import Config as SampleConfig
-from sample import generate, pass_at_k
+from rollouts import pass_at_k
+from sample import SampleFlags, generate, start
 from tasks.symbolic import available
 
 CHUNK_SECONDS = 60  # chunks grow until they take about this long: what a kill can lose
 FORMAT = 2  # of a row; 1 called the final answer "said"
-# Flags that do not change a completion.
-NO_MATTER = ("out", "slots", "device", "threads", "eval", "smoke", "prompt", "raw", "show")
+NO_MATTER = ("out", "slots", "device", "threads")  # flags that do not change a completion
+
+
+@dataclass
+class Config(SampleFlags):
+    out: str = opt(
+        "", "jsonl file of the completions (default: named by the settings, in runs/eval)", "what"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -49,8 +52,8 @@ def row_of(task, problem, i, n, text, tokens, finish_reason):
         gold=problem.answer,
         completion=text,
     )
-    if hasattr(task, "answer"):
-        row["final_answer"] = task.answer(problem, text)
+    if task.has_final_answer:
+        row["final_answer"] = task.final_answer(problem, text)
     return row | dict(reward=task.grade(problem, text), tokens=tokens, finish_reason=finish_reason)
 
 
@@ -72,7 +75,7 @@ def summarize(rows, n, task, problems):
         truncated=mean(row["finish_reason"] == "length" for row in rows),
         mean_length=mean(row["tokens"] for row in rows),
     )
-    if hasattr(task, "answer"):
+    if task.has_final_answer:
         out["unparsable"] = mean(row["final_answer"] is None for row in rows)
         out["lenient"] = mean(
             task.grade_leniently(problems[row["problem"]], row["completion"]) for row in rows
@@ -167,8 +170,8 @@ def refuse_other_settings(path, old, settings):
     if changed:
         k = changed[0]
         raise UserError(
-            f"{path} holds an evaluation with {k} {old.get(k)!r}, not {settings[k]!r}; give another "
-            "--out, or delete that one"
+            f"{path} holds an evaluation with {k} {old.get(k)!r}, not {settings[k]!r}; give "
+            "another --out, or delete that one"
         )
 
 
@@ -176,35 +179,27 @@ def refuse_other_settings(path, old, settings):
 # The evaluation.
 
 
-def add_rows(rows, model, task, problems, cfg, limit, tokenizer, options, file=None):
-    """Append the missing rows: --n samples of each problem, in chunks that grow. file: where each
-    chunk's rows go at once. Returns the seconds of generation."""
+def add_rows(rows, cfg, task, model, tokenizer, options, problems, file):
+    """Append the completions that are missing, --n of each problem, chunk by chunk, each a line of
+    the file. Returns the seconds of generation."""
     total = len(problems) * cfg.n
     size = cfg.slots
     seconds = 0.0
     while len(rows) < total:
-        ids = range(len(rows), min(total, len(rows) + size))
         began = time.time()
-        rollouts = generate(
-            model,
-            [task.prompt_tokens(problems[i // cfg.n], tokenizer) for i in ids],
-            max_new_tokens=limit,
-            sequence_ids=list(ids),
-            **options,
-        )
+        ids = range(len(rows), min(total, len(rows) + size))
+        prompts = [task.prompt_tokens(problems[i // cfg.n], tokenizer) for i in ids]
+        rolled = generate(model, prompts, sequence_ids=list(ids), **options)
         new = []
-        for b, i in enumerate(ids):
-            completion = rollouts.completion(b)
+        for i, completion, reason in zip(ids, rolled.completions(), rolled.finish_reason):
             text = tokenizer.decode(completion)
             problem = problems[i // cfg.n]
-            reason = rollouts.finish_reason[b]
             new.append(row_of(task, problem, i, cfg.n, text, len(completion), reason))
         rows += new
-        seconds += rollouts.seconds
-        if file:
-            file.write("".join(json.dumps(row) + "\n" for row in new))
-            file.flush()
-            os.fsync(file.fileno())
+        file.write("".join(json.dumps(row) + "\n" for row in new))
+        file.flush()
+        os.fsync(file.fileno())
+        seconds += rolled.seconds
         if len(rows) < total:
             so_far = mean(row["reward"] for row in rows)
             print(f"  {len(rows)}/{total} completions, accuracy so far {so_far:.3f}", flush=True)
@@ -213,48 +208,33 @@ def add_rows(rows, model, task, problems, cfg, limit, tokenizer, options, file=N
     return seconds
 
 
-def evaluate(cfg, model, tokenizer, options):
+def evaluate(cfg, task, model, tokenizer, options):
     """Grade --n samples of --num-problems problems; accuracy, pass@k, majority, truncated and
     unparsable shares. options: of sample.generate. Returns the numbers, see summarize."""
-    from tasks.files import get_task
-
-    task = get_task(cfg)
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
-    limit = cfg.max_new_tokens or task.max_new_tokens
-    if hasattr(task, "stop_ids"):
-        options = options | dict(stop_ids=task.stop_ids(tokenizer))
-    temperature = options["temperature"]
-    out = Path(cfg.out) if cfg.out else None
-    if out is None and getattr(cfg, "eval", True):
-        out = default_out(cfg, temperature)
-    file = None
-    rows = []
-    if out:
-        settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_MATTER}
-        settings |= dict(
-            temperature=temperature,
-            max_new_tokens=limit,
-            fingerprint=fingerprint(model, tokenizer, problems),
-            format=FORMAT,
-        )
-        file, rows = open_rows(out, settings)
-        if rows:
-            print(f"going on behind {len(rows)} completions in {out}")
+    out = Path(cfg.out) if cfg.out else default_out(cfg, options["temperature"])
+    beside = out.with_suffix(".json")
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_MATTER}
+    settings |= dict(
+        temperature=options["temperature"],
+        max_new_tokens=options["max_new_tokens"],
+        fingerprint=fingerprint(model, tokenizer, problems),
+        format=FORMAT,
+    )
+    file, rows = open_rows(out, settings)
+    if rows:
+        print(f"going on behind {len(rows)} completions in {out}")
     resumed = len(rows)
-    seconds = add_rows(rows, model, task, problems, cfg, limit, tokenizer, options, file)
+    seconds = add_rows(rows, cfg, task, model, tokenizer, options, problems, file)
+    file.close()
     result = summarize(rows, cfg.n, task, problems)
+    write_json(beside, dict(settings=settings, results=result))
     print_examples(rows[: 3 * cfg.n : cfg.n], problems)
     print(*report(result), sep="\n")
-    new = sum(row["tokens"] for row in rows[resumed:])
-    if new:
-        print(f"{new / seconds:.0f} tokens/s ({new} tokens in {seconds:.1f} s)")
-    if out:
-        beside = out.with_suffix(".json")
-        write_json(beside, dict(settings=settings, results=result))
-        print(f"completions: {out}, settings and results: {beside}")
-        file.close()
-        majority_of_8 = ["sample.py", "--model", cfg.model, "--search", "majority", "--n", 8]
-        say_next(cfg, ("a vote of eight", majority_of_8))
+    tokens = sum(row["tokens"] for row in rows[resumed:])
+    if tokens:
+        print(f"{tokens / seconds:.0f} tokens/s ({tokens} tokens in {seconds:.1f} s)")
+    print(f"completions: {out}, settings and results: {beside}")
     return result
 
 
@@ -266,45 +246,14 @@ def print_examples(rows, problems):
         print(f"[{verdict}] {prompt!r} -> {completion!r} (gold {row['gold']!r})")
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line.
-
-
-@dataclass
-class Config(SampleConfig):
-    eval: bool = opt(True, "write every completion and the results; --no-eval prints only", "what")
-
-
-def prepare(cfg):
-    """--model and the flags of sampling -> (model, tokenizer, options of sample.generate). What is
-    wrong with the data ends the script before the weights are read."""
-    from tasks.files import get_task
-
-    if cfg.task:
-        get_task(cfg).problems(cfg.split, 1)
-    device = setup(cfg.device, cfg.threads)
-    model, tokenizer = load_model(cfg.model, device, getattr(torch, cfg.dtype))
-    spare_threads(model, cfg.threads)
-    temperature = cfg.temperature
-    if temperature < 0:  # not given
-        temperature = 1.0 if cfg.task else 0.0
-    options = dict(
-        temperature=0.0 if cfg.greedy else temperature,
-        seed=cfg.seed,
-        stop_ids=tokenizer.eos_ids,
-        slots=cfg.slots,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        min_p=cfg.min_p,
-    )
-    return model, tokenizer, options
-
-
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     if not cfg.task:
-        raise UserError("--task is missing: whose problems are to be answered?")
-    return evaluate(cfg, *prepare(cfg))
+        raise UserError("--task is missing: an evaluation needs problems with known answers")
+    result = evaluate(cfg, *start(cfg))
+    majority_of_8 = ["search.py", "--model", cfg.model, "--method", "majority", "--n", 8]
+    print_next_command(cfg, ("a vote of eight", majority_of_8))
+    return result
 
 
 if __name__ == "__main__":

@@ -152,12 +152,6 @@ def best_of_k(folder):
     return 1
 
 
-def single_sample_value(value, k):
-    """V of a Best-of-k prover -> V of one sample of it, the inverse of eq. 30 (arXiv 2410.08146):
-    1 - (1 - V)^(1/k). Only this can be held against the accuracy of single samples."""
-    return 1 - (1 - min(max(value, 0.0), 1.0)) ** (1 / k)
-
-
 def settings_of(run):
     """The settings that runs must share to be averaged."""
     out = {}

@@ -14,13 +14,12 @@ import sys
 from dataclasses import dataclass
 
 from infra.cli import UserError, opt, parse, script
-from labels import boundaries
-from pav import load_verifier, step_values
-from report.evaluate import prepare
 from report.solutions import progress_of, solution_rows, write_rows
-from report.solutions import write_solutions as keep_solutions  # noqa: F401 (train_rl.py's name)
-from sample import Config as SampleConfig
-from sample import generate
+from report.solutions import write_solutions as write_solutions  # train_rl.py takes it from here
+from rollouts import grades, step_ends
+from sample import SampleFlags, generate, prompt_ids, start
+from tasks.base import Problem, Task
+from verifier import load_verifier, step_values
 
 HALF = 10  # characters on either side of a bar's middle
 GAIN = "\x1b[38;5;32m"
@@ -79,58 +78,30 @@ def wants_colour(stream):
     return stream.isatty() and not plain
 
 
-class Question:
-    """--prompt as a problem: no answer is known, so nothing is graded."""
-
-    def __init__(self, prompt):
-        self.prompt = prompt
-
-
-class Lines:
-    """The task of a --prompt: a step is a line."""
-
-    @staticmethod
-    def step_ends(tokens, prompt_len, length, tokenizer):
-        from tasks.files import line_ends
-
-        return line_ends(tokens, prompt_len, length, tokenizer)
+@dataclass
+class Config(SampleFlags):
+    verifier: str = opt("", "run directory of pav.py, whose values are shown", "what")
+    prompt: str = opt("", "text to answer (in the model's chat format where it has one)", "what")
+    raw: bool = opt(False, "continue --prompt as plain text, without the chat format", "what")
+    out: str = opt("", "write the solutions to this jsonl file, too", "what")
 
 
-def questions(cfg, tokenizer):
-    """--task or --prompt -> (task, problems, prompts as token ids, token limit, grade or None)."""
-    if cfg.task:
-        from tasks.files import get_task
-
-        task = get_task(cfg)
+def show(cfg, task, model, tokenizer, options):
+    """Sample, score every step, print; --out writes the rows. task: None for --prompt; options: of
+    sample.generate. UserError: a verifier of another tokenizer."""
+    verifier = load_verifier(cfg.verifier, tokenizer, model.head.device)
+    if task:
         once = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
         problems = [p for p in once for _ in range(cfg.n)]
         prompts = [task.prompt_tokens(p, tokenizer) for p in problems]
-        return task, problems, prompts, cfg.max_new_tokens or task.max_new_tokens, task.grade
-    if tokenizer.chat_format and not cfg.raw:
-        ids = tokenizer.chat([dict(role="user", content=cfg.prompt)])
     else:
-        ids = tokenizer.encode(cfg.prompt)
-    problems = [Question(cfg.prompt)] * cfg.n
-    return Lines(), problems, [ids] * cfg.n, cfg.max_new_tokens or 256, None
-
-
-def show(cfg, model, tokenizer, options):
-    """Sample, score every step, print; --out writes the rows. options: of
-    sample.generate. UserError: no verifier, or one of another tokenizer."""
-    if not cfg.verifier:
-        raise UserError("--verifier is missing: a run directory of pav.py, whose values are shown")
-    verifier = load_verifier(cfg.verifier, tokenizer, model.head.device)
-    task, problems, prompts, limit, grade = questions(cfg, tokenizer)
-    if hasattr(task, "stop_ids"):
-        options = options | dict(stop_ids=task.stop_ids(tokenizer))
-    rollouts = generate(model, prompts, max_new_tokens=limit, **options)
-    ends = boundaries(task, rollouts, tokenizer)
-    rewards = None
-    if grade:
-        texts = [tokenizer.decode(rollouts.completion(b)) for b in range(len(problems))]
-        rewards = [grade(problem, text) for problem, text in zip(problems, texts)]
-    values = step_values(verifier, rollouts.tokens, ends)
-    rows = solution_rows(problems, rollouts, ends, values, rewards, tokenizer)
+        problems = [Problem("", cfg.prompt, "")] * cfg.n
+        prompts = [prompt_ids(cfg, tokenizer)] * cfg.n
+    rolled = generate(model, prompts, **options)
+    ends = step_ends(task or Task(), rolled, tokenizer)  # without a task a step is a line
+    values = step_values(verifier, rolled.tokens, ends)
+    rewards = grades(task, problems, rolled, tokenizer).tolist() if task else None
+    rows = solution_rows(problems, rolled, ends, values, rewards, tokenizer)
     if cfg.out:
         write_rows(cfg.out, rows)
     colour = wants_colour(sys.stdout)
@@ -141,17 +112,13 @@ def show(cfg, model, tokenizer, options):
     return rows
 
 
-@dataclass
-class Config(SampleConfig):
-    verifier: str = opt("", "run directory of pav.py, whose values are shown", "what")
-    out: str = opt("", "write the solutions to this jsonl file, too", "what")
-
-
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    if not cfg.task and not cfg.prompt:
-        raise UserError("nothing to show: give --task NAME, or --prompt TEXT")
-    return show(cfg, *prepare(cfg))
+    if not cfg.verifier:
+        raise UserError("--verifier is missing: a run directory of pav.py, whose values are shown")
+    if not cfg.prompt and not cfg.task:
+        raise UserError("nothing to show: give --prompt TEXT, or --task NAME")
+    return show(cfg, *start(cfg))
 
 
 if __name__ == "__main__":

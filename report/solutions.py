@@ -14,8 +14,9 @@ from pathlib import Path
 
 from infra import parallel
 from infra.cli import UserError
+from rollouts import distinct, take
 
-KEPT = 64  # solutions that an evaluation writes
+WRITTEN = 64  # solutions that an evaluation writes
 FIELDS = ("prompt", "steps", "values", "reward", "finish_reason")
 
 
@@ -24,7 +25,7 @@ def solution_rows(problems, rollouts, ends, values, rewards, tokenizer):
     padded by repeating the last) and the verifier's values there; rewards: B numbers, or None."""
     rows = []
     for b, problem in enumerate(problems):
-        real = sorted(set(ends[b].tolist()))  # without the padding
+        real = distinct(ends[b])
         tokens = rollouts.tokens[b].tolist()
         rows.append(
             dict(
@@ -40,15 +41,12 @@ def solution_rows(problems, rollouts, ends, values, rewards, tokenizer):
 
 
 def write_solutions(path, tokenizer, problems, rollouts, rewards, values, ends):
-    """Write the first KEPT distinct solutions of an evaluation. Distinct, one of each (prompt,
+    """Write the first WRITTEN distinct solutions of an evaluation. Distinct, one of each (prompt,
     completion): a sharp policy repeats itself. Shapes as in solution_rows."""
-    seen = set()
-    chosen = []
+    first = {}
     for b, problem in enumerate(problems):
-        key = (problem.prompt, *rollouts.completion(b))
-        if key not in seen and len(chosen) < KEPT:
-            seen.add(key)
-            chosen.append(b)
+        first.setdefault((problem.prompt, *rollouts.completion(b)), b)
+    chosen = list(first.values())[:WRITTEN]
     rows = solution_rows(
         [problems[b] for b in chosen],
         take(rollouts, chosen),
@@ -58,18 +56,6 @@ def write_solutions(path, tokenizer, problems, rollouts, rewards, values, ends):
         tokenizer,
     )
     write_rows(path, rows)
-
-
-def take(rollouts, rows):
-    """Some rows of Rollouts, as Rollouts."""
-    return type(rollouts)(
-        rollouts.tokens[rows],
-        rollouts.prompt_len[rows],
-        rollouts.length[rows],
-        rollouts.logprob[rows],
-        [rollouts.finish_reason[b] for b in rows],
-        rollouts.seconds,
-    )
 
 
 def write_rows(path, rows):

@@ -11,7 +11,6 @@ import html
 from report.arms import arm_of
 from report.charts import chart, legend, value_range
 from report.figures import accuracy_at
-from report.runs import single_sample_value
 from report.solutions import progress_of, read_rows
 
 TIMES = {
@@ -188,10 +187,10 @@ def learning_chart(arms):
 
 
 def goodhart_points(run):
-    """[(V, accuracy)] of a run's evaluations. V is of a single sample: what the verifier says of a
-    Best-of-K prover is read back as 1 - (1 - V)^(1/K)."""
+    """[(V, accuracy)] of a run's evaluations. V is of a single sample, as train_rl.py logs it: what
+    the verifier says of a Best-of-K prover, read back as 1 - (1 - V)^(1/K)."""
     return [
-        (single_sample_value(row["eval/verifier_score"], run.prover_k), row["eval/accuracy"])
+        (row["eval/verifier_score"], row["eval/accuracy"])
         for row in run.evaluations
         if row.get("eval/verifier_score") is not None
     ]

@@ -66,7 +66,7 @@ def test_what_is_no_claim_is_refused(tmp_path, change):
     with pytest.raises(UserError, match="results.json"):
         claims.read_claims(put(tmp_path, change))
     (tmp_path / "docs/results/x/results.json").write_text("{")
-    with pytest.raises(UserError, match="results.json is damaged"):
+    with pytest.raises(UserError, match="results.json cannot be read"):
         claims.read_claims(tmp_path / "docs/results")
 
 

@@ -9,11 +9,10 @@ from toy import tiny_model
 
 from infra.cli import UserError
 from open_weights.tokenizer import alphabet_tokenizer
-from report import evaluate, show
-from report.evaluate import summarize
+from report import evaluate
+from report.evaluate import Config, main, summarize
 from report.statistics import interval, vote
-from sample import Config, main
-from tasks.files import get_task
+from tasks import get_task
 
 
 def test_wilson_interval_against_its_definition():
@@ -93,19 +92,19 @@ def test_slots_do_not_change_a_completion(sums, tmp_path):
 
 def test_eval_names_its_file_after_the_settings(sums, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main([*sums[:-2], "--eval", "--greedy"])
+    main([*sums[:-2], "--greedy"])
     assert [p.suffix for p in sorted((tmp_path / "runs" / "eval").iterdir())] == [".json", ".jsonl"]
 
 
 def test_data_is_checked_before_the_weights_are_read(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(dict(question="1+1", answer="#### 2")) + "\n")
     with pytest.raises(UserError, match="split 'test'"):
-        main(["--model", "nowhere", "--task", "gsm8k", "--data", str(tmp_path / "train.jsonl"), "--eval"])
+        main(["--model", "nowhere", "--task", "gsm8k", "--data", str(tmp_path / "train.jsonl")])
 
 
 def test_summary_counts_what_it_says(tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(dict(question=f"q{i}", answer=f"#### {i}")) + "\n" for i in range(2)))
-    task = get_task("gsm8k", 0, [str(tmp_path / "test.jsonl")])
+    task = get_task("gsm8k", data=[str(tmp_path / "test.jsonl")])
     problems = sorted(task.problems("test"), key=lambda p: p.key)
     texts = ["#### 0", "#### 0 or", "it is 0", "#### 5", "#### 5", "it is 1"]
     rows = [evaluate.row_of(task, problems[i // 3], i, 3, t, 4, "length" if i == 0 else "stop") for i, t in enumerate(texts)]
@@ -116,15 +115,6 @@ def test_summary_counts_what_it_says(tmp_path):
     assert Config().task == ""
 
 
-def test_evaluation_and_viewer_are_scripts_of_their_own(sums, tmp_path, capsys):
-    main(sums)
-    first = (tmp_path / "e.jsonl").read_bytes()
-    argv = [flag for flag in sums if flag != "--eval"]
-    evaluate.main([*argv[:-1], str(tmp_path / "f.jsonl")])
-    assert (tmp_path / "f.jsonl").read_bytes() == first and "accuracy" in capsys.readouterr().out
+def test_an_evaluation_needs_a_task():
     with pytest.raises(UserError, match="--task is missing"):
-        evaluate.main([])
-    with pytest.raises(UserError, match="--verifier is missing"):
-        show.main(argv)
-    with pytest.raises(UserError, match="nothing to show"):
-        show.main([])
+        main([])

@@ -13,7 +13,7 @@ from infra.runs import read_json
 from report import __main__ as report
 from report import arms, runs, webpage
 from report.solutions import write_rows
-from tasks.puzzles import Planted
+from tasks.planted import Planted
 
 CONFIG = dict(task="planted", reward="pav", verifier="v", eval_problems=8, steps=20, seed=0, data=[],
               anchor=True, policy="p", planted_prompts=2, planted_length=3)
@@ -189,7 +189,7 @@ def test_read_json(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1}')
     assert read_json(tmp_path / "x.json") == dict(a=1)
     (tmp_path / "x.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(UserError, match="x.json is damaged"):
+    with pytest.raises(UserError, match="x.json cannot be read"):
         read_json(tmp_path / "x.json")
     with pytest.raises(UserError, match="y.json cannot be read"):
         read_json(tmp_path / "y.json")
@@ -244,12 +244,10 @@ def test_the_table_of_arms_is_whole():
 
 
 def test_best_of_k_is_compared_as_a_single_sample(tmp_path):
-    """A perfectly calibrated verifier of Best-of-4 lies on the diagonal of the Goodhart plot."""
-    accuracy = 0.2
-    make_run(tmp_path, points=[(0, 0.0, 0.0), (1000, accuracy, 1 - (1 - accuracy) ** 4)], k=4)
+    """train_rl.py logs V of one sample; the plot takes it as it is, and the page names the K."""
+    make_run(tmp_path, points=[(0, 0.0, 0.0), (1000, 0.2, 0.2)], k=4)
     [run] = runs.load_arms(tmp_path)["pav"]
-    assert run.prover_k == 4
-    assert webpage.goodhart_points(run) == [(0.0, 0.0), (pytest.approx(accuracy), accuracy)]
+    assert run.prover_k == 4 and webpage.goodhart_points(run) == [(0.0, 0.0), (0.2, 0.2)]
     report.write(tmp_path)
     assert "best of 4" in (tmp_path / "report.html").read_text()
 
@@ -302,9 +300,7 @@ def test_a_task_may_describe_itself(monkeypatch):
         def truth(self):
             return [("1+1", "2")]
 
-    from tasks import files
-
-    monkeypatch.setattr(files, "get_task", lambda config: Told())
+    monkeypatch.setattr(report, "get_task", lambda config: Told())
     facts = report.task_facts(dict(task="told"))
     assert facts == dict(name="told", text="Add two numbers.", truth=[("1+1", "2")], ends_with_eos=True)
     assert "Add two numbers." in webpage.task_section(facts)

@@ -6,14 +6,12 @@ import pytest
 import torch
 from toy import EOS, ToyTask, tiny_model
 
-import sample
-from labels import boundaries
 from model import save_model
-from pav import Verifier, save_verifier
 from report import charts, solutions, webpage
 from report import show as viewer
-from sample import Rollouts
-from tasks.files import get_task
+from rollouts import Rollouts, step_ends
+from tasks import get_task
+from verifier import Verifier, save_verifier
 
 ROW = dict(prompt="A", steps=["ab", "c"], values=[0.25, 0.75, 0.5], reward=1.0, finish_reason="stop")
 HOSTILE = dict(prompt="<b>", steps=["</span><script>alert(1)</script>", "\x1b[2J\u202e\" onload='x'"], values=[0.1, 0.9, 0.0],
@@ -24,7 +22,7 @@ def test_rows_are_cut_at_the_steps_and_carry_their_values():
     task, tokenizer = ToyTask(), ToyTask().tokenizer()
     tokens = torch.tensor([[3, 7, 10, 1, 2, 7, EOS], [0, 9, 10, 9, EOS, 0, 0]])
     out = Rollouts(tokens, torch.tensor([3, 3]), torch.tensor([7, 5]), torch.zeros(2, 7), ["stop", "stop"])
-    ends = boundaries(task, out, tokenizer)  # two tokens a step
+    ends = step_ends(task, out, tokenizer)  # two tokens a step
     values = torch.tensor([[0.5, 0.25, 1.0], [0.125, 0.75, 0.75]])
     rows = solutions.solution_rows(task.problems("train", 2, 0), out, ends, values, [1.0, 0.0], tokenizer)
     assert rows[0]["steps"] == ["12", "7"] and rows[0]["values"] == [0.5, 0.25, 1.0]
@@ -33,11 +31,11 @@ def test_rows_are_cut_at_the_steps_and_carry_their_values():
 
 
 def test_written_solutions_are_distinct_and_few(tmp_path, monkeypatch):
-    monkeypatch.setattr(solutions, "KEPT", 2)
+    monkeypatch.setattr(solutions, "WRITTEN", 2)
     task, tokenizer = ToyTask(), ToyTask().tokenizer()
     tokens = torch.tensor([[3, 7, 10, 7]] * 3 + [[3, 7, 10, 8], [3, 7, 10, 9]])
     out = Rollouts(tokens, torch.full((5,), 3), torch.full((5,), 4), torch.zeros(5, 4), ["length"] * 5)
-    ends = boundaries(task, out, tokenizer)
+    ends = step_ends(task, out, tokenizer)
     solutions.write_solutions(tmp_path / "s.jsonl", tokenizer, task.problems("train", 1, 0) * 5, out, [1, 1, 1, 0, 0],
                           torch.rand(5, 2), ends)
     rows = solutions.read_rows(tmp_path / "s.jsonl")
@@ -75,14 +73,16 @@ def test_show_prints_every_step_of_the_planted_task(tmp_path, capsys, monkeypatc
     (tmp_path / "verifier").mkdir()
     save_verifier(tmp_path / "verifier", Verifier(tiny_model(vocab=tokenizer.n_vocab), fingerprint=tokenizer.fingerprint),
                   tokenizer, {})
-    argv = ["--model", str(tmp_path / "policy"), "--task", "planted", "--num-problems", "2", "--show", "--device", "cpu"]
-    sample.main([*argv, "--verifier", str(tmp_path / "verifier"), "--out", "rows.jsonl"])
+    argv = ["--model", str(tmp_path / "policy"), "--task", "planted", "--num-problems", "2", "--device", "cpu"]
+    viewer.main([*argv, "--verifier", str(tmp_path / "verifier"), "--out", "rows.jsonl"])
     out = capsys.readouterr().out
     steps = sum(len(r["steps"]) for r in solutions.read_rows("rows.jsonl"))
     assert out.count("(prompt alone)") == 2 and "\x1b" not in out
     assert steps > 2 and out.count(" 0.50  ") == steps + 2  # an untrained head says 0.50 everywhere
     with pytest.raises(viewer.UserError, match="--verifier"):
-        sample.main(argv)
+        viewer.main(argv)
+    with pytest.raises(viewer.UserError, match="nothing to show"):
+        viewer.main(["--verifier", "x"])
 
 
 class Tags(HTMLParser):
