@@ -100,12 +100,12 @@ def judge(runs, seed=0, fixed=None):
 
 
 def plain(value):
-    """numpy -> what JSON knows, four digits."""
+    """numpy -> what JSON knows, six digits."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
         return [plain(v) for v in value]
-    return round(float(value), 4) if isinstance(value, (float, np.floating)) else value
+    return round(float(value), 6) if isinstance(value, (float, np.floating)) else value
 
 
 def sft(cfg, name, **settings):

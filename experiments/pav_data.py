@@ -115,9 +115,10 @@ def shards_within(costs, budget):
 
 
 def per_seed(rows, arm, budget, metric="corr_advantage_exact"):
-    """One metric of an arm at a budget, in the order of seeds. rows: [{arm, budget, seed, metric...}]."""
+    """One metric of an arm at a budget, in the order of seeds; nan where a constant verifier has no correlation.
+    rows: [{arm, budget, seed, metric...}]."""
     at = {r["seed"]: r[metric] for r in rows if r["arm"] == arm and r["budget"] == budget}
-    return [at[s] for s in sorted(at)]
+    return [math.nan if at[s] is None else at[s] for s in sorted(at)]
 
 
 def gain(rows, arm, other, budget, metric="corr_advantage_exact"):
@@ -262,7 +263,7 @@ def claims_of(results):
     only where rollouts are many: where the best arm no longer gains between the two budgets."""
     rows, summary, budgets = results["details"], results["rows"], results["settings"]["budgets"]
     low, high = budgets[0], budgets[-1]
-    at = {(r["arm"], r["budget"]): r["corr_advantage_exact"] for r in summary}
+    at = {(r["arm"], r["budget"]): r["corr_advantage_exact"] or 0.0 for r in summary}
     best = {b: max(("mc1", "mc4", "mc16"), key=lambda arm: at[arm, b]) for b in budgets}  # noqa: B023
     plus = lambda *pair: mean_sd(gain(rows, *pair), signed=True)  # noqa: E731
     shared = dict(paper="2410.08146", command=results["command"])
