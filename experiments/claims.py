@@ -1,14 +1,14 @@
-"""README's table of claims, written from the result files: what a paper says, what we measured, with which command.
+"""README's table of claims, written from the result files.
 
     python -m experiments.claims            # rewrites the table between the marks in README.md
-    python -m experiments.claims --check    # exit code 1 if README does not say what the files say (a test runs it)
+    python -m experiments.claims --check    # exit code 1 if README does not say what the files say
 
 Every docs/results/**/*.json may hold a list "claims" of objects with
     paper       arXiv number
     claim       the paper's statement, one sentence, with its number
     measured    ours, one sentence, with spread and seeds
-    holds       true, false, "partly", "open" (not shown either way) or "not tested": by a rule in the script that measured
-                it, not by taste
+    holds       true, false, "partly", "open" (not shown either way) or "not tested": by a rule in
+                the script that measured it, not by taste
     command     what makes the file again
     fails_when  the regime where the claim does not hold, one sentence ("" if none was found)
 Nothing is typed in here: a number that is not in a file cannot be in the table.
@@ -22,11 +22,23 @@ from infra.cli import UserError, opt, parse, script
 
 ROOT = Path(__file__).parent.parent
 
-BEGIN, END = "<!-- claims: written by experiments/claims.py -->", "<!-- end of claims -->"
-PAPERS = {"2410.08146": "PAV", "2406.14532": "incorrect data", "2411.07681": "learning dynamics", "2503.07572": "MRT",
-          "2502.12118": "verifier-based or not"}
+BEGIN = "<!-- claims: written by experiments/claims.py -->"
+END = "<!-- end of claims -->"
+PAPERS = {
+    "2410.08146": "PAV",
+    "2406.14532": "incorrect data",
+    "2411.07681": "learning dynamics",
+    "2503.07572": "MRT",
+    "2502.12118": "verifier-based or not",
+}
 FIELDS = ("paper", "claim", "measured", "holds", "command", "fails_when")
-VERDICT = {True: "yes", False: "**no**", "partly": "partly", "open": "open", "not tested": "not tested"}
+VERDICT = {
+    True: "yes",
+    False: "**no**",
+    "partly": "partly",
+    "open": "open",
+    "not tested": "not tested",
+}
 
 
 @dataclass
@@ -37,27 +49,48 @@ class Config:
 
 
 def read_claims(folder):
-    """All claims below folder, by paper, then file: [(path, claim)]. UserError: a claim without one of FIELDS."""
+    """All claims below folder, by paper, then file: [(path, claim)]. UserError: a claim without
+    one of FIELDS."""
     found = []
     for path in sorted(Path(folder).rglob("*.json")):
         content = json.loads(path.read_text())
         for claim in content.get("claims", []) if isinstance(content, dict) else []:
             missing = [f for f in FIELDS if f not in claim]
             if missing or claim["paper"] not in PAPERS or claim["holds"] not in VERDICT:
-                raise UserError(f"{path}: a claim needs {', '.join(FIELDS)}, a known paper and a verdict; got {claim}")
+                raise UserError(
+                    f"{path}: a claim needs {', '.join(FIELDS)}, a known paper and a verdict; "
+                    f"got {claim}"
+                )
             found.append((path, claim))
     return sorted(found, key=lambda x: (list(PAPERS).index(x[1]["paper"]), str(x[0])))
 
 
 def table(claims, folder):
     """Markdown; a cell must not break the row."""
-    cell = lambda text: " ".join(str(text).replace("|", "\\|").split())  # noqa: E731
-    lines = ["| paper | it says | here | holds | fails when | command, files |", "|---|---|---|---|---|---|"]
+
+    def cell(text):
+        return " ".join(str(text).replace("|", "\\|").split())
+
+    lines = [
+        "| paper | it says | here | holds | fails when | command, files |",
+        "|---|---|---|---|---|---|",
+    ]
     for path, c in claims:
         where = path.parent.relative_to(folder)
-        lines.append("| " + " | ".join([
-            f"[{PAPERS[c['paper']]}](https://arxiv.org/abs/{c['paper']})", cell(c["claim"]), cell(c["measured"]),
-            VERDICT[c["holds"]], cell(c["fails_when"]), f"`{cell(c['command'])}` ([files](docs/results/{where}))"]) + " |")
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    f"[{PAPERS[c['paper']]}](https://arxiv.org/abs/{c['paper']})",
+                    cell(c["claim"]),
+                    cell(c["measured"]),
+                    VERDICT[c["holds"]],
+                    cell(c["fails_when"]),
+                    f"`{cell(c['command'])}` ([files](docs/results/{where}))",
+                ]
+            )
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -77,7 +110,10 @@ def main():
     new = rewrite(old, table(claims, Path(cfg.results)))
     if cfg.check:
         if new != old:
-            raise UserError(f"{readme.name} does not say what the result files say; run python -m experiments.claims")
+            raise UserError(
+                f"{readme.name} does not say what the result files say; run python -m "
+                "experiments.claims"
+            )
         print(f"{len(claims)} claims, as {readme.name} has them")
         return
     readme.write_text(new)
