@@ -1,19 +1,21 @@
-"""Countdown, and why it looked as if no process reward could help: the batch, the verifier, and the solver in its place.
+"""Countdown, and why it looked as if no process reward could help.
 
-    python -m experiments.countdown_exact         # 45 minutes of one core behind train_rl.py --task countdown --seeds 3
+    python -m experiments.countdown_exact         # 45 minutes of one core, stages included
     python -m experiments.countdown_exact --smoke # the same road in seconds
     -> docs/results/countdown_exact/: results.json, table.md, curves.png
 
-An earlier comparison (128 samples a step, a verifier fitted in 470 steps) moved nothing. Two things were too small, and the
-solver says which: with *exact* values of the same prover no verifier can be to blame. Every arm runs at every batch
-size and learning rate and the same number of steps, from the same policies (those of train_rl.py's own comparison, built if they
-are not there):
+An earlier comparison (128 samples a step, a verifier fitted in 470 steps) moved nothing. Two things
+were too small, and the solver says which: with *exact* values of the same prover no verifier can be
+to blame. Every arm runs at every batch size and learning rate and the same number of steps, from
+the same policies (those of train_rl.py's own comparison, built if they are not there):
 
     outcome    the grader alone
     pav        the learned verifier of the comparison
-    exact      the value of the scripted prover by countdown_values, at every line (task.exact_value)
+    exact      the value of the scripted prover by countdown_values, at every line
+               (task.exact_value)
 
-What would have falsified it: exact values that do not help at the larger batch either, or all arms alike.
+What would have falsified it: exact values that do not help at the larger batch either, or all arms
+alike.
 """
 
 import itertools
@@ -61,10 +63,19 @@ def reinforce(root, argv, arm, prompts, lr):
     """One RL run (or the one that is there) -> its evaluations."""
     seed = pipeline.flag_value(argv, "seed")
     drop = ("--reward=", "--verifier=", "--run-dir=", "--num-prompts=", "--learning-rate=")
-    config = parse(train_rl.Config, [a for a in argv[1:] if not a.startswith(drop)] + [
-        f"--reward={'outcome' if arm == 'outcome' else 'pav'}", f"--num-prompts={prompts}", f"--learning-rate={lr}",
-        f"--run-dir={root}/seed{seed}/{arm}_{prompts}_lr{lr:g}"], "")
-    verifier, task = None, get_task(config)
+    config = parse(
+        train_rl.Config,
+        [a for a in argv[1:] if not a.startswith(drop)]
+        + [
+            f"--reward={'outcome' if arm == 'outcome' else 'pav'}",
+            f"--num-prompts={prompts}",
+            f"--learning-rate={lr}",
+            f"--run-dir={root}/seed{seed}/{arm}_{prompts}_lr{lr:g}",
+        ],
+        "",
+    )
+    verifier = None
+    task = get_task(config)
     if arm == "exact":
         verifier = ExactVerifier(task, task.tokenizer(), task.strengths["prover"])
     elif arm == "pav":
@@ -75,15 +86,22 @@ def reinforce(root, argv, arm, prompts, lr):
 
 
 def table(rows):
-    lines = ["| arm | samples a step | learning rate | tokens of RL | accuracy before (sd over seeds) | half way | at the end | "
-             "per seed |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | samples a step | learning rate | tokens of RL | accuracy before (sd over "
+        "seeds) | half way | at the end | per seed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
-        at = [[accuracy_at(c, c[-1]["num_tokens"] * share) for c in r["curves"]] for share in (0, 0.5, 1)]
+        at = [
+            [accuracy_at(c, c[-1]["num_tokens"] * share) for c in r["curves"]]
+            for share in (0, 0.5, 1)
+        ]
         cells = [mean_sd(a) for a in at]
         tokens = mean(c[-1]["num_tokens"] for c in r["curves"]) / 1e3
-        lines.append(f"| {NAMES[r['arm']]} | {r['prompts'] * 8} | {r['learning_rate']:g} | {tokens:.0f}k | {' | '.join(cells)} | "
-                     f"{' '.join(f'{a:.2f}' for a in at[2])} |")
+        lines.append(
+            f"| {NAMES[r['arm']]} | {r['prompts'] * 8} | {r['learning_rate']:g} | {tokens:.0f}k "
+            f"| {' | '.join(cells)} | {' '.join(f'{a:.2f}' for a in at[2])} |"
+        )
     return "\n".join(lines)
 
 
@@ -91,17 +109,33 @@ def figure(rows, path):
     if (plt := pyplot()) is None:
         return
     rates = sorted({r["learning_rate"] for r in rows})
-    fig, axes = plt.subplots(1, len(rates), figsize=(5.6 * len(rates), 4.2), constrained_layout=True, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1,
+        len(rates),
+        figsize=(5.6 * len(rates), 4.2),
+        constrained_layout=True,
+        sharey=True,
+        squeeze=False,
+    )
     for r in rows:
         axis = axes[0, rates.index(r["learning_rate"])]
         steps = torch.linspace(0, 1, 60).tolist()
         y = [mean(accuracy_at(c, c[-1]["num_tokens"] * s) for c in r["curves"]) for s in steps]
         x = [mean(c[-1]["num_tokens"] for c in r["curves"]) * s / 1e3 for s in steps]
         line = ":" if r["prompts"] < max(q["prompts"] for q in rows) else "-"
-        axis.plot(x, y, color=HUES[r["arm"]], linestyle=line, label=f"{NAMES[r['arm']]}, {r['prompts'] * 8} a step")
+        axis.plot(
+            x,
+            y,
+            color=HUES[r["arm"]],
+            linestyle=line,
+            label=f"{NAMES[r['arm']]}, {r['prompts'] * 8} a step",
+        )
     for axis, lr in zip(axes[0], rates):
-        axis.set(xlabel="tokens sampled in RL, thousands (without the verifier's)", ylim=(0, None),
-                 title=f"--task countdown, learning rate {lr:g}")
+        axis.set(
+            xlabel="tokens sampled in RL, thousands (without the verifier's)",
+            ylim=(0, None),
+            title=f"--task countdown, learning rate {lr:g}",
+        )
     axes[0, 0].set(ylabel="sampled accuracy, test")
     axes[0, 0].legend(frameon=False, fontsize=8)
     finish(plt, fig, axes[0], path)
@@ -109,21 +143,50 @@ def figure(rows, path):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    root, stages = Path("runs/countdown_exact"), Path("runs/countdown")
+    root = Path("runs/countdown_exact")
+    stages = Path("runs/countdown")
     if cfg.smoke:
         root = stages = Path("runs/countdown_exact_smoke")
-        cfg.seeds, cfg.prompts, cfg.learning_rates, cfg.steps, cfg.out = 1, [2], [1e-3], 2, str(root / "results")
-    rl = train_rl.Config(task="countdown", reward="pav", seeds=cfg.seeds, steps=cfg.steps, run_dir=str(stages), smoke=cfg.smoke,
-                         eval_split="test", eval_steps=20)
+        cfg.seeds = 1
+        cfg.prompts = [2]
+        cfg.learning_rates = [1e-3]
+        cfg.steps = 2
+        cfg.out = str(root / "results")
+    rl = train_rl.Config(
+        task="countdown",
+        reward="pav",
+        seeds=cfg.seeds,
+        steps=cfg.steps,
+        run_dir=str(stages),
+        smoke=cfg.smoke,
+        eval_split="test",
+        eval_steps=20,
+    )
     _, plan = pipeline.plan(rl, given={"steps", "eval_split", "eval_steps"})
-    pipeline.run_jobs([j for j in plan if "/rl_" not in j[0]], cfg.workers or os.cpu_count() or 1, root / "logs")
-    arms, rows = [job for label, _, job in plan if label.endswith("/rl_pav")], []
+    pipeline.run_jobs(
+        [j for j in plan if "/rl_" not in j[0]], cfg.workers or os.cpu_count() or 1, root / "logs"
+    )
+    arms = [job for label, _, job in plan if label.endswith("/rl_pav")]
+    rows = []
     for prompts, lr, arm in itertools.product(cfg.prompts, cfg.learning_rates, NAMES):
-        rows.append(dict(arm=arm, prompts=prompts, learning_rate=lr,
-                         curves=[reinforce(root, job, arm, prompts, lr) for job in arms]))
+        rows.append(
+            dict(
+                arm=arm,
+                prompts=prompts,
+                learning_rate=lr,
+                curves=[reinforce(root, job, arm, prompts, lr) for job in arms],
+            )
+        )
         print("  " + table(rows[-1:]).splitlines()[-1], flush=True)
-    out, text = Path(cfg.out), table(rows)
-    write_results(out, text, " ".join(["countdown_exact", *(sys.argv[1:] if argv is None else argv)]), cfg, rows=rows)
+    out = Path(cfg.out)
+    text = table(rows)
+    write_results(
+        out,
+        text,
+        " ".join(["countdown_exact", *(sys.argv[1:] if argv is None else argv)]),
+        cfg,
+        rows=rows,
+    )
     figure(rows, out / "curves.png")
     print_results(text, out)
 

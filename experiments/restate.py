@@ -1,10 +1,10 @@
-"""The claims of every committed results file made anew from the numbers in it, where a rule or its words have changed.
+"""The claims of every committed results file made anew from the numbers in it.
 
-    python -m experiments.restate            # rewrites the claims in docs/results; then run report.claims
-    python -m experiments.restate --check    # exit code 2 if a file's claims are not what its numbers give
+    python -m experiments.restate            # rewrites the claims in docs/results
+    python -m experiments.restate --check    # exit code 2 if a file does not claim what it holds
 
-Nothing is trained or sampled: a claim is a pure function of the file that it stands in, and tests/test_toolkit.py holds
-every committed file to that.
+Nothing is trained or sampled: a claim is a pure function of the file that it stands in, and
+tests/test_toolkit.py holds every committed file to that.
 """
 
 import json
@@ -50,7 +50,8 @@ class Config:
 
 
 def restated(path, claims_of):
-    """-> the content of a results file with its claims made anew (an experiment's further lessons, too)."""
+    """-> the content of a results file with its claims made anew (an experiment's further
+    lessons, too)."""
     results = json.loads(Path(path).read_text())
     if "lessons" in results:
         results["lessons"] = breaks.lessons_of(results)
@@ -65,7 +66,9 @@ def main(argv=None):
         if json.loads(path.read_text()) == new:
             continue
         if cfg.check:
-            raise UserError(f"{path} does not claim what its numbers give; run python -m experiments.restate")
+            raise UserError(
+                f"{path} does not claim what its numbers give; run python -m experiments.restate"
+            )
         write_json(path, new)
         print(f"{path}: " + ", ".join(str(c["holds"]) for c in new["claims"]))
 

@@ -1,8 +1,8 @@
-"""What several experiments share: results computed once, one verdict rule, the solver as a verifier, best-of-n, formats.
+"""What several experiments share: cells, one verdict rule, the exact verifier, best-of-n.
 
-The rule of every verdict in docs/results: a difference, paired over seeds, is shown where its mean lies two standard
-errors from the threshold (0, where the claim names no other); otherwise the question is open. `verdict` judges one
-comparison, `together` a claim of several.
+The rule of every verdict in docs/results: a difference, paired over seeds, is shown where its mean
+lies two standard errors from the threshold (0, where the claim names no other); otherwise the
+question is open. `verdict` judges one comparison, `together` a claim of several.
 """
 
 import functools
@@ -30,14 +30,30 @@ from report.figures import NAMES as ARM_NAMES
 from report.statistics import spread, vote
 
 __all__ = [
-    "ARM_NAMES", "COLOURS", "METHOD_COLOURS", "ExactVerifier", "accuracy_at", "cached", "evaluations",
-    "expected_best", "finish", "mean_sd", "print_results", "pyplot", "quiet", "spread", "together",
-    "verdict", "vote_accuracy", "with_sd", "write_results",
+    "ARM_NAMES",
+    "COLOURS",
+    "METHOD_COLOURS",
+    "ExactVerifier",
+    "accuracy_at",
+    "cached",
+    "evaluations",
+    "expected_best",
+    "finish",
+    "mean_sd",
+    "print_results",
+    "pyplot",
+    "quiet",
+    "spread",
+    "together",
+    "verdict",
+    "vote_accuracy",
+    "with_sd",
+    "write_results",
 ]
 
 TUNING = 1000  # the seed that chooses settings, on val; seeds 0, 1, ... are reported, on test
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs and files.
 
 
@@ -47,9 +63,11 @@ def quiet():
 
 
 def cached(path, make):
-    """make() -> what JSON can hold, computed once and kept at path, whole or absent. A dict is given its CPU seconds.
+    """make() -> what JSON can hold, computed once and kept at path, whole or absent. A dict is
+    given its CPU seconds.
 
-    The return value is always read from the file, so that the first call and a later one see the same numbers."""
+    The return value is always read from the file, so that the first call and a later one see the
+    same numbers."""
     path = Path(path)
     if not path.exists():
         clock = time.process_time()
@@ -73,28 +91,35 @@ def evaluations(run):
 
 
 def write_results(out, table, name, settings, claims_of=None, file="results", **numbers):
-    """An experiment's table (OUT/table.md) and numbers (OUT/FILE.json), with the command that made them.
+    """An experiment's table (OUT/table.md) and numbers (OUT/FILE.json), with the command that
+    made them.
 
-    name: "module --flags", what follows `python -m experiments.`. claims_of: the experiment's function from the
-    content of such a file to its claims; it sees nothing else, so that claims can be made anew from a committed file."""
+    name: "module --flags", what follows `python -m experiments.` on the command line. claims_of:
+    the experiment's function from the content of such a file to its claims; it sees nothing else,
+    so that claims can be made anew from a committed file."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / ("table.md" if file == "results" else f"{file}.md")).write_text(table + "\n")
-    record = dict(command=f"python -m experiments.{name}".strip(), machine=machine(), torch=torch.__version__,
-                  settings=vars(settings), **numbers)
+    record = dict(
+        command=f"python -m experiments.{name}".strip(),
+        machine=machine(),
+        torch=torch.__version__,
+        settings=vars(settings),
+        **numbers,
+    )
     record = json.loads(json.dumps(finite(record)))
     if claims_of is not None:
         record["claims"] = claims_of(record)
     write_json(out / f"{file}.json", record)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Verdicts and formats.
 
 
 def verdict(differences, least=0.0):
-    """Is a paired difference above `least`? True: its mean is, by two standard errors over the seeds; False: it is below
-    by as much; "open": neither, or fewer than two seeds."""
+    """Is a paired difference above `least`? True: its mean is, by two standard errors over the
+    seeds; False: it is below by as much; "open": neither, or fewer than two seeds."""
     differences = list(differences)
     if len(differences) < 2:
         return "open"
@@ -105,7 +130,8 @@ def verdict(differences, least=0.0):
 
 
 def together(verdicts):
-    """A claim of several parts: True if all are; "partly" if some are; else False if any is; else "open"."""
+    """A claim of several parts: True if all are; "partly" if some are; else False if any is;
+    else "open"."""
     verdicts = list(verdicts)
     if all(v is True for v in verdicts):
         return True
@@ -120,7 +146,7 @@ def opposite(v):
 
 
 def with_sd(value, sd, digits=3, signed=False):
-    """"0.123 (0.045)": a mean and the standard deviation over seeds."""
+    """ "0.123 (0.045)": a mean and the standard deviation over seeds."""
     return f"{value:{'+' if signed else ''}.{digits}f} ({sd:.{digits}f})"
 
 
@@ -130,38 +156,43 @@ def mean_sd(values, digits=3, signed=False):
     return with_sd(mean(values), spread(values), digits, signed)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Best-of-n, votes.
 
 
 def expected_best(score, value, n):
-    """Expected value of the highest-scored of n of a problem's N samples, over all subsets. score, value [P,N] -> [P].
+    """Expected value of the highest-scored of n of a problem's N samples, over all subsets.
+    score, value [P,N] -> [P].
 
-    Exact: the sample of rank j (0 is best; ties: the earlier) is the best of C(N-1-j, n-1) of the C(N, n) subsets."""
+    Exact: the sample of rank j (0 is best; ties: the earlier) is the best of C(N-1-j, n-1) of
+    the C(N, n) subsets."""
     N = score.shape[1]
     order = score.argsort(dim=1, descending=True, stable=True)
-    weight = torch.tensor([math.comb(N - 1 - j, n - 1) / math.comb(N, n) for j in range(N)], dtype=value.dtype)
+    weight = torch.tensor(
+        [math.comb(N - 1 - j, n - 1) / math.comb(N, n) for j in range(N)], dtype=value.dtype
+    )
     return (value.gather(1, order) * weight).sum(1)
 
 
 def vote_accuracy(answers, right, n):
-    """Accuracy of the majority vote of n of a problem's samples: mean over its disjoint groups of n. answers: final
-    answers or None, right: 0 or 1, of one problem."""
+    """Accuracy of the majority vote of n of a problem's samples: mean over its disjoint groups
+    of n. answers: final answers or None, right: 0 or 1, of one problem."""
     groups = range(0, len(answers) - n + 1, n)
     chosen = [vote(answers[i : i + n]) for i in groups]
     return mean(0.0 if c is None else float(right[i + c]) for i, c in zip(groups, chosen))
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The solver as a verifier.
 
 
 class ExactVerifier(nn.Module):
-    """The task's solver in the place of a pav.Verifier: tokens [B,T] -> logits [B,T] of the chance that the scripted
-    prover of that strength succeeds from there (k: the Best-of-k prover of it).
+    """The task's solver in the place of a pav.Verifier: tokens [B,T] -> logits [B,T] of the
+    chance that the scripted prover of that strength succeeds from there (k: the Best-of-k prover
+    of it).
 
-    Values stand at the prompt's end and at every step end (each token, or each newline: task.step_tokens); a position
-    between holds the last one's, and is not read."""
+    Values stand at the prompt's end and at every step end (each token, or each newline:
+    task.step_tokens); a position between holds the last one's, and is not read."""
 
     def __init__(self, task, tokenizer, strength, k=1):
         super().__init__()
@@ -177,7 +208,9 @@ class ExactVerifier(nn.Module):
         self.value = functools.lru_cache(maxsize=1 << 16)(self._value)
 
     def _value(self, prompt, completion):
-        return self.task.exact_value(self.problems[prompt], self.tokenizer.decode(completion), self.strength)
+        return self.task.exact_value(
+            self.problems[prompt], self.tokenizer.decode(completion), self.strength
+        )
 
     def _ends_step(self, token):
         return self.task.step_tokens == 1 or b"\n" in self.tokenizer.token_bytes(token)

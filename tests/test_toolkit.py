@@ -1,5 +1,6 @@
-"""What the experiments share: one verdict rule, exact best-of-n, cells computed once; and that every committed claim is what
-the numbers of its file give, with a command that runs as it is written."""
+"""What the experiments share: one verdict rule, exact best-of-n, cells computed once; and that
+every committed claim is what the numbers of its file give, with a command that runs as it is
+written."""
 
 import importlib.util
 import itertools
@@ -17,9 +18,20 @@ RESULTS = Path(__file__).parent.parent / "docs/results"
 
 
 def test_a_verdict_needs_two_standard_errors():
-    assert toolkit.verdict([0.1, 0.12, 0.11]) is True and toolkit.verdict([-0.1, -0.12, -0.11]) is False
-    assert toolkit.verdict([0.1, -0.1, 0.1]) == "open" == toolkit.verdict([0.0, 0.0]) == toolkit.verdict([0.5])
-    assert toolkit.verdict([0.1, 0.12, 0.11], least=0.2) is False and toolkit.verdict([1.6, 1.7, 1.8], 1.5) is True
+    assert (
+        toolkit.verdict([0.1, 0.12, 0.11]) is True
+        and toolkit.verdict([-0.1, -0.12, -0.11]) is False
+    )
+    assert (
+        toolkit.verdict([0.1, -0.1, 0.1])
+        == "open"
+        == toolkit.verdict([0.0, 0.0])
+        == toolkit.verdict([0.5])
+    )
+    assert (
+        toolkit.verdict([0.1, 0.12, 0.11], least=0.2) is False
+        and toolkit.verdict([1.6, 1.7, 1.8], 1.5) is True
+    )
     error = 0.5 / 3**0.5  # of four values half a unit from their mean
     assert toolkit.verdict([2.01 * error + x for x in (0.5, -0.5, 0.5, -0.5)]) is True
     assert toolkit.verdict([1.99 * error + x for x in (0.5, -0.5, 0.5, -0.5)]) == "open"
@@ -27,8 +39,15 @@ def test_a_verdict_needs_two_standard_errors():
 
 def test_a_claim_of_parts():
     assert toolkit.together([True, True]) is True and toolkit.together([False, False]) is False
-    assert toolkit.together([True, False]) == toolkit.together([True, "open"]) == "partly" == toolkit.together(["open", "partly"])
-    assert toolkit.together(["open", False]) is False and toolkit.together(["open", "open"]) == "open"
+    assert (
+        toolkit.together([True, False])
+        == toolkit.together([True, "open"])
+        == "partly"
+        == toolkit.together(["open", "partly"])
+    )
+    assert (
+        toolkit.together(["open", False]) is False and toolkit.together(["open", "open"]) == "open"
+    )
     assert [toolkit.opposite(v) for v in (True, False, "open")] == [False, True, "open"]
 
 
@@ -38,26 +57,34 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
     score = torch.randint(3, (4, 5), generator=g).float()  # with ties: the earlier sample
     value = torch.rand(4, 5, generator=g, dtype=torch.float64)
     for i in range(4):
-        best = [max(s, key=lambda j: (score[i, j].item(), -j)) for s in itertools.combinations(range(5), n)]
+        best = [
+            max(s, key=lambda j: (score[i, j].item(), -j))
+            for s in itertools.combinations(range(5), n)
+        ]
         by_hand = mean(value[i, j].item() for j in best)
         assert toolkit.expected_best(score, value, n)[i].item() == pytest.approx(by_hand)
 
 
 def test_a_vote_is_taken_group_by_group():
-    answers, right = ["3", "5", "5", "7", "7", "5", "1"], [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
-    assert toolkit.vote_accuracy(answers, right, 3) == 0.5  # 5 wins the first group, 7 the second; the rest is no group
+    answers = ["3", "5", "5", "7", "7", "5", "1"]
+    right = [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+    assert (
+        toolkit.vote_accuracy(answers, right, 3) == 0.5
+    )  # 5 wins the first group, 7 the second; the rest is no group
     assert toolkit.vote_accuracy(answers, right, 1) == pytest.approx(3 / 7)
     assert toolkit.vote_accuracy([None, None], [1.0, 1.0], 2) == 0.0  # nobody votes
 
 
 def test_a_cell_is_computed_once_and_whole_or_absent(tmp_path):
-    path, calls = tmp_path / "below/cell.json", []
+    path = tmp_path / "below/cell.json"
+    calls = []
 
     def make():
         calls.append(1)
         return dict(x=0.5, n={1: 2})
 
-    first, second = toolkit.cached(path, make), toolkit.cached(path, make)
+    first = toolkit.cached(path, make)
+    second = toolkit.cached(path, make)
     assert first == second and first["n"] == {"1": 2} and "cpu_seconds" in first and len(calls) == 1
 
     def fail():
@@ -70,7 +97,10 @@ def test_a_cell_is_computed_once_and_whole_or_absent(tmp_path):
 
 
 def test_formats():
-    assert toolkit.mean_sd([0.1, 0.3]) == "0.200 (0.141)" and toolkit.mean_sd([1.0], 1, signed=True) == "+1.0 (0.0)"
+    assert (
+        toolkit.mean_sd([0.1, 0.3]) == "0.200 (0.141)"
+        and toolkit.mean_sd([1.0], 1, signed=True) == "+1.0 (0.0)"
+    )
 
 
 @pytest.mark.parametrize("name", restate.CLAIMS)
@@ -84,12 +114,16 @@ def test_every_file_with_claims_can_be_restated():
         content = json.loads(path.read_text())
         return content.get("claims") if isinstance(content, dict) else None
 
-    assert {str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.json") if claims(p)} <= set(restate.CLAIMS)
+    assert {str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.json") if claims(p)} <= set(
+        restate.CLAIMS
+    )
 
 
 def commands(value):
     if isinstance(value, dict):
-        return [v for k, v in value.items() if k == "command"] + [c for v in value.values() for c in commands(v)]
+        return [v for k, v in value.items() if k == "command"] + [
+            c for v in value.values() for c in commands(v)
+        ]
     return [c for v in value for c in commands(v)] if isinstance(value, list) else []
 
 
