@@ -113,3 +113,8 @@ def test_summary_counts_what_it_says(tmp_path):
     assert out["unparsable"] == pytest.approx(2 / 6) and out["truncated"] == pytest.approx(1 / 6)
     assert out["majority"] == 0.5 and out["pass@2"] == pytest.approx(1 / 3)
     assert Config().task == ""
+
+
+def test_an_evaluation_needs_a_task():
+    with pytest.raises(UserError, match="--task is missing"):
+        main([])
