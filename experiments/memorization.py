@@ -34,15 +34,6 @@ from pathlib import Path
 
 import numpy as np
 
-<<<<<<< HEAD
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import write_json  # noqa: E402
-from infra.seeds import derive  # noqa: E402
-from model import load_model, resolve  # noqa: E402
-from papers.memorization import (  # noqa: E402
-=======
 import train_sft
 from experiments.toolkit import (
     finish,
@@ -59,7 +50,6 @@ from infra.runs import mean
 from infra.seeds import derive
 from model import load_model, resolve
 from papers.memorization import (
->>>>>>> report
     choose_threshold,
     held_out_r_squared,
     load_run,
@@ -68,13 +58,8 @@ from papers.memorization import (
     r_squared,
     sampled_accuracy,
 )
-<<<<<<< HEAD
-from report.figures import finish, machine, print_results, pyplot  # noqa: E402
-from tasks import get_task  # noqa: E402
-=======
 from tasks import get_task
 from tasks.worded import WORDING
->>>>>>> report
 
 TAU = dict(gsm8k=-2.3, math=-1.7)  # the authors' thresholds: ln(nll)
 GRID = np.exp(np.arange(-4.0, 0.01, 0.1))  # nats a token

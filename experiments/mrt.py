@@ -49,17 +49,6 @@ from pathlib import Path
 
 import numpy as np
 
-<<<<<<< HEAD
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from model import load_model  # noqa: E402
-from papers import mrt  # noqa: E402
-from report.figures import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from tasks import get_task  # noqa: E402
-=======
 import train_rl
 import train_sft
 from experiments.toolkit import (
@@ -82,7 +71,6 @@ from infra.runs import mean
 from model import load_model
 from papers import mrt
 from tasks import get_task
->>>>>>> report
 
 NAMES = {
     "base": "base (SFT)",

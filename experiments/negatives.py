@@ -65,22 +65,6 @@ from papers.train_dpo import load_pairs
 from sample import generate
 from tasks import get_task
 
-<<<<<<< HEAD
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from model import load_model  # noqa: E402
-from papers import train_dpo  # noqa: E402
-from papers.train_dpo import load_pairs  # noqa: E402
-from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from sample import generate  # noqa: E402
-from tasks import get_task  # noqa: E402
-
-NAMES = {"sft": "SFT", "rft": "RFT", "dpo_per_step": "per-step DPO",
-         "dpo_whole": "whole-solution DPO", "dpo_random_cut": "DPO, cut at random (control)"}
-DPO = {"dpo_per_step": dict(pairs="per_step"), "dpo_whole": dict(pairs="whole"), "dpo_random_cut": dict(pairs="random")}
-=======
 NAMES = {
     "sft": "SFT",
     "rft": "RFT",
@@ -93,7 +77,6 @@ DPO = {
     "dpo_whole": dict(pairs="whole"),
     "dpo_random_cut": dict(pairs="random"),
 }
->>>>>>> report
 UNTUNED = ("dpo_random_cut",)  # takes the setting of dpo_per_step
 TINY = dict(
     threads=1, device="cpu", save_steps=10**6, eval_problems=32

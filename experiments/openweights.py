@@ -41,27 +41,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-<<<<<<< HEAD
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from labels import boundaries  # noqa: E402
-from wordproblems import read_problems  # noqa: E402
-
-import pav  # noqa: E402
-import sample  # noqa: E402
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import mean, read_metrics, setup, write_json  # noqa: E402
-from infra.seeds import derive  # noqa: E402
-from model import Config as ModelConfig  # noqa: E402
-from model import Transformer, init_weights, load_model, write_model  # noqa: E402
-from open_weights.tokenizer import alphabet_tokenizer  # noqa: E402
-from papers.rft import sample_solutions  # noqa: E402
-from pipeline import last_line  # noqa: E402
-from report.figures import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
-from report.statistics import Z, interval, vote  # noqa: E402
-from tasks import get_task  # noqa: E402
-=======
 import pav
 import sample
 import train_rl
@@ -87,7 +66,6 @@ from pipeline import last_line
 from report.statistics import Z, interval
 from rollouts import step_ends
 from tasks import get_task
->>>>>>> report
 
 MAWPS = [f"mawps_{part}.jsonl" for part in ("singleop", "addsub", "singleeq", "multiarith")]
 SCRIPTS = dict(sft=train_sft, pav=pav, rl=train_rl, sample=sample)

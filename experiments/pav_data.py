@@ -45,22 +45,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-<<<<<<< HEAD
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from labels import collect, concatenate  # noqa: E402
-from pav_search import kept  # noqa: E402
-
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from model import load_model  # noqa: E402
-from papers.rft import write_shard  # noqa: E402
-from pav import Config as VerifierConfig  # noqa: E402
-from pav import Verifier, fit, judge  # noqa: E402
-from report.figures import finish, machine, print_results, pyplot, spread  # noqa: E402
-from tasks import get_task  # noqa: E402
-=======
 import train_rl
 import train_sft
 from experiments.toolkit import (
@@ -86,7 +70,6 @@ from report.judge import judge
 from rollouts import write_tensors
 from tasks import get_task
 from verifier import Verifier
->>>>>>> report
 
 # problems: seed solutions in a shard, so that a shard costs at most a third of the lowest budget.
 DESIGNS = {

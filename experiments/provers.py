@@ -42,17 +42,10 @@ from pathlib import Path
 
 import numpy as np
 
-<<<<<<< HEAD
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from labels import boundaries  # noqa: E402
-from planted_exact import (  # noqa: E402
-    ExactVerifier,
-=======
 import pav
 import train_rl
 import train_sft
 from experiments.planted_exact import (
->>>>>>> report
     natural_gradient,
     progress,
     scripted,
@@ -90,25 +83,9 @@ from rollouts import step_ends
 from sample import generate
 from tasks import get_task
 
-<<<<<<< HEAD
-import pav  # noqa: E402
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, read_metrics, write_json  # noqa: E402
-from infra.seeds import derive  # noqa: E402
-from model import load_model  # noqa: E402
-from report.figures import machine, print_results, spread  # noqa: E402
-from sample import generate  # noqa: E402
-from tasks import get_task  # noqa: E402
-
-TUNING = 1000  # the seed on which learning rates are chosen; the reported ones are 0, 1, ...
-STAGES, SMOKE = Path("runs/planted"), Path("runs/lessons_smoke")  # policies are those of train_rl.py's own comparison
-=======
 # policies are those of train_rl.py's own comparison
 STAGES = Path("runs/planted")
 SMOKE = Path("runs/lessons_smoke")
->>>>>>> report
 
 
 @dataclass

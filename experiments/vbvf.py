@@ -53,23 +53,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-<<<<<<< HEAD
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from vbvf_report import BUDGETS, MIXTURES, claims, figure, tables  # noqa: E402
-
-import train_rl  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import write_json  # noqa: E402
-from infra.seeds import derive, generator, shuffled  # noqa: E402
-from model import load_model, token_logprobs, write_model  # noqa: E402
-from pav import Verifier, value_loss  # noqa: E402
-from report.figures import machine, print_results  # noqa: E402
-from sample import generate  # noqa: E402
-from tasks.contextual import Contextual  # noqa: E402
-
-TUNING = 1000  # this seed chooses settings, on val; seeds below are reported, on test
-=======
 import train_rl
 import train_sft
 from experiments.toolkit import TUNING, cached, expected_best, print_results, write_results
@@ -81,7 +64,6 @@ from pav import value_loss
 from sample import generate
 from tasks.contextual import Contextual
 from verifier import Verifier
->>>>>>> report
 
 
 @dataclass

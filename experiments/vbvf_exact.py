@@ -32,15 +32,6 @@ from pathlib import Path
 
 import numpy as np
 
-<<<<<<< HEAD
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from vbvf_report import MIXTURES  # noqa: E402
-
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import write_json  # noqa: E402
-from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
-from tasks.contextual import Contextual  # noqa: E402
-=======
 from experiments.toolkit import (
     METHOD_COLOURS,
     finish,
@@ -52,7 +43,6 @@ from experiments.toolkit import (
 from experiments.vbvf_report import MIXTURES
 from infra.cli import opt, parse, script
 from tasks.contextual import Contextual
->>>>>>> report
 
 
 @dataclass

@@ -30,22 +30,13 @@ def test_rows_are_cut_at_the_steps_and_carry_their_values():
     assert solutions.progress_of(rows[0]) == [-0.25, 0.75] and [r["reward"] for r in rows] == [1.0, 0.0]
 
 
-<<<<<<< HEAD
-def test_kept_solutions_are_distinct_and_few(tmp_path, monkeypatch):
-    monkeypatch.setattr(viewer, "WRITTEN", 2)
-=======
 def test_written_solutions_are_distinct_and_few(tmp_path, monkeypatch):
     monkeypatch.setattr(solutions, "WRITTEN", 2)
->>>>>>> report
     task, tokenizer = ToyTask(), ToyTask().tokenizer()
     tokens = torch.tensor([[3, 7, 10, 7]] * 3 + [[3, 7, 10, 8], [3, 7, 10, 9]])
     out = Rollouts(tokens, torch.full((5,), 3), torch.full((5,), 4), torch.zeros(5, 4), ["length"] * 5)
     ends = step_ends(task, out, tokenizer)
-<<<<<<< HEAD
-    viewer.write_solutions(tmp_path / "s.jsonl", tokenizer, task.problems("train", 1, 0) * 5, out, [1, 1, 1, 0, 0],
-=======
     solutions.write_solutions(tmp_path / "s.jsonl", tokenizer, task.problems("train", 1, 0) * 5, out, [1, 1, 1, 0, 0],
->>>>>>> report
                           torch.rand(5, 2), ends)
     rows = solutions.read_rows(tmp_path / "s.jsonl")
     assert [r["steps"] for r in rows] == [["7"], ["8"]] and [r["reward"] for r in rows] == [1.0, 0.0]
@@ -90,11 +81,8 @@ def test_show_prints_every_step_of_the_planted_task(tmp_path, capsys, monkeypatc
     assert steps > 2 and out.count(" 0.50  ") == steps + 2  # an untrained head says 0.50 everywhere
     with pytest.raises(viewer.UserError, match="--verifier"):
         viewer.main(argv)
-<<<<<<< HEAD
-=======
     with pytest.raises(viewer.UserError, match="nothing to show"):
         viewer.main(["--verifier", "x"])
->>>>>>> report
 
 
 class Tags(HTMLParser):
