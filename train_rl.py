@@ -306,7 +306,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     logs = {}
     for iteration in range(cfg.num_iterations):
         parts.clear()
-        total = dict(entropy=0.0, kl=0.0, diff_mean=0.0, diff_max=0.0, ratio_max=0.0)
+        total = dict.fromkeys(("entropy", "kl", "diff_mean", "diff_max", "ratio_max"), 0.0)
         for i in range(0, len(rows), size):
             b = rows[i : i + size]
             length = rollouts.length[b]
