@@ -2,7 +2,7 @@
 
     python -m experiments.breaks              # about 13 minutes of one core
     python -m experiments.breaks --no-transformer    # the tables alone, under a minute
-    python -m experiments.breaks --smoke      # the same road in a few seconds
+    python -m experiments.breaks --smoke      # few steps, a few seconds
     -> docs/results/breaks/: results.json, table.md, curves.png
 
 The right way (Setlur et al. 2024, arXiv 2410.08146, eq. 5): a step is paid the outcome of its
@@ -346,8 +346,8 @@ def hurts(results, arm):
 
 
 def show(results, arm, regimes):
-    found = [(POLICY[g], results[g][arm]) for g in regimes if g in results]
-    return ", ".join(f"{name} {with_sd(r['mean'], r['mean_sd'], 2)}" for name, r in found)
+    cells = [(POLICY[g], results[g][arm]) for g in regimes if g in results]
+    return ", ".join(f"{name} {with_sd(r['mean'], r['mean_sd'], 2)}" for name, r in cells)
 
 
 def conditions(results):
@@ -401,7 +401,7 @@ def lessons_of(record):
     """Further mistakes, which are not claims of the paper."""
     results = record["results"]
     how = conditions(record["results"])
-    found = [
+    lessons = [
         dict(
             claim="Outcomes over their group's std beside process rewards (phantom advantages) "
             "hurt.",
@@ -412,8 +412,8 @@ def lessons_of(record):
         )
     ]
     if "learned" in results:
-        found += learned_lessons(results["learned"], results["able"])
-    return [dict(command=record["command"]) | c for c in found]
+        lessons += learned_lessons(results["learned"], results["able"])
+    return [dict(command=record["command"]) | c for c in lessons]
 
 
 def learned_lessons(weak, able):

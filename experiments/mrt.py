@@ -1,7 +1,7 @@
 """Meta reinforcement fine-tuning against outcome rewards, when the thinking is stopped early.
 
     python -m experiments.mrt              # about 20 minutes of one core; --no-tune 15
-    python -m experiments.mrt --smoke      # the same road in 20 seconds
+    python -m experiments.mrt --smoke      # few steps, 20 seconds
     -> docs/results/mrt/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2025, arXiv 2503.07572): rewarding the progress of each episode beside the

@@ -1,7 +1,7 @@
 """What wrong solutions are worth: accuracy against training problems, with and without them.
 
     python -m experiments.negatives              # about 20 minutes of one core
-    python -m experiments.negatives --smoke      # the same road in under a minute
+    python -m experiments.negatives --smoke      # few steps, under a minute
     -> docs/results/negatives/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's
@@ -291,11 +291,11 @@ def chain_at(cfg, root, size, strength, arms, given=None):
     for name in arms if not given else ():
         scores = []
         for setting in [best["dpo_per_step"]] if name in UNTUNED else grid[name]:
-            found = [
+            tuned = [
                 Arm(cfg, "chain", name, size, seed, home(seed), strength).run(setting)[0]
                 for seed in range(TUNING, TUNING + cfg.tuning_seeds)
             ]
-            scores.append((mean(r["val"] for r in found), setting))
+            scores.append((mean(r["val"] for r in tuned), setting))
         best[name] = max(scores, key=lambda s: s[0])[1]
         tuning[name] = [dict(setting, val=round(s, 4)) for s, setting in scores]
     out = {name: dict(setting=best[name], tuning=tuning.get(name), rows=[]) for name in arms}
@@ -310,10 +310,10 @@ def chain_at(cfg, root, size, strength, arms, given=None):
             if name == "dpo_per_step":
                 row = row | pit_quality(run)
             out[name]["rows"].append(row)
-    shown = "  ".join(
+    summary = "  ".join(
         f"{NAMES[n]} {mean(r['test'] for r in o['rows']):.3f}" for n, o in out.items()
     )
-    print(f"chain, strength {strength:g}, {size} problems: {shown}", flush=True)
+    print(f"chain, strength {strength:g}, {size} problems: {summary}", flush=True)
     return out
 
 
@@ -363,12 +363,12 @@ def reference_regimes(cfg, root, size, setting):
                     row |= {name: sft["test"], "pairs": 0, "wrong_share": 0.0}
             rows.append(row)
     for steps in sorted({r["steps"] for r in rows}):
-        mine = [r for r in rows if r["steps"] == steps]
+        at_steps = [r for r in rows if r["steps"] == steps]
         print(
-            f"reference of {steps} steps: SFT {mean(r['sft'] for r in mine):.3f}, per-step DPO "
-            f"{mean(r['dpo_per_step'] for r in mine):.3f}, whole "
-            f"{mean(r['dpo_whole'] for r in mine):.3f}, pairs "
-            f"{mean(r['pairs'] for r in mine):.0f}",
+            f"reference of {steps} steps: SFT {mean(r['sft'] for r in at_steps):.3f}, per-step DPO "
+            f"{mean(r['dpo_per_step'] for r in at_steps):.3f}, whole "
+            f"{mean(r['dpo_whole'] for r in at_steps):.3f}, pairs "
+            f"{mean(r['pairs'] for r in at_steps):.0f}",
             flush=True,
         )
     return rows
@@ -633,13 +633,13 @@ def reference_table(rows):
         "|---|---|---|---|---|---|",
     ]
     for steps in sorted({r["steps"] for r in rows}):
-        mine = [r for r in rows if r["steps"] == steps]
-        gain = {n: [r[n] - r["sft"] for r in mine] for n in ("dpo_per_step", "dpo_whole")}
+        at_steps = [r for r in rows if r["steps"] == steps]
+        gain = {n: [r[n] - r["sft"] for r in at_steps] for n in ("dpo_per_step", "dpo_whole")}
         cells = " | ".join(mean_sd(g, signed=True) for g in gain.values())
-        lines.append(
-            f"| {steps} | {mean(r['sft'] for r in mine):.3f} | {cells} | "
-            f"{mean(r['wrong_share'] for r in mine):.2f} | {mean(r['pairs'] for r in mine):.0f} |"
-        )
+        sft = mean(r["sft"] for r in at_steps)
+        wrong = mean(r["wrong_share"] for r in at_steps)
+        pairs = mean(r["pairs"] for r in at_steps)
+        lines.append(f"| {steps} | {sft:.3f} | {cells} | {wrong:.2f} | {pairs:.0f} |")
     return "\n".join(lines)
 
 

@@ -204,7 +204,9 @@ class Config:
         "report: the tables (beams that were not run are left out)",
     )
     plan: bool = opt(False, "print the command lines of the stages that are missing, and stop")
-    smoke: bool = opt(False, "the same road with a tiny random model and made-up problems")
+    smoke: bool = opt(
+        False, "few steps of everything, with a tiny random model and made-up problems"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,15 +371,15 @@ def reranked(cfg, size, root):
     settings = train_sft.Config(
         seed=1, slots=128, shard_problems=50, max_completion_length=cfg.limit
     )
-    found = sample_solutions(
+    solutions = sample_solutions(
         model, tokenizer, task, problems, n, settings, root / "test" / "rft_samples"
     )
     if not path.exists():
-        ends = boundaries(task, found.rollouts, tokenizer)[:, -1:]
+        ends = boundaries(task, solutions.rollouts, tokenizer)[:, -1:]
         score = {
             v: pav.step_values(
                 pav.load_verifier(str(root / v), tokenizer, model.head.device),
-                found.rollouts.tokens,
+                solutions.rollouts.tokens,
                 ends,
             )
             for v in ("orm", "q")
@@ -385,12 +387,12 @@ def reranked(cfg, size, root):
         save_file({k: v.contiguous() for k, v in score.items()}, path)
     score = {k: v.view(-1, n) for k, v in load_file(path).items()}
     answers = [
-        task.answer(problems[b // n], tokenizer.decode(found.rollouts.completion(b)))
-        for b in range(len(found.correct))
+        task.answer(problems[b // n], tokenizer.decode(solutions.rollouts.completion(b)))
+        for b in range(len(solutions.correct))
     ]
-    tokens = (found.rollouts.length - found.rollouts.prompt_len).view(-1, n)
+    tokens = (solutions.rollouts.length - solutions.rollouts.prompt_len).view(-1, n)
     return (
-        found.correct.view(-1, n).float(),
+        solutions.correct.view(-1, n).float(),
         tokens,
         score,
         [answers[i : i + n] for i in range(0, len(answers), n)],
@@ -405,8 +407,8 @@ def auc_within(score, correct):
     """Mean over the problems that have right and wrong samples of the AUC among them: what
     best-of-n lives on. An AUC over all samples can be had by knowing which problems are hard.
     score, correct [P,N]."""
-    found = [pav.auc(s, c > 0.5) for s, c in zip(score, correct)]
-    return mean(a for a in found if a == a)
+    each = [pav.auc(s, c > 0.5) for s, c in zip(score, correct)]
+    return mean(a for a in each if a == a)
 
 
 def voted(answers, correct, n):
@@ -506,17 +508,17 @@ def rerank_numbers(size, correct, tokens, score, answers):
             out.append(row(right, most / n) | cell)
         return out
 
-    found = {}
+    search = {}
     for v in score:
-        found[f"best-of-n, {v}"] = rows(lambda n, v=v: expected_best(score[v], correct, n))
-    found["majority"] = rows(lambda n: voted(answers, correct, n))
-    found["pass@n (an oracle)"] = rows(lambda n: expected_best(correct, correct, n))
-    return found
+        search[f"best-of-n, {v}"] = rows(lambda n, v=v: expected_best(score[v], correct, n))
+    search["majority"] = rows(lambda n: voted(answers, correct, n))
+    search["pass@n (an oracle)"] = rows(lambda n: expected_best(correct, correct, n))
+    return search
 
 
 def beam_numbers(size, root, rft):
     """The same of the beams that were run."""
-    found = {}
+    search = {}
     for name, alpha in BEAMS.items():
         path = root / "test" / f"{name}.jsonl"
         if not path.exists():
@@ -526,8 +528,8 @@ def beam_numbers(size, root, rft):
         cost = {k: mean(r[f"{k}_tokens"] for r in rows) for k in kinds}
         cell = dict(n=size["search"]["beam"], tokens=cost["generated"], **cost)
         name = "beam, Q" + (f" + {alpha} A" if alpha else "")
-        found[name] = [row(right) | cell | dict(minus_one_sample=paired(right, rft))]
-    return found
+        search[name] = [row(right) | cell | dict(minus_one_sample=paired(right, rft))]
+    return search
 
 
 def interval_text(x):

@@ -1,7 +1,7 @@
 """Is a beam steered by progress cheaper than best-of-N? Accuracy against generated tokens.
 
     python -m experiments.pav_search             # about 26 minutes of one core
-    python -m experiments.pav_search --smoke     # the same road in under 20 seconds
+    python -m experiments.pav_search --smoke     # few steps, under 20 seconds
     -> docs/results/pav_search/: results.json, table.md, curves.png
 
 The claims (Setlur et al. 2024, arXiv 2410.08146, sections 3 and 4): a beam ranked by Q^pi + alpha *
@@ -179,7 +179,7 @@ class Searcher:
         """Curves of all arms that rank whole samples: {arm: [{n, accuracy, tokens, scored}]}."""
         most = max(sizes)
         with torch.no_grad():
-            found = best_of_n(
+            searches = best_of_n(
                 self.model,
                 self.tokenizer,
                 self.task,
@@ -191,17 +191,18 @@ class Searcher:
             )
             q = [
                 learned_values(self.verifiers["q"])(p, [e.tokens for e in f.candidates])[0]
-                for p, f in zip(self.problems, found)
+                for p, f in zip(self.problems, searches)
             ]
-        text = [[self.text(e) for e in f.candidates] for f in found]
+        text = [[self.text(e) for e in f.candidates] for f in searches]
         right = torch.tensor(
             [[self.task.grade(p, t) for t in ts] for p, ts in zip(self.problems, text)]
         )
         rank = dict(
-            orm=torch.tensor([[e.q for e in f.candidates] for f in found]), q_as_orm=torch.tensor(q)
+            orm=torch.tensor([[e.q for e in f.candidates] for f in searches]),
+            q_as_orm=torch.tensor(q),
         )
-        generated = mean(f.generated for f in found) / most
-        scored = mean(f.scored for f in found) / most
+        generated = mean(f.generated for f in searches) / most
+        scored = mean(f.scored for f in searches) / most
 
         def curve(accuracy):
             return [
@@ -232,7 +233,7 @@ class Searcher:
     def beam(self, n, alpha, k, children, temperature=1.0):
         """dict(n, accuracy, tokens, scored) of a beam."""
         with torch.no_grad(), packed_weights(self.model.parameters(), n * len(self.problems)):
-            found = beam(
+            searches = beam(
                 self.model,
                 self.tokenizer,
                 self.task,
@@ -247,10 +248,10 @@ class Searcher:
         return dict(
             n=n,
             accuracy=mean(
-                self.task.grade(p, self.text(f.best)) for p, f in zip(self.problems, found)
+                self.task.grade(p, self.text(f.best)) for p, f in zip(self.problems, searches)
             ),
-            tokens=mean(f.generated for f in found),
-            scored=mean(f.scored for f in found),
+            tokens=mean(f.generated for f in searches),
+            scored=mean(f.scored for f in searches),
         )
 
 

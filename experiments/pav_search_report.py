@@ -217,11 +217,11 @@ def claims_of(results):
         if t not in decisive
     ]
     parts = dict(orm=orm_part, q=q_part, k=k_part, rank=rank_part)
-    found = []
+    claims = []
     for key, (says, fails) in TEXT.items():
         each = {t: parts[key](t, r, cfg) for t, r in tasks.items()}
         remarks = [fails] if fails else orm_failures(tasks, cfg)
-        found.append(
+        claims.append(
             dict(
                 paper="2410.08146",
                 claim=says,
@@ -231,7 +231,7 @@ def claims_of(results):
                 fails_when="; ".join([*remarks, *apart]),
             )
         )
-    return found
+    return claims
 
 
 def orm_part(task, r, cfg):
@@ -243,18 +243,18 @@ def orm_part(task, r, cfg):
     better = [verdict(difference(r, "beam_pav", "orm", i)) for i in targets]
     verdicts = [v if c or v is not True else False for c, v in zip(cheap, better)]
     mid = sizes.index(cfg["regime_sizes"][-1])
-    shown = [i for i in targets if i in (mid, mid + 1, len(sizes) - 1)]
+    listed = [i for i in targets if i in (mid, mid + 1, len(sizes) - 1)]
     words = f"{task}: " + ", ".join(
         f"N={sizes[i]} {times(*beam['efficiency'][i])} and "
         f"{plus(difference(r, 'beam_pav', 'orm', i))}"
-        for i in shown
+        for i in listed
     )
     return words, verdicts
 
 
 def orm_failures(tasks, cfg):
     """Where the beam was not shown to be above best-of-N with the ORM, in words."""
-    found = []
+    remarks = []
     where = dict(
         weak=f"verifiers from {cfg['weak']} times fewer rollouts",
         cold=f"temperature {cfg['cold']:g}",
@@ -267,19 +267,19 @@ def orm_failures(tasks, cfg):
         for k, a in r["regimes"].items():
             gains = np.subtract(a["beam_pav"]["per_seed"], a["orm"]["per_seed"])[:, -1].tolist()
             if verdict(gains) is not True:
-                found.append(f"{where[k]} ({task}): {plus(gains)} at N={cfg['regime_sizes'][-1]}")
+                remarks.append(f"{where[k]} ({task}): {plus(gains)} at N={cfg['regime_sizes'][-1]}")
         if orm[last] < mean(r["one_sample"]):
-            found.append(
+            remarks.append(
                 f"{task}: one sample is right in {mean(r['one_sample']):.3f}, at "
                 f"N={cfg['sizes'][last]} the ORM's pick in {orm[last]:.3f}, the beam's in "
                 f"{beam[last]:.3f}"
             )
         if "majority" in r["arms"]:
-            found.append(
+            remarks.append(
                 f"a vote reaches {r['arms']['majority']['accuracy'][mid]:.3f} on {task} at "
                 f"N={cfg['sizes'][mid]}, the beam {beam[mid]:.3f}"
             )
-    return found or ["Nowhere here."]
+    return remarks or ["Nowhere here."]
 
 
 def q_part(task, r, cfg):

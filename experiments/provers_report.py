@@ -51,11 +51,11 @@ def correlation_table(exact):
         "| task | measured gain | distinguishability alone | alignment alone | their sum |",
         "|---|---|---|---|---|",
     ]
-    for name, found in groups.items():
+    for name, correlations in groups.items():
         for gain, label in gains.items():
             cells = []
             for term in ("distinguishability", "alignment", "predicted"):
-                values = [f[f"{term}/{gain}"] for f in found]
+                values = [f[f"{term}/{gain}"] for f in correlations]
                 cells.append(
                     f"{mean_sd(values, 2)}, {len(values)} patterns"
                     if len(values) > 1
