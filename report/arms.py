@@ -37,7 +37,7 @@ ARMS = {
         "outcome", None, colour="#999933", label="outcome only, from the prover", policy="prover"
     ),
     "constant": Arm(
-        "pav", "verifier", {"constant_value": True}, "#E69F00", "control: constant value",
+        "pav", None, {"verifier": "constant"}, "#E69F00", "control: constant value",
         control=True,
     ),
     "base-prover": Arm(

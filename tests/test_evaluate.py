@@ -79,7 +79,7 @@ def test_an_evaluation_goes_on_after_a_kill(sums, tmp_path, capsys, monkeypatch)
     with pytest.raises(UserError, match="with seed 0, not 1"):
         main([*sums, "--seed", "1"])
     out.with_suffix(".json").unlink()
-    with pytest.raises(UserError, match="not an evaluation"):
+    with pytest.raises(UserError, match="not the file of an evaluation"):
         main(sums)
 
 

@@ -112,8 +112,8 @@ def test_exact_verifier_says_what_the_task_says():
 
 def test_the_solver_as_a_verifier_of_countdown():
     """Right, wrong and illegal solutions, cut anywhere: at the prompt and at each line end the value is exact_value's."""
-    from verifier import step_values
     from rollouts import Rollouts, step_ends
+    from verifier import step_values
 
     task = Countdown()
     tokenizer, problems = task.tokenizer(), task.problems("test", 40, 0)

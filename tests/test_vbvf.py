@@ -9,8 +9,8 @@ import torch
 
 from experiments import vbvf, vbvf_exact, vbvf_report
 from infra.cli import UserError
-from tasks.contextual import Contextual, solve_times
 from tasks import get_task
+from tasks.contextual import Contextual, solve_times
 
 TOY = dict(symbols=3, planted=2, letters=3, length=5, mixture=(0.5, 6.0))
 
