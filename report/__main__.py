@@ -47,7 +47,7 @@ class Config:
 def paid_by_verifier(arm, run):
     """Whether the run's reward needed rollouts of a verifier's prover."""
     reward = run.config.get("reward", arm_of(arm).reward)
-    return reward != "outcome" and not run.config.get("constant_value")
+    return reward != "outcome" and run.config.get("verifier") != "constant"
 
 
 def summarise(arms):

@@ -143,7 +143,8 @@ def open_rows(path, settings):
     beside = path.with_suffix(".json")
     if path.exists() and path.stat().st_size and not beside.exists():
         raise UserError(
-            f"{path} exists and is not an evaluation ({beside.name} is missing); give another --out"
+            f"{path} exists and is not the file of an evaluation ({beside.name} is missing); give "
+            "another --out"
         )
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
     if not lock_file(file):

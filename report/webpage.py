@@ -560,9 +560,9 @@ def solutions_intro(arms):
     run = next(iter(arms.values()))[0]
     anchored = (
         " The last step's shade is the verifier's own value of the end; in training the true "
-        "outcome stands in its place (<code>--anchor</code>), so here a right solution may end in "
+        "outcome stands in its place (<code>--guards anchor</code>), so here a right solution may end in "
         "orange."
-        if run.config.get("anchor")
+        if "anchor" in run.config.get("guards", ())
         else ""
     )
     return (
