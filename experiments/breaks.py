@@ -140,7 +140,7 @@ def policy_and_verifier(cfg, root, regime, seed):
     """-> (folder of the policy that RL starts from, folder of the weak verifier or None)."""
     letters = cfg.easy_letters if regime == "easy" else 6
     name = "sft" if letters == 6 else f"sft{letters}"
-    policy = clone(seed, name, 5, cfg.smoke, planted_length=letters)
+    policy = clone(seed, name, 5, cfg.smoke, task_args=[f"length={letters}"])
     if regime not in ("learned", "able"):
         return policy, None
     prover = clone(seed, "prover", PROVER, cfg.smoke)
@@ -159,7 +159,7 @@ def reinforce(cfg, root, regime, arm, seed, lr):
     steps = dict(main=cfg.steps, easy=cfg.easy_steps).get(regime, cfg.learned_steps)
     settings = dict(
         task="planted",
-        planted_length=cfg.easy_letters if regime == "easy" else 6,
+        task_args=[f"length={cfg.easy_letters if regime == 'easy' else 6}"],
         reward="pav",
         seed=seed,
         policy=str(policy),

@@ -271,7 +271,8 @@ class Plan:
         tiny = self.cfg.size != "gpu" or self.cfg.smoke
         return [
             "--task=jsonl",
-            f"--template={template}",
+            "--task-args",
+            f"template={template}",
             "--data",
             *(f"{split}={self.root / 'data' / name}.jsonl" for split, name in data.items()),
             f"--device={self.cfg.device}",

@@ -38,7 +38,7 @@ def test_flags_of_the_trl_table_exist(heading):
 
 
 def test_metrics_of_the_trl_table_are_written():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train_rl", "papers/train_dpo", "infra/runs"))
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train_rl", "papers/train_dpo", "infra/runs", "report/watch"))
     for _, cell, _ in rows(TRL, "Metrics (`metrics.jsonl`)"):
         for name in re.findall(r"`([\w/]+)`", cell):
             assert f'"{name}"' in source or f"{name}=" in source, name
