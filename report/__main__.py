@@ -177,7 +177,7 @@ def task_facts(config):
     """
     facts = dict(name=config.get("task", "run"), text=None, truth=[], ends_with_eos=True)
     try:
-        known = {f.name for f in dataclasses.fields(TaskFlags)}  # of flags that came later: defaults
+        known = {f.name for f in dataclasses.fields(TaskFlags)}  # a later flag: its default
         flags = TaskFlags(**{name: value for name, value in config.items() if name in known})
         if flags.task_seed < 0:
             flags.task_seed = config.get("seed", 0)
