@@ -3,7 +3,7 @@
     python -m experiments.provers              # about 25 minutes of one core
     python -m experiments.provers --learned-arms     # without 4 below, 10 minutes
     python -m experiments.provers --no-transformer   # 1 and 2 below, about a minute
-    python -m experiments.provers --smoke      # the same road in a few seconds
+    python -m experiments.provers --smoke      # few steps, a few seconds
     -> docs/results/provers/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2024, arXiv 2410.08146, theorem 3.1): a policy pi that is updated by eq.

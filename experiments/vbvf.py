@@ -1,7 +1,7 @@
 """Clone right traces, or learn to tell right from wrong? The same n problems, used twice.
 
     python -m experiments.vbvf                   # 15 to 20 minutes of one core
-    python -m experiments.vbvf --smoke           # the same road in seconds
+    python -m experiments.vbvf --smoke           # few steps, seconds
     -> docs/results/vbvf/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2025, arXiv 2502.12118): as the test budget of H tokens grows, fine-tuning
@@ -508,11 +508,11 @@ def trials(world, name, n, H, best):
                 )
         return
     for lr in cfg.learning_rates:
-        for step, found in (vf if name == "vf" else vb)(world, n, H, lr, cfg.steps):
+        for step, trained in (vf if name == "vf" else vb)(world, n, H, lr, cfg.steps):
             J = (
-                judge(world, found, H, 8)["J"]
+                judge(world, trained, H, 8)["J"]
                 if name == "vf"
-                else search(world, found, H, cfg.pessimism, 16)["J"][16]
+                else search(world, trained, H, cfg.pessimism, 16)["J"][16]
             )
             yield dict(learning_rate=lr, steps=step, J=J)
 
