@@ -8,11 +8,12 @@ import pytest
 import torch
 from toy import tiny_model
 
-from papers import memorization
 import train_sft
+from experiments import memorization as experiment
 from infra.cli import UserError
-from papers.memorization import choose_threshold, curate, held_out_r_squared, load_run, pre_memorization, r_squared, solution_nll
 from model import resolve
+from papers import memorization
+from papers.memorization import choose_threshold, curate, held_out_r_squared, load_run, pre_memorization, r_squared, solution_nll
 from tasks.worded import Worded
 
 
@@ -155,3 +156,16 @@ def test_bad_settings_are_refused_before_work(tmp_path):
     train_sft.train(train_sft.Config(run_dir=str(tmp_path / "a"), track_memorization=1, **SMALL))
     refused("larger --num-examples", curate=str(tmp_path / "a"))
     refused("give the same here", curate=str(tmp_path / "a"), seed=3, num_examples=30)
+
+
+def test_examples_are_compared_within_a_run():
+    """Two runs with other levels and no difference inside: pooled the groups differ, the claim is "no"."""
+    group = lambda n, changed: experiment.group_numbers(dict(  # noqa: E731
+        examples=n, unchanged=np.ones(n), changed=np.full(n, changed) + np.tile([0.1, -0.1], n // 2)))
+    rows = [dict(low=group(100, 0.5), high=group(60, 0.51)), dict(low=group(60, 0.89), high=group(100, 0.88))]
+    assert rows[0]["low"]["cost"] == pytest.approx(0.5) and rows[0]["low"]["error"] == pytest.approx(0.01, rel=0.02)
+    claim, = experiment.robustness_claims(dict(rows=rows, command="x"))
+    assert claim["holds"] is False and "each of 2 runs" in claim["measured"]
+    claim, = experiment.robustness_claims(dict(rows=[dict(low=group(100, 0.5), high=group(60, 0.9))], command="x"))
+    assert claim["holds"] is True and "one run" in claim["measured"]
+    assert experiment.changed_wording("ah") == "ed" and not experiment.robustness_claims(dict(rows=[], command="x"))
