@@ -78,9 +78,8 @@ DPO = {
     "dpo_random_cut": dict(pairs="random"),
 }
 UNTUNED = ("dpo_random_cut",)  # takes the setting of dpo_per_step
-TINY = dict(
-    threads=1, device="cpu", save_steps=10**6, eval_problems=32
-)  # the scripts' own last evaluation is not used
+# The scripts' own last evaluation is not used.
+TINY = dict(threads=1, device="cpu", save_steps=10**6, eval_problems=32)
 SAMPLING = dict(num_generations=16, slots=1024)
 
 

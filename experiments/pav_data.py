@@ -78,6 +78,7 @@ DESIGNS = {
     "mc16": dict(n_mc=16, cuts=0, problems=4),
     "first_pit": dict(n_mc=4, cuts=2, coverage="first-pit", problems=16),
 }
+# arm -> (whose rollouts, are later step ends labelled).
 ARMS = {
     "mc1": ("mc1", False),
     "mc4": ("mc4", False),
@@ -85,7 +86,7 @@ ARMS = {
     "first_pit": ("first_pit", False),
     "mc1_all": ("mc1", True),
     "mc16_all": ("mc16", True),
-}  # arm -> (whose rollouts, are later step ends labelled)
+}
 NAMES = {
     "mc1": "n_mc 1: many seeds",
     "mc4": "n_mc 4",
@@ -134,9 +135,8 @@ def labels_at_cuts(data):
     A cut's n_mc rows are neighbours with the same prefix and the same label, so of equal
     neighbours one is kept.
     -> dict(tokens [M,T], ends [M,1], target [M,1], weight [M,1])."""
-    column = (
-        (data["weight"] > 0).int().argmax(1, keepdim=True)
-    )  # of the cut: the first labelled step end
+    # Of the cut: the first labelled step end.
+    column = (data["weight"] > 0).int().argmax(1, keepdim=True)
     end = data["ends"].gather(1, column)
     target = data["target"].gather(1, column)
     tokens = data["tokens"] * (torch.arange(data["tokens"].shape[1]) < end)

@@ -68,10 +68,8 @@ from verifier import load_verifier
 PAPER = dict(alpha=0.0, k=4, children=3)  # a beam's settings before any are chosen
 TINY = dict(threads=1, device="cpu", save_steps=10**6)
 POLICY = {"planted": dict(strength=7.0, steps=300), "chain": dict(strength=0.7, steps=300)}
-REGIMES = {
-    "planted": ("weak", "cold"),
-    "chain": ("cold",),
-}  # where the claims should fail; see measure
+# Where the claims should fail; see measure.
+REGIMES = {"planted": ("weak", "cold"), "chain": ("cold",)}
 
 
 @dataclass

@@ -103,7 +103,8 @@ def spearman(x, y):
 
 def sample_solutions(policy, after, prompt, rng):
     """policy [P,L+1,K+1,A], after [K+1,A], prompt [B] -> KMP states [B,L+1], actions [B,L]."""
-    length, letters = policy.shape[1] - 1, policy.shape[-1]
+    length = policy.shape[1] - 1
+    letters = policy.shape[-1]
     cdf = policy.cumsum(-1)
     states = [torch.zeros(len(prompt), dtype=torch.long)]
     actions = []

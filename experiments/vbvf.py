@@ -134,9 +134,8 @@ def verification(verifier, tokens, prompt_len, label):
     in {0,1}."""
 
     def loss(rows):
-        logits = verifier(tokens[rows])[
-            :, prompt_len:
-        ]  # (b, H): read at the letter that ends the prefix
+        # (b, H): read at the letter that ends the prefix.
+        logits = verifier(tokens[rows])[:, prompt_len:]
         return value_loss(logits, label[rows], torch.ones_like(logits), 1.0, 1.0)
 
     return loss
@@ -399,11 +398,8 @@ def reinforce(world, verifiers, n, H, learning_rate, beta, stops):
         adv = torch.nn.functional.pad(reward_to_go(reward, cfg.rl_samples), (world.k, 0))
         logs = train_rl.update(model, world.base, optimizer, params, out, adv, rl, H, "cpu")
         if step in stops:
-            yield (
-                step,
-                model,
-                dict(kl=logs["kl"] * H, believed=float(reward.mean())),
-            )  # kl: nats a trace
+            # kl: nats a trace.
+            yield (step, model, dict(kl=logs["kl"] * H, believed=float(reward.mean())))
 
 
 def judge(world, model, H, each):

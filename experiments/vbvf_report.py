@@ -12,11 +12,8 @@ from experiments.toolkit import METHOD_COLOURS, finish, mean_sd, opposite, pyplo
 from infra.runs import mean
 
 BUDGETS = (1, 2, 4, 8, 16)  # N of best-of-N
-MIXTURES = {
-    "concentrated": (12.0,),
-    "mixed": (3.0, 48.0),
-    "widest": (1.0, 144.0),
-}  # geometric mean 12, each
+# Geometric mean 12, each.
+MIXTURES = {"concentrated": (12.0,), "mixed": (3.0, 48.0), "widest": (1.0, 144.0)}
 
 
 def best_of_vf(r, N):

@@ -20,13 +20,8 @@ from infra.seeds import derive
 from tasks.answers import extract_answer
 from tasks.files import read_rows
 
-PARTS = (
-    "demonstrated",
-    "first",
-    "second",
-    "val",
-    "test",
-)  # demonstrated: those of first with a solution
+# demonstrated: those of `first` with a solution.
+PARTS = ("demonstrated", "first", "second", "val", "test")
 
 
 def numbers(question):
