@@ -236,7 +236,8 @@ def test_a_second_process_and_changed_settings_are_refused(start, inputs, tmp_pa
     assert outcome(run) == before
 
 
-@pytest.mark.parametrize("script, name", [(s, n) for s in ("train_sft", "pav", "train_rl") for n in ("state.json", "model.safetensors")] + [
+@pytest.mark.parametrize("script, name", [
+    *((s, n) for s in ("train_sft", "pav", "train_rl") for n in ("state.json", "model.safetensors")),
     ("train_sft", "optimizer.safetensors"), ("pav", "value_head.safetensors")])
 def test_a_truncated_checkpoint_is_passed_over_with_a_warning(start, inputs, tmp_path, script, name):
     """No older one is kept here, so it begins again, and ends with the same bits."""
