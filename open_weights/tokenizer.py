@@ -111,10 +111,19 @@ def _escape(text):
     return re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", text)
 
 
+def flat(part, key):
+    """A normalizer's or pre-tokenizer's JSON -> its parts in order. None, and a Sequence (whose parts
+    stand under key) of none, have none."""
+    if not part:
+        return []
+    return [p for inner in part[key] for p in flat(inner, key)] if part["type"] == "Sequence" else [part]
+
+
 def split_stages(pre):
     """pre_tokenizer JSON -> patterns, each of which cuts the segments that the one before it left."""
-    parts = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    stages = []
+    parts, stages = flat(pre, "pretokenizers"), []
+    if not parts:
+        raise UserError("pre_tokenizer none is not supported (ByteLevel is)")
     for k, part in enumerate(parts):
         kind, last = part["type"], k == len(parts) - 1
         if kind == "ByteLevel" and last and not part.get("add_prefix_space", True):
@@ -152,8 +161,9 @@ class Tokenizer:
         """spec: the content of tokenizer.json. config: that of tokenizer_config.json."""
         self._spec, self._config = spec, config
         model, added = spec["model"], spec.get("added_tokens") or []
-        self.special = {t["content"]: t["id"] for t in added if t["special"]}
-        self._plain_added = {t["content"]: t["id"] for t in added if not t["special"]}
+        hidden = [t for t in added if t["special"] and t["content"] not in chat.THOUGHT_TAGS]
+        self.special = {t["content"]: t["id"] for t in hidden}  # a thought's end is text to a grader
+        self._plain_added = {t["content"]: t["id"] for t in added if t not in hidden}
         marked = self.special | self._plain_added
         vocab = {t: i for t, i in model["vocab"].items() if t not in marked}
         ids = [*vocab.values(), *marked.values()]
@@ -163,6 +173,8 @@ class Tokenizer:
         self._bytes = [b""] * self.n_vocab
         self._alphabet = self._added = None
         self._outer, self._nfc = [], False
+        if model.get("dropout"):
+            raise UserError(f"BPE dropout={model['dropout']!r} would draw other ids each time; set it to null in tokenizer.json")
         kind = model.get("type", "BPE")
         if kind not in ("BPE", "WordLevel"):
             raise UserError(f"model type {kind!r} is not supported (BPE and WordLevel are)")
@@ -173,13 +185,13 @@ class Tokenizer:
 
     def _bpe(self, model, vocab, added):
         """-> (ranks, pattern) for tiktoken."""
-        affixes = ("continuing_subword_prefix", "end_of_word_suffix")
-        for name in ("dropout", *affixes, "byte_fallback", "fuse_unk"):
+        for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk"):
             if model.get(name):
                 raise UserError(f"BPE option {name}={model[name]!r} is not supported; use a byte-level model")
-        if (normalizer := self._spec.get("normalizer")) and normalizer["type"] != "NFC":
-            raise UserError(f"normalizer {normalizer['type']} is not supported (none and NFC are)")
-        self._nfc = bool(normalizer)
+        normalizers = flat(self._spec.get("normalizer"), "normalizers")
+        if other := [n["type"] for n in normalizers if n["type"] != "NFC"]:
+            raise UserError(f"normalizer {other[0]} is not supported (none and NFC are)")
+        self._nfc = bool(normalizers)
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
         if any(len(pair) != 2 for pair in merges):
             raise UserError("a merge is not a pair of tokens; copy the file again")
@@ -195,7 +207,7 @@ class Tokenizer:
                 raise UserError("added tokens with lstrip, rstrip or single_word are not supported")
             longest = sorted(cut, key=len, reverse=True)
             self._added = re.compile(f"({'|'.join(map(re.escape, longest))})")
-        self._stages = split_stages(self._spec.get("pre_tokenizer") or dict(type="none"))
+        self._stages = split_stages(self._spec.get("pre_tokenizer"))
         outer, last = join_stages(self._stages)
         if outer:
             import regex  # knows \p{N}; tiktoken brings it
@@ -233,7 +245,7 @@ class Tokenizer:
             raise UserError(f"stop ids {stops} are not all in the vocabulary; mend the config files")
         self.eos_ids = tuple(dict.fromkeys(stops))
         self.chat_format = config.get("chat_format")
-        if self.chat_format is None and isinstance(template := config.get("chat_template"), str):
+        if self.chat_format is None and (template := default_template(config.get("chat_template"))):
             self.chat_format = chat.detect(template)
         if self.chat_format is not None and self.chat_format not in chat.FORMATS:
             raise UserError(f"chat_format {self.chat_format!r} is unknown; use {', '.join(chat.FORMATS)}")
@@ -259,6 +271,10 @@ class Tokenizer:
             elif part:
                 ids += self._encode_plain(unicodedata.normalize("NFC", part) if self._nfc else part)
         return ids
+
+    def encode_behind(self, text):
+        """encode() of a text that a marker stands before: the same, but with SentencePiece."""
+        return self.encode(text)
 
     def _encode_plain(self, text):
         segments = [text]
@@ -301,7 +317,10 @@ class Tokenizer:
             if isinstance(part, chat.Marker) and part not in ids:
                 raise UserError(f"chat format {self.chat_format} needs the token {part!r}, which this tokenizer has not; mend "
                                 '"chat_format" in tokenizer_config.json')
-            out += [ids[part]] if isinstance(part, chat.Marker) else self.encode(part)
+            if isinstance(part, chat.Marker):
+                out.append(ids[part])
+            else:
+                out += self.encode_behind(part) if out else self.encode(part)
         return out
 
     @cached_property
@@ -341,30 +360,58 @@ def _read_json(path):
     return content
 
 
+def _read_optional(path):
+    return _read_json(path) if path.exists() else {}
+
+
+def default_template(value):
+    """The field "chat_template": a text, or several by name, as a list or an object -> the text that
+    is used where nobody names one, or None."""
+    if isinstance(value, list):
+        value = {t["name"]: t["template"] for t in value}
+    value = value.get("default") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def read_settings(folder):
+    """What stands beside tokenizer.json -> the content of tokenizer_config.json and, as "eos_token_ids",
+    every stop id. As in transformers, chat_template.jinja goes before a template in
+    tokenizer_config.json, and config.json names stop ids where generation_config.json names none."""
+    config = _read_optional(folder / "tokenizer_config.json")
+    names = _read_optional(folder / "special_tokens_map.json")
+    older = "added_tokens_decoder" not in config  # then what special_tokens_map.json says goes first
+    for name in ("bos_token", "eos_token"):
+        if name in names and (older or not config.get(name)):
+            config[name] = names[name]
+    if (folder / "chat_template.jinja").exists():
+        path = folder / "chat_template.jinja"
+        config["chat_template"] = path.read_text(encoding="utf-8", errors="replace")
+    stops = _read_optional(folder / "generation_config.json").get("eos_token_id")
+    if stops is None:
+        stops = _read_optional(folder / "config.json").get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [stops]
+    known = config.get("eos_token_ids") or []
+    return config | dict(eos_token_ids=known + [i for i in stops if i is not None])
+
+
 def load_tokenizer(folder):
-    """Tokenizer from tokenizer.json, or from Llama 3's tokenizer.model (tiktoken's format); stop ids from
-    tokenizer_config.json and generation_config.json."""
+    """Tokenizer from tokenizer.json, or from Llama 3's tokenizer.model (tiktoken's format), and what
+    stands beside it (read_settings)."""
     folder = Path(folder)
-    path, config, generation = folder / "tokenizer.json", {}, {}
+    path = folder / "tokenizer.json"
+    config = {}
     if not path.exists() and (folder / "tokenizer.model").exists():
         path = folder / "tokenizer.model"
-        spec, config = llama3_spec(path), dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", add_bos_token=True,
-                                               chat_format="llama3")
+        spec = llama3_spec(path)
+        config = dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", add_bos_token=True,
+                      chat_format="llama3")
     else:
         spec = _read_json(path)
-    if (folder / "tokenizer_config.json").exists():
-        config |= _read_json(folder / "tokenizer_config.json")
-    if (folder / "generation_config.json").exists():
-        generation = _read_json(folder / "generation_config.json")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-        config.setdefault("chat_template", template)
     try:
-        stops = generation.get("eos_token_id") or []
-        stops = stops if isinstance(stops, list) else [stops]
-        config["eos_token_ids"] = [*config.get("eos_token_ids", []), *stops]
+        config |= read_settings(folder)
         kind = Tokenizer
-        if spec["model"].get("byte_fallback") and "ByteLevel" not in json.dumps(spec.get("pre_tokenizer")):  # SentencePiece's
+        pre = json.dumps(spec.get("pre_tokenizer"))
+        if spec["model"].get("byte_fallback") and "ByteLevel" not in pre:  # SentencePiece's
             from open_weights.sentencepiece import LibraryTokenizer as kind
         return kind(spec, config)
     except UserError as e:
