@@ -21,6 +21,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -34,19 +35,20 @@ from infra.runs import derive
 from open_weights.files import save_model
 
 MAX_BYTES = 1 << 26  # of one answer: room for 100,000 tokens and their names many times over
+MAX_WAIT = 60.0  # seconds before a request is sent again, and never more than it may take itself
 flag = partial(opt, group="rollout server")
 
 
 @dataclass
 class RolloutFlags:
-    rollout_url: str = flag("", "let this server complete the prompts, e.g. http://HOST:8000 (vLLM: remote.py)")
+    rollout_url: str = flag("", "let this server complete the prompts, e.g. http://HOST:8000 (vLLM: engines/server.py)")
     rollout_model: str = flag("", "the name that it serves the policy under (default: whatever it serves)")
     rollout_reload: str = flag("/collective_rpc", "path on the server that loads new weights")
     rollout_reload_body: str = flag('{"method": "reload_weights", "kwargs": {"weights_path": "FOLDER"}}',
                                     "JSON to post there; FOLDER becomes the path of RUN_DIR/rollout_weights")
     rollout_concurrency: int = flag(256, "requests under way at once (of each process)", low=1)
     rollout_timeout: float = flag(600.0, "seconds that one request, or a reload, may take", above=0)
-    rollout_retries: int = flag(2, "times a request is sent again after a lost connection or HTTP 5xx", low=0)
+    rollout_retries: int = flag(2, "times a request is sent again after a lost connection, HTTP 408, 429 or 5xx", low=0)
     rollout_tolerance: float = flag(0.1, "mean |log-prob of the server - of the trainer| that ends the run (0: never)", low=0)
 
 
@@ -63,8 +65,13 @@ def one_line(text, limit=200):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
 
 
+def in_words(answer):
+    """An answer of any shape -> one line: what a server says is wrong stands in "error", "message" or "detail"."""
+    return one_line(json.dumps(answer, ensure_ascii=False))
+
+
 def fetch(url, body, timeout):
-    """POST body as JSON -> (status, bytes). OSError (TimeoutError, URLError), HTTPException, UserError."""
+    """POST body as JSON -> (status, headers, bytes). OSError (TimeoutError, URLError), HTTPException, UserError."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     end, parts = time.monotonic() + timeout, []
     with OPENER.open(request, timeout=timeout) as answer:
@@ -76,18 +83,32 @@ def fetch(url, body, timeout):
                 raise TimeoutError
         if answer.length:  # read1() takes a connection that is cut off for the end
             raise http.client.IncompleteRead(b"", answer.length)
-    return answer.status, b"".join(parts)
+    return answer.status, answer.headers, b"".join(parts)
+
+
+def retry_after(headers, now):
+    """The header Retry-After, seconds or a date (RFC 9110, 10.2.3) -> seconds from now (time.time()) on; None without one
+    that can be read."""
+    text = headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(text) if text.isascii() and text.isdigit() else parsedate_to_datetime(text).timestamp() - now
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return max(seconds, 0.0)
 
 
 def post(url, body, timeout, retries=0, hint=""):
-    """POST body as JSON -> parsed JSON (None: an empty answer). Lost connections and HTTP 5xx are tried again after 1, 2, 4...
-    seconds; a time-out is not: the next try would take as long. UserError, one line: whatever remains."""
+    """POST body as JSON -> parsed JSON (None: an empty answer). Lost connections, HTTP 408 (request time-out), 429 (too many
+    requests) and 5xx are tried again, after as many seconds as the server asks for (retry_after), else after 1, 2, 4..., but
+    after at most MAX_WAIT; a time-out is not: the next try would take as long. UserError, one line: whatever remains."""
     for attempt in range(retries + 1):
+        wait = None  # seconds that the server asks for
         try:
-            status, text = fetch(url, body, timeout)
+            status, headers, text = fetch(url, body, timeout)
             if status == 200:
                 return json.loads(text) if text.strip() else None
-            problem, again = f"HTTP {status} {one_line(text)}".strip(), status >= 500
+            problem, again = f"HTTP {status} {one_line(text)}".strip(), status in (408, 429) or status >= 500
+            wait = retry_after(headers, time.time())
         except (OSError, http.client.HTTPException) as e:
             again = not isinstance(getattr(e, "reason", e), TimeoutError)
             problem = f"connection lost: {one_line(e)}" if again else f"no answer within {timeout:g} s (--rollout-timeout)"
@@ -97,7 +118,7 @@ def post(url, body, timeout, retries=0, hint=""):
             problem, again = f"its answer is not JSON: {one_line(text, 80)!r}", False
         if not again or attempt == retries:
             raise UserError(f"{url}: {problem}{hint}")
-        time.sleep(2**attempt)
+        time.sleep(min(2**attempt if wait is None else wait, timeout, MAX_WAIT))
 
 
 def read_completion(answer, prompt, budget, stops, vocab):
@@ -106,7 +127,9 @@ def read_completion(answer, prompt, budget, stops, vocab):
         (choice,) = answer["choices"]
         ids, asked, reason, found = map(choice.get, ("token_ids", "prompt_token_ids", "finish_reason", "logprobs"))
     except (TypeError, KeyError, ValueError, AttributeError):
-        raise UserError("its answer holds no completion") from None
+        raise UserError(f"its answer holds no completion: {in_words(answer)}") from None
+    if choice.get("error"):
+        raise UserError(f"its answer is an error: {in_words(choice['error'])}")
     if not isinstance(ids, list) or not isinstance(asked, list):
         raise UserError("it returns no token ids; it must know return_token_ids, as vLLM does from 0.10.2 on")
     if asked != prompt:
@@ -182,8 +205,10 @@ def connect(cfg, tokenizer):
         if parallel.rank() == 0:
             save_model(folder, plain, tokenizer)
             answer = post(url + reload, body, **patience, hint="; the policy was not loaded (vLLM needs VLLM_SERVER_DEV_MODE=1)")
-            if isinstance(answer, dict) and (answer.get("success") is False or "error" in answer):
-                raise UserError(f"{url + reload}: the policy was not loaded: {one_line(json.dumps(answer))}")
+            if isinstance(answer, dict) and (
+                answer.get("success") is False or answer.get("error") or answer.get("object") == "error"
+            ):
+                raise UserError(f"{url + reload}: the policy was not loaded: {in_words(answer)}")
         parallel.barrier()
         ask = partial(generate, url, cfg.rollout_model, salt=str(time.time_ns()), concurrency=cfg.rollout_concurrency, **patience)
         return sample.generate(plain, prompts, engine=lambda m, p, slots, **o: ask(p, model=m, **o), **options)

@@ -21,12 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from infra.cli import UserError
+from infra.runs import by_step
 from open_weights.families import file_names, read_json
 from open_weights.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # a larger model is saved in several files, of which one at a time stands in memory twice
 FLOATS = ("F64", "F32", "F16", "BF16")
-STALE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # Llama 1 and 2 files hold the rotary angles
+# Rotary angles, which older files hold for each layer and some once for the model: they follow from
+# config.json, and transformers does not read them either.
+STALE = re.compile(r"(\w+\.)*rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -185,8 +188,8 @@ def resolve(name_or_dir):
             print(f"converting {source.name} to {path} (once)")
             convert_gguf(source, path)
     if path.suffix == ".gguf" and path.is_file():
-        raise UserError(f"{path} must be converted first: python gguf_import.py {path} FOLDER, then --model FOLDER")
-    steps = sorted(p for p in path.glob("step_*") if (p / "config.json").exists()) if path.is_dir() else []
+        raise UserError(f"{path} must be converted first: python -m open_weights.gguf {path} FOLDER, then --model FOLDER")
+    steps = [p for p in by_step(path.glob("step_*")) if (p / "config.json").exists()]
     if steps and not (path / "config.json").exists():
         path = steps[-1]
     if HUB_ID.fullmatch(str(name_or_dir)) and not path.parent.exists() and path.parts[0] != "runs":

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from infra import parallel
 from infra.cli import UserError
-from infra.runs import derive
+from infra.runs import by_step, derive
 from model import pad_right, token_logprobs
 from sample import generate
 
@@ -111,7 +111,7 @@ def snapshot(path, model, tokenizer, task, examples, problems, held_out, cfg, st
 
 def load_run(run_dir):
     """The snapshots of a run -> dict of accuracy [M,n], nll [M,n], test [M], test_each [M,held out], step [M]."""
-    files = sorted((Path(run_dir) / "memorization").glob("step_*.safetensors"))
+    files = by_step((Path(run_dir) / "memorization").glob("step_*.safetensors"))
     if not files:
         raise UserError(f"{run_dir} holds no snapshots: train it with --track-memorization N")
     arrays = [load_file(f) for f in files]

@@ -217,6 +217,34 @@ def test_a_lost_connection_and_http_5xx_are_tried_again(server, monkeypatch):
     assert len(server.seen) == 7
 
 
+@pytest.mark.parametrize("status, header, wait", [
+    (429, "7", 7), (408, None, 1), (503, "3", 3), (429, "0", 0), (429, "999999", 20), (429, "9" * 400, 20), (429, "-5", 1),
+    (429, "soon", 1), (429, "Wed, 21 Oct 2015 07:28:00 GMT", 0), (429, "Wed, 21 Oct 2995 07:28:00 GMT", 20), (429, "nan", 1),
+])
+def test_a_server_that_is_busy_is_asked_again_when_it_says_so(server, monkeypatch, status, header, wait):
+    """The wait that it asks for, no longer than a request may take (here 20 s); without one that can be read, 1 s."""
+    waits, first = [], iter([status])
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    headers = {} if header is None else {"Retry-After": header}
+    server.spoil = lambda p, a, h: h.say(code, b"busy", **headers) if (code := next(first, None)) else a
+    got = remote.generate(server.url, "", PROMPTS, model=server.model, **ASK, concurrency=1, timeout=20.0, retries=1)
+    assert torch.equal(got.tokens, generate(tiny_model(), PROMPTS, **ASK).tokens) and waits == [wait]
+    server.spoil = lambda p, a, h: h.say(status, b'{"error": "slow down"}')
+    with pytest.raises(UserError, match=f'HTTP {status} {{"error": "slow down"}}'):
+        remote.generate(server.url, "", PROMPTS[:1], model=server.model, **ASK | dict(sequence_ids=[0]), timeout=20.0, retries=1)
+
+
+@pytest.mark.parametrize("answer", [
+    dict(error=dict(message="engine\nhas died", code=500)), dict(object="error", message="engine has died", code=40303),
+    dict(error="engine has died", choices=[]), dict(detail="engine has died"), "engine has died", ["engine has died"],
+    dict(choices=[dict(index=0, finish_reason="error", error=dict(message="engine has died"))]),
+])
+def test_what_a_server_says_is_wrong_is_handed_on(answer):
+    with pytest.raises(UserError, match="engine.{1,2}has died") as e:
+        remote.read_completion(answer, [1], 2, {EOS}, 12)
+    assert str(e.value).isprintable() and len(str(e.value)) < 300
+
+
 def test_nobody_there(server):
     with pytest.raises(UserError, match="http://127.0.0.1:1/v1/completions: connection lost: .*refused"):
         remote.generate("http://127.0.0.1:1", "", PROMPTS, model=server.model, **ASK, **PATIENCE)
@@ -237,6 +265,9 @@ def test_weights_that_were_not_loaded_end_the_run(run, server):
     server.spoil = lambda p, a, h: dict(success=False, message="shape mismatch") if p == "/collective_rpc" else a
     with pytest.raises(UserError, match="the policy was not loaded: .*shape mismatch"):
         run("words", rollout_url=server.url)
+    server.spoil = lambda p, a, h: dict(object="error", message="no such folder") if p == "/collective_rpc" else a
+    with pytest.raises(UserError, match="the policy was not loaded: .*no such folder"):
+        run("object", rollout_url=server.url)
     server.spoil, server.stale = lambda p, a, h: a, True
     with pytest.raises(UserError, match="step 2: .* differ from the trainer's by .* older weights"):
         run("stale", rollout_url=server.url, learning_rate=0.1)
