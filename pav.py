@@ -53,6 +53,7 @@ from infra.runs import (
 from labels import boundaries, collect_all
 from model import load_model, load_weights, resolve, shared_prefixes, write_model
 from sample import generate
+from tasks.context import leave_out_long
 from tasks.files import get_task
 
 
@@ -370,6 +371,7 @@ def train(cfg):
         return json.loads((run / "summary.json").read_text())
     base, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     spare_threads(base, cfg.threads)
+    leave_out_long(task, tokenizer, base, "train", "val")
     prover = base
     if cfg.prover != "base":
         prover, other = load_model(cfg.prover, device, getattr(torch, cfg.dtype))

@@ -33,6 +33,8 @@ from model import KVCache, load_model
 # in memory that the process has already: 2048 take a fifth longer.
 PREFILL_TOKENS = dict(cpu=512, cuda=2048)
 
+COLDEST = 1e-30  # a temperature below draws the likeliest token, and logits divided by it are no float32 any more
+
 ROUND = 16  # rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) for each number of rows
 
 
@@ -70,6 +72,8 @@ class Rollouts:
 def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, **options):
     """Complete every prompt once; see decode_all for the options. Under torchrun all processes call this with the same
     prompts, each completes its share, and all get all (parallel.py). engine: instead of generate_here (remote.py)."""
+    if 0 < options["temperature"] < COLDEST:
+        options["temperature"] = 0.0
     model, n, engine = parallel.whole(model), len(prompts), engine or generate_here
     if parallel.size() == 1:
         return engine(model, prompts, sequence_ids=sequence_ids, max_new_tokens=max_new_tokens, **options)

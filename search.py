@@ -42,6 +42,7 @@ from kernels import packed_weights
 from model import pad_right, resolve
 from pav import load_verifier, prover_transform, step_values
 from sample import generate, pass_at_k
+from tasks.context import leave_out_long
 from tasks.files import get_task
 
 
@@ -260,6 +261,7 @@ def answer(cfg, model, tokenizer, options):
     """Search --num-problems problems; print accuracy beside what it cost. Called by sample.py."""
     clock, width = time.time(), check(cfg, options["temperature"])
     task = get_task(cfg)
+    leave_out_long(task, tokenizer, model, cfg.split)
     values, said = load_values(cfg, tokenizer, model.head.device) if cfg.search != "majority" else (None, "no verifier")
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
     shared = {k: v for k, v in options.items() if k != "stop_ids"}

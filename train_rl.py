@@ -54,6 +54,7 @@ from model import load_model, load_weights, shared_prefixes, token_logprobs, tok
 from papers.mrt import MRTFlags, meta_values
 from pav import guarded_values, load_verifier, step_values
 from sample import generate
+from tasks.context import leave_out_long
 from tasks.files import get_task
 from report.show import keep_solutions
 
@@ -82,7 +83,7 @@ class Config(MRTFlags, remote.RolloutFlags, RunConfig):
     adam_epsilon: float = opt(1e-8, "Adam's: gradients far below it take no step; smaller noise is blown up to a full one",
                               "optimization", above=0)
     warmup_steps: int = opt(0, "linear warm-up", "optimization", low=0)
-    temperature: float = opt(1.0, "of the policy, in the sampler and in the loss", "optimization", above=0)
+    temperature: float = opt(1.0, "of the policy, in the sampler and in the loss", "optimization", low=1e-6)
     loss_type: str = opt("dapo", "one weight per token (dapo), per solution (grpo), or per token by a constant (dr_grpo)",
                          "optimization", choices=["dapo", "grpo", "dr_grpo"])
     scale_rewards: str = opt("none", "divide outcome advantages by the group's std (group) or not", "optimization",
@@ -334,6 +335,7 @@ def train(cfg, verifier=None):
         return json.loads((run / "summary.json").read_text())
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     spare_threads(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", cfg.eval_split)
     if verifier is None and cfg.verifier:
         verifier = load_verifier(cfg.verifier, tokenizer, device)
     if verifier is None and cfg.reward not in ("outcome", "mrt"):

@@ -46,6 +46,7 @@ from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, load_weights, pad_right, token_loss, write_model
 from sample import generate
 from papers.rft import count, first_problems, keep_correct, sample_solutions
+from tasks.context import leave_out_long
 from tasks.files import get_task
 
 
@@ -220,6 +221,7 @@ def train(cfg):
         return json.loads((run / "summary.json").read_text())
     model, tokenizer = start_model(cfg, task, device)
     spare_threads(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", "val", *(["test"] if cfg.track_memorization else []))
     start, spent = 0, 0.0
     if folder := latest_checkpoint(run):
         load_weights(model, folder)

@@ -53,6 +53,7 @@ from model import load_model, load_weights, pad_right, shared_prefixes, token_lo
 from pav import boundaries
 from sample import generate, pass_at_k
 from papers.rft import count, first_problems, keep_correct, sample_solutions, shards, write_shard
+from tasks.context import leave_out_long
 from tasks.files import get_task
 from train_sft import accuracy, adamw
 
@@ -344,6 +345,7 @@ def train(cfg):
         return json.loads((run / "summary.json").read_text())
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     spare_threads(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", "val")
     clock = time.time()
     if not (run / "pairs.safetensors").exists():
         build_pairs(model, tokenizer, task, cfg, run, device)

@@ -144,9 +144,11 @@ def open_rows(path, settings):
 
 def evaluate(cfg, model, tokenizer, options):
     """Grade --n samples of --num-problems problems; accuracy, pass@k, majority, truncated and unparsable shares."""
+    from tasks.context import leave_out_long
     from tasks.files import get_task
 
     task = get_task(cfg)
+    left_out = leave_out_long(task, tokenizer, model, cfg.split)
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
     limit = cfg.max_new_tokens or task.max_new_tokens
     options = options | dict(stop_ids=task.stop_ids(tokenizer) if hasattr(task, "stop_ids") else options["stop_ids"])
@@ -176,7 +178,7 @@ def evaluate(cfg, model, tokenizer, options):
             print(f"  {len(rows)}/{total} completions, accuracy so far {mean(r['reward'] for r in rows):.3f}", flush=True)
             if time.time() - began < CHUNK_SECONDS / 2:
                 size *= 2
-    result = summarize(rows, cfg.n, task, problems)
+    result = summarize(rows, cfg.n, task, problems) | dict(left_out=left_out)
     for r in rows[: 3 * cfg.n : cfg.n]:
         verdict = "right" if r["reward"] else "wrong"
         print(f"[{verdict}] {problems[r['problem']].prompt.strip()!r} -> {r['completion'].strip()!r} (gold {r['gold']!r})")

@@ -107,6 +107,7 @@ class Question:
 
 def show(cfg, model, tokenizer, options):
     """sample.py --show: sample, score every step, print. UserError: no verifier, or one of another tokenizer."""
+    from tasks.context import leave_out_long
     from tasks.files import get_task, line_ends
 
     if not cfg.verifier:
@@ -114,6 +115,7 @@ def show(cfg, model, tokenizer, options):
     verifier = load_verifier(cfg.verifier, tokenizer, model.head.device)
     if cfg.task:
         task = get_task(cfg)
+        leave_out_long(task, tokenizer, model, cfg.split)
         problems = [p for p in task.problems(cfg.split, cfg.num_problems or None, cfg.seed) for _ in range(cfg.n)]
         prompts = [task.prompt_tokens(p, tokenizer) for p in problems]
         options |= dict(stop_ids=task.stop_ids(tokenizer)) if hasattr(task, "stop_ids") else {}
