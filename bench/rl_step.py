@@ -42,11 +42,12 @@ import train_rl
 import train_sft
 from bench import timing
 from infra.cli import opt, parse, script
-from infra.runs import derive, mean
+from infra.runs import mean
+from infra.seeds import derive
 from kernels.product import matmul_nt
 from model import load_model, resolve, save_model
 from sample import generate
-from tasks.files import get_task
+from tasks import get_task
 
 
 @dataclass
@@ -81,7 +82,7 @@ def word_problems(cfg, where):
                 "have now?")
         rows.append(json.dumps(dict(question=text, answer=str(a + b - c))))
     (Path(where) / "problems.jsonl").write_text("\n".join(rows) + "\n")
-    return str(resolve(cfg.model)), get_task("jsonl", cfg.seed, [f"{where}/problems.jsonl"], template="plain")
+    return str(resolve(cfg.model)), get_task("jsonl", cfg.seed, data=[f"{where}/problems.jsonl"], template="plain")
 
 
 class Ours:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks import files as tasks
-from papers import train_dpo
+import tasks
 import train_rl
 import train_sft
+from papers import train_dpo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

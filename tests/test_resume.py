@@ -27,7 +27,7 @@ from infra.cli import UserError
 from infra.runs import by_step, latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
 from model import load_weights, save_model, write_model
 from open_weights.files import resolve
-from pav import Verifier, save_verifier
+from verifier import Verifier, save_verifier
 
 ROOT = Path(__file__).parent.parent
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
