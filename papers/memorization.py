@@ -34,6 +34,7 @@ from infra.seeds import derive
 from model import token_logprobs
 from rollouts import grades
 from sample import generate
+from tasks.context import leave_out_long
 from train_sft import (
     SFTFlags,
     build_examples,
@@ -201,6 +202,7 @@ def train(cfg):
         return run.summary
     model, tokenizer = start_model(cfg, task, device)
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", "test")
     problems = curated(cfg, task) if cfg.curate else first_problems(task, cfg.num_problems, cfg.seed)
     examples = build_examples(task, tokenizer, problems, cfg)
     check_lengths(examples, model.cfg.max_position_embeddings, cfg.max_completion_length or task.max_new_tokens)

@@ -12,8 +12,9 @@ import train_rl
 from infra.cli import UserError
 from model import save_model
 from open_weights.tokenizer import alphabet_tokenizer
+from report import evaluate
+from tasks import get_task
 from tasks.context import leave_out_long
-from tasks.files import get_task
 
 SYMBOLS = sorted({*string.ascii_letters, *string.digits, *" .:?#+=\n"})
 CONTEXT = 64
@@ -85,7 +86,7 @@ def test_labels_are_made_of_the_others(folder, files, tmp_path, capsys):
 
 def test_an_evaluation_says_how_many_it_left_out(folder, files, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    sample.main(["--data", *files, "--eval", "--greedy", *flags(
+    evaluate.main(["--data", *files, "--greedy", *flags(
         task="jsonl", template="plain", model=folder, num_problems=0, out=out, max_new_tokens=4, device="cpu", threads=1)])
     assert "warning: 1 of 12 test problems have prompts" in capsys.readouterr().err
     results = json.loads(out.with_suffix(".json").read_text())["results"]
