@@ -124,7 +124,8 @@ def generation_prompt(template):
         template = re.sub(pattern, new, template)
     at = template.rfind("add_generation_prompt")
     at = template.find("%}", at) if at >= 0 else template.find("%}", template.rfind("endfor"))
-    out, nested, depth = "", "", 0
+    out = nested = ""
+    depth = 0
     for token in JINJA.finditer(template, at + 2, at + LONGEST_PROMPT) if at >= 0 else ():
         word = (token["statement"] or "").split()[:1]
         depth += (word == ["if"]) - (word == ["endif"])
@@ -133,8 +134,10 @@ def generation_prompt(template):
         if depth == 0 and word == ["endif"]:
             out += "" if EMPTY_THOUGHT.fullmatch(nested) else UNKNOWN
             nested = ""
-        text = _written(token, word)
-        out, nested = (out, nested + text) if depth else (out + text, nested)
+        if depth:
+            nested += _written(token, word)
+        else:
+            out += _written(token, word)
     return out
 
 
@@ -155,7 +158,7 @@ def _written(token, word):
 
 
 def pieces(name, messages, add_generation_prompt, bos, eos):
-    """[{role, content}] -> list of Marker and str. bos, eos: their texts ("" where there is none)."""
+    """[{role, content}] -> list of Marker and str. bos, eos: their texts ("": there is none)."""
     for m in messages:
         if not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
             raise UserError(f"a chat message needs role and content as text, got {str(m)[:80]}")
@@ -168,31 +171,36 @@ def pieces(name, messages, add_generation_prompt, bos, eos):
 
 
 def _chatml(messages, prompt, begin, eos):
-    out, start, end = [], *map(Marker, MARKERS["chatml"])
-    for m in messages:  # role and content are one text: the header's newline may merge with white space behind it
+    out = []
+    start, end = map(Marker, MARKERS["chatml"])
+    for m in messages:  # one text: the header's newline may merge with white space behind it
         out += [start, f"{m['role']}\n{m['content']}", end, "\n"]
     return out + ([start, "assistant\n"] if prompt else [])
 
 
 def _llama3(messages, prompt, begin, eos):
-    out, (start, end, turn) = list(begin), map(Marker, MARKERS["llama3"])
+    out = list(begin)
+    start, end, turn = map(Marker, MARKERS["llama3"])
     for m in messages:
         out += [start, m["role"], end, f"\n\n{m['content'].strip()}", turn]
     return out + ([start, "assistant", end, "\n\n"] if prompt else [])
 
 
 def _gemma(messages, prompt, begin, eos):
-    out, (start, end) = list(begin), map(Marker, MARKERS["gemma"])
+    out = list(begin)
+    start, end = map(Marker, MARKERS["gemma"])
     for m in messages:
         if m["role"] == "system":
-            raise UserError("this model's chat format has no system prompt; write it into the first message")
+            raise UserError(
+                "this model's chat format has no system prompt; write it into the first message")
         role = "model" if m["role"] == "assistant" else m["role"]
         out += [start, f"{role}\n{m['content'].strip()}", end, "\n"]
     return out + ([start, "model\n"] if prompt else [])
 
 
 def _llama2(messages, prompt, begin, eos):
-    out, system = [], ""
+    out = []
+    system = ""
     for m in messages:
         if m["role"] == "system":
             system = f"<<SYS>>\n{m['content']}\n<</SYS>>\n\n"
@@ -231,10 +239,12 @@ def join(parts):
 
 def chatml_template(name):
     """The Jinja text of a ChatML format, for transformers."""
-    first, thought = "", THOUGHT if FORMATS[name].opens_thought else ""
-    if system := FORMATS[name].system:
+    form = FORMATS[name]
+    first = ""
+    if form.system:
         first = ("{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-                 f"{system}<|im_end|>\n' }}}}{{% endif %}}")
+                 f"{form.system}<|im_end|>\n' }}}}{{% endif %}}")
+    header = "<|im_start|>assistant\n" + THOUGHT * form.opens_thought
     return ("{% for message in messages %}" + first + "{{'<|im_start|>' + message['role'] + '\n' + "
             "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n" + thought + "' }}{% endif %}")
+            "{% if add_generation_prompt %}{{ '" + header + "' }}{% endif %}")

@@ -1,8 +1,9 @@
-"""Tokenizers that are not byte-level (Llama 1 and 2, Gemma: SentencePiece's BPE), through the `tokenizers` library.
+"""Tokenizers that are not byte-level: SentencePiece's BPE (Llama 1 and 2, Gemma).
 
-Optional: pip install tokenizers. tiktoken knows bytes and ranks; SentencePiece's merges run over characters, a space is
-written as a low line (U+2581), and a character without a token falls back to tokens of its bytes, <0xE2>. So here the library
-encodes, and this file says what the rest of the code asks for: bytes of a token, markers, stop ids.
+Optional: pip install tokenizers. tiktoken knows bytes and ranks; SentencePiece's merges run over
+characters, a space is written as a low line (U+2581), and a character without a token falls back to
+tokens of its bytes, <0xE2>. So here the `tokenizers` library encodes, and this file says what the
+rest of the code asks for: bytes of a token, markers, stop ids.
 """
 
 import hashlib
@@ -13,17 +14,20 @@ from infra.cli import UserError
 from open_weights import chat
 from open_weights.tokenizer import Tokenizer
 
-SPACE, BYTE = "\u2581", re.compile("<0x([0-9A-F]{2})>")
+SPACE = "\u2581"
+BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def piece_bytes(token):
     """'▁the' -> b' the', '<0x0A>' -> b'\\n'."""
     byte = BYTE.fullmatch(token)
-    return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE, " ").encode("utf-8", "replace")
+    if byte:
+        return bytes([int(byte[1], 16)])
+    return token.replace(SPACE, " ").encode("utf-8", "replace")
 
 
 def mend(text):
-    """Half of a surrogate pair becomes U+FFFD, as tiktoken has it; the library takes no such text."""
+    """Half of a surrogate pair becomes U+FFFD, as in tiktoken; the library takes no such text."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -33,15 +37,17 @@ def _no_space_first(part):
 
 
 class LibraryTokenizer(Tokenizer):
-    """As Tokenizer. Llama 2's encode puts a space before a text (and decode shows it), as the model was trained."""
+    """As Tokenizer. Llama 2's encode puts a space before a text (and decode shows it), as the model
+    was trained."""
 
     def _bpe(self, model, vocab, added):
         try:
             from tokenizers import Tokenizer as Library
         except ImportError:
-            raise UserError("this model's tokenizer (SentencePiece's BPE) needs a library: pip install tokenizers") from None
-        # Markers of a chat, special to the file or not, are never made from a text; a thought's tags
-        # always are. Truncation and padding are a trainer's settings that stayed in the file.
+            raise UserError("this model's tokenizer (SentencePiece's BPE) needs a library: pip "
+                            "install tokenizers") from None
+        # Markers of a chat, special to the file or not, are never made from a text; the tags of a
+        # thought always are. Truncation and padding are settings of whoever trained the model.
         special = dict.fromkeys(self.reserved, True) | dict.fromkeys(chat.THOUGHT_TAGS, False)
         added = [t | dict(special=special.get(t["content"], t["special"])) for t in added]
         spec = self._spec | dict(added_tokens=added, truncation=None, padding=None)
@@ -70,4 +76,5 @@ class LibraryTokenizer(Tokenizer):
 
     @property
     def fingerprint(self):
-        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:16]
+        facts = json.dumps(self._identity(), sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
