@@ -119,7 +119,7 @@ def collect(base, prover, tokenizer, task, problems, cfg, shard):
     of_seed = [p for p in problems for _ in range(cfg.n_cov)]
     prompts = [task.prompt_tokens(p, tokenizer) for p in of_seed]
     seeds = generate(base, prompts, max_new_tokens=limit, seed=derive(cfg.seed, "seeds", shard), **options)
-    ends = step_ends(task, seeds, tokenizer)
+    ends = step_ends(task, seeds, tokenizer, credit=True)  # a cut in front of an EOS alone would teach nothing
     spent = seeds.num_tokens()
     if cfg.label == "outcome":  # an ORM needs no prover: the seed's own outcome, read at its end
         weight = torch.zeros(ends.shape)

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pav
+import report.__main__ as report
 import train_sft
 from infra.cli import UserError, flags, opt, print_next_command
 from infra.runs import different_settings, lock_folder, read_json, write_json
-from report.__main__ import write as write_report
 from report.arms import ARMS
 from tasks import TaskFlags, get_task
 
@@ -248,7 +248,7 @@ def run_plan(root, jobs, workers):
               f"what each prints: {root}/logs/", flush=True)
     write_commands(root, jobs)
     run_jobs(missing, workers, root / "logs", complete)
-    write_report(root)
+    report.write(root)
 
 
 def refuse_other_settings(root, job):

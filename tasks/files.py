@@ -163,7 +163,7 @@ class Jsonl(Task):
         verifier=dict(num_problems=64, n_cov=2, cuts=2, n_mc=2, epochs=1, batch_size=32, learning_rate=5e-5, prover_k=4,
                       slots=128, eval_problems=24, eval_mc=8, shard_problems=16, save_steps=4),
         rl=dict(num_prompts=8, num_generations=8, steps=10, learning_rate=5e-6, temperature=0.5, micro_batch_size=16,
-                eval_steps=5, eval_problems=64, slots=128, save_steps=1),
+                eval_steps=5, eval_problems=64, save_steps=1),
         long=5,
     )
     ask = '\nWork step by step, one step a line. Your last sentence is "The answer is", then the answer alone.'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import re
 import tomllib
 import types
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import pipeline
 import tasks
 import train_rl
 import train_sft
+from infra import cli
 from papers import train_dpo
 
 ROOT = Path(__file__).parent.parent
@@ -82,14 +85,14 @@ def test_flags_in_readme_commands_exist():
 
 
 def example_task():
-    block = README.split("```python\n# sums.py")[1].split("```")[0]
+    block = README.split("```python\n# tasks/sums.py")[1].split("```")[0]
     module = types.ModuleType("sums")
-    exec(compile("# sums.py" + block, "sums.py", "exec"), module.__dict__)  # our own README, no model's text
+    exec(compile("# tasks/sums.py" + block, "sums.py", "exec"), module.__dict__)  # our own README, no model's text
     return module.Sums()
 
 
 def test_the_example_task_is_short_and_consistent():
-    block = README.split("```python\n# sums.py")[1].split("```")[0]
+    block = README.split("```python\n# tasks/sums.py")[1].split("```")[0]
     assert len(block.strip().splitlines()) <= 40
     task = example_task()
     tokenizer = task.tokenizer()
@@ -101,10 +104,17 @@ def test_the_example_task_is_short_and_consistent():
         assert ends == sorted(set(ends)) and ends[-1] == len(prompt) + len(answer) and len(ends) > 1
 
 
-def test_the_example_task_trains(tmp_path, monkeypatch):
-    task = example_task()
-    monkeypatch.setattr(train_sft, "get_task", lambda cfg: task)
-    monkeypatch.setattr(tasks, "get_task", lambda cfg: task)
-    summary = train_sft.train(train_sft.Config(run_dir=str(tmp_path / "sft"), steps=2, batch_size=8, num_examples=16, threads=1,
-                                               eval_problems=4, hidden_size=16, device="cpu"))
+def test_the_example_task_is_one_file_and_one_line(tmp_path, monkeypatch):
+    """As README says: a file, a line in TASKS, and every script and the pipeline know it."""
+    (tmp_path / "sums.py").write_text(README.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(tasks.TASKS, "sums", "sums:Sums")
+    train_sft.main(["--task", "sums", "--run-dir", str(tmp_path / "sft"), "--steps", "2", "--batch-size", "8",
+                    "--num-examples", "16", "--threads", "1", "--eval-problems", "4", "--hidden-size", "16",
+                    "--device", "cpu"])
+    summary = json.loads((tmp_path / "sft" / "summary.json").read_text())
     assert 0 <= summary["accuracy"] <= 1 and summary["examples"] == 16
+    cfg = cli.parse(pipeline.with_flags(train_rl.Config), ["--reward", "pav", "--task", "sums"])
+    _, jobs = pipeline.plan(cfg, {"": (["train_rl.py"], train_rl.Config)}, set())
+    strength = {Path(job.label).name: job.config.strength for job in jobs if job.script == ["train_sft.py"]}
+    assert strength == dict(sft=0.7, prover=0.95)
