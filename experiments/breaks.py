@@ -143,9 +143,9 @@ def reinforce(cfg, root, regime, arm, seed, lr):
         return tabular(cfg, regime, arm, seed, lr)
     letters = cfg.easy_letters if regime == "easy" else 6
     weak = regime in ("learned", "able")
-    more = dict(planted_length=letters)
+    more = dict(task_args=[f"length={letters}"])
     start = clone(
-        seed, f"sft{letters}" if letters != 6 else "sft", 5, cfg.smoke, planted_length=letters
+        seed, f"sft{letters}" if letters != 6 else "sft", 5, cfg.smoke, task_args=[f"length={letters}"]
     )
     flags = (LEARNED if weak else ARMS)[arm][0]
     verifier = None

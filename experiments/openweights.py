@@ -267,7 +267,8 @@ def plan(cfg, size, root):
     def task(part, template="plain"):
         return [
             "--task=jsonl",
-            f"--template={template}",
+            "--task-args",
+            f"template={template}",
             "--data",
             f"train={file(part)}",
             f"val={file('val')}",

@@ -103,7 +103,7 @@ COLOURS = {
     "mc16_all": "#D55E00",
 }
 STRENGTH = dict(sft=5.0, prover=16.0)
-TINY = dict(task="planted", planted_length=5, threads=1, device="cpu", save_steps=10**6)
+TINY = dict(task="planted", task_args=["length=5"], threads=1, device="cpu", save_steps=10**6)
 SAMPLING = {}  # CPU seconds of every shard that was used
 METRICS = ("corr_advantage_exact", "corr_value_exact", "corr_advantage", "brier", "auc")
 

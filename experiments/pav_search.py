@@ -108,7 +108,7 @@ def policy_of(cfg, home, task, seed):
     shape = (
         dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else dict(num_examples=6000)
     )
-    place = dict(task=task, planted_length=4, seed=seed, run_dir=str(home / "sft"))
+    place = dict(task=task, task_args=["length=4"], seed=seed, run_dir=str(home / "sft"))
     config = train_sft.Config(**(place | TINY | POLICY[task] | shape))
     return cached(home / "sft.json", lambda: train_sft.train(config))
 
@@ -124,7 +124,7 @@ def verifier_of(cfg, home, name, task, seed, label, epochs, rollouts, donor=None
         **(
             dict(
                 task=task,
-                planted_length=4,
+                task_args=["length=4"],
                 seed=seed,
                 policy=str(home / "sft"),
                 run_dir=str(home / name),

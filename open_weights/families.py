@@ -90,7 +90,7 @@ class Config:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
     model_type: str = "llama"
-    rope_scaling: dict | None = None  # Llama 3.1's: see model.rope_frequencies
+    rope_scaling: dict | None = None  # Llama 3.1's: see kernels.pointwise.rope_frequencies
     # tokens that a layer marked "sliding_attention" sees, itself included
     sliding_window: int | None = None
     # "full_attention" or "sliding_attention" for each layer; None: all full

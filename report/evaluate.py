@@ -2,7 +2,7 @@
 
     python -m report.evaluate --task planted --model runs/planted/seed0/rl_pav --n 8
     python -m report.evaluate --task gsm8k --data gsm8k_test.jsonl --model smollm2 --greedy
-    python -m report.evaluate --task gsm8k --data train.jsonl test.jsonl --model DIR --shots 4
+    python -m report.evaluate --task gsm8k --data train.jsonl test.jsonl --model DIR --task-args shots=4
 
 Every completion is a line of OUT.jsonl, written chunk by chunk; OUT.json beside it holds the
 settings, and in the end the results. Killed? The same command goes on behind the last whole line;
@@ -129,8 +129,9 @@ def default_out(cfg, temperature):
     """runs/eval/SETTINGS.jsonl."""
     model = re.sub(r"[^A-Za-z0-9._-]+", "_", str(cfg.model).strip("/")) or "model"
     limit = f"_max{cfg.max_new_tokens}" if cfg.max_new_tokens else ""
+    args = "".join(re.sub(r"[^A-Za-z0-9.-]+", "_", f"_{word}") for word in cfg.task_args)[:60]
     name = (
-        f"{cfg.task}_{cfg.split}_{model[-60:]}_{cfg.template}{cfg.shots or ''}_"
+        f"{cfg.task}_{cfg.split}_{model[-60:]}{args}_"
         f"{cfg.num_problems}x{cfg.n}_t{temperature:g}{limit}_seed{cfg.seed}.jsonl"
     )
     return Path("runs/eval") / name

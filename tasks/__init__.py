@@ -22,7 +22,7 @@ TASKS = {  # name: module:class, imported when it is asked for
     "jsonl": "tasks.files:Jsonl",
 }
 
-GROUP = "problems"  # infra.cli.say_next repeats the flags of this group
+GROUP = "problems"  # infra.cli.print_next_command repeats the flags of this group
 
 
 @dataclass
@@ -37,22 +37,9 @@ class TaskFlags:
     data: list = opt(
         [], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", GROUP
     )
-    question_field: str = opt("", "name of the question in --data (default: guessed)", GROUP)
-    answer_field: str = opt("", "name of the answer in --data (default: guessed)", GROUP)
-    template: str = opt(
-        "auto",
-        "prompts for problems from files (auto: chat where the model has a format, else plain)",
-        GROUP, choices=["auto", "chat", "plain", "fewshot"],
-    )
-    shots: int = opt(
-        0, "worked examples before each problem, from the training split (0: 4 with fewshot)",
-        GROUP, low=0,
-    )
-    planted_prompts: int = opt(
-        4, "prompts of --task planted, each with a sequence of its own", GROUP, low=1, high=26
-    )
-    planted_length: int = opt(
-        6, "letters of each hidden sequence: the dial of difficulty", GROUP, low=1, high=12
+    task_args: list = opt(
+        [], "KEY=VALUE ... of the task: prompts length (planted); template shots question_field "
+        "answer_field (files)", GROUP
     )
 
 

@@ -12,7 +12,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-from infra.cli import UserError
+from infra.cli import UserError, key_values
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,15 @@ class Task:
         rl=dict(steps=3, eval_steps=1, eval_problems=32),
     )
 
+    args = {}  # the KEYs of --task-args that the class takes, each with its default
+
     @classmethod
     def from_config(cls, cfg, **options):
-        """The task that the flags describe (tasks.TaskFlags, and seed); options go to the class."""
-        return cls(**options)
+        """The task that the flags describe (tasks.TaskFlags, and seed); options go to the class.
+        UserError: --data for a task that reads none, a KEY of --task-args that it does not have."""
+        if cfg.data:
+            raise UserError(f"--task {cfg.task} reads no files: leave out --data, or give --task jsonl")
+        return cls(**(key_values(cfg.task_args, cls.args, "--task-args") | options))
 
     # ----------------------------------------------------------------------------------------------
     # What every task must give.

@@ -77,7 +77,7 @@ class Contextual(Task):
 
     @classmethod
     def from_config(cls, cfg, **options):
-        return cls(**(dict(seed=task_seed(cfg)) | options))
+        return super().from_config(cfg, **(dict(seed=task_seed(cfg)) | options))
 
     @functools.cached_property
     def by_split(self):

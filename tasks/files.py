@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from infra.cli import UserError
+from infra.cli import UserError, key_values
 from tasks.answers import MAX_ANSWER, answers_equal, canonical, extract_answer, last_number, parse_number
 from tasks.base import Problem, Task, split_of, task_seed
 from tasks.symbolic import symbolically_equal
@@ -106,14 +106,14 @@ def _field(row, name, guesses, where, flag):
 
 def to_problem(row, where, question_field, answer_field):
     """One row -> Problem; data holds the worked solution, "" where the file has none."""
-    question = _field(row, question_field, QUESTION_FIELDS, where, "--question-field")
-    text = _field(row, answer_field, ANSWER_FIELDS, where, "--answer-field")
+    question = _field(row, question_field, QUESTION_FIELDS, where, "--task-args question_field=")
+    text = _field(row, answer_field, ANSWER_FIELDS, where, "--task-args answer_field=")
     answer = " ".join((extract_answer(text) or text).split())
     number = parse_number(answer)
     if number and not number[1] and number[0].denominator == 1:
         answer = str(number[0])  # 43.0 is 43
     if len(answer) > MAX_ANSWER:
-        raise UserError(f"{where}: the answer is longer than {MAX_ANSWER} characters; choose --answer-field")
+        raise UserError(f"{where}: the answer is longer than {MAX_ANSWER} characters; choose --task-args answer_field=")
     solution = row.get("solution")
     solution = solution if isinstance(solution, str) and solution.strip() else text
     solution = re.sub(r"<<[^<>\n]*>>", "", solution).strip()  # GSM8K's calculator annotations
@@ -169,15 +169,18 @@ class Jsonl(Task):
     ask = '\nWork step by step, one step a line. Your last sentence is "The answer is", then the answer alone.'
     shot = "Question: {}\nAnswer:\n"
 
+    # template: auto (chat where the model has a format, else plain), chat, plain or fewshot; shots: worked
+    # examples before each problem (0: 4 with fewshot); the fields' names in the rows (empty: guessed).
+    args = dict(template="auto", shots=0, question_field="", answer_field="")
+
     @classmethod
     def from_config(cls, cfg, **options):
-        flags = dict(data=cfg.data, question_field=cfg.question_field, answer_field=cfg.answer_field,
-                     seed=task_seed(cfg), template=cfg.template, shots=cfg.shots)
-        return cls(**(flags | options))
+        flags = key_values(cfg.task_args, cls.args, "--task-args")
+        return cls(**(flags | dict(data=cfg.data, seed=task_seed(cfg)) | options))
 
     def __init__(self, data=(), question_field="", answer_field="", seed=0, template="auto", shots=0):
         if template not in ("auto", "chat", "plain", "fewshot") or (template == "chat" and shots):
-            raise UserError("--template is auto, chat, plain or fewshot; worked examples (--shots) need plain text")
+            raise UserError("--task-args template= is auto, chat, plain or fewshot; worked examples (shots=) need plain text")
         if not data:
             raise UserError(f"--task {self.name} needs --data FILE (JSON lines)")
         make = lambda row, where: self.to_problem(row, where, question_field, answer_field)  # noqa: E731
@@ -187,7 +190,7 @@ class Jsonl(Task):
         if shots:  # from the training split alone, whichever split is answered
             if len(self.by_split["train"]) < shots:
                 raise UserError(f"{shots} worked examples are drawn from the training split, which holds "
-                                f"{len(self.by_split['train'])} problems; add --data train=FILE, or lower --shots")
+                                f"{len(self.by_split['train'])} problems; add --data train=FILE, or lower --task-args shots=")
             self.shots = self.problems("train", shots, seed)
 
     def to_problem(self, row, where, question_field, answer_field):

@@ -8,8 +8,9 @@ import functools
 import itertools
 import random
 import string
+from dataclasses import replace
 
-from infra.cli import UserError
+from infra.cli import UserError, key_values
 from tasks.base import Problem, Task, task_seed
 
 
@@ -70,10 +71,15 @@ class Planted(Task):
             self.all.append(Problem(name, name, "".join(hidden)))
         self.by_split = dict(train=self.all, val=self.all, test=self.all)
 
+    args = dict(prompts=4, length=6)  # prompts, each with a sequence of its own; its letters
+
     @classmethod
     def from_config(cls, cfg, **options):
-        flags = dict(seed=task_seed(cfg), prompts=cfg.planted_prompts, planted=cfg.planted_length)
-        return cls(**(flags | options))
+        args = key_values(cfg.task_args, cls.args, "--task-args")
+        if not 1 <= args["prompts"] <= 26 or not 1 <= args["length"] <= 12:
+            raise UserError("--task-args: prompts is 1 to 26 and length 1 to 12")
+        flags = dict(seed=task_seed(cfg), prompts=args["prompts"], planted=args["length"])
+        return super().from_config(replace(cfg, task_args=[]), **(flags | options))
 
     def tokenizer(self):
         from open_weights.tokenizer import alphabet_tokenizer

@@ -124,11 +124,12 @@ def test_mrt_has_a_loop_of_its_own_in_the_same_plan():
     assert jobs["seed0/rl_mrt"].command()[:2] == ["-m", "papers.mrt"] and jobs["seed0/rl_outcome"].config.reward == "outcome"
 
 
-def test_what_cannot_be_planned_is_said():
+def test_what_cannot_be_planned_is_said(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
     with pytest.raises(UserError, match="no scripted demonstrator, so no strong"):
         list(plan_of_class(task_class("jsonl"), task="jsonl", model="M", arms=["strong-prover"]))
     with pytest.raises(UserError, match="give --model"):
-        train_rl.main(["--task", "jsonl", "--data", "x.jsonl"])
+        train_rl.main(["--task", "jsonl", "--data", str(tmp_path / "x.jsonl")])
 
 
 def test_smoke_has_a_folder_of_its_own():

@@ -16,7 +16,7 @@ from report.solutions import write_rows
 from tasks.planted import Planted
 
 CONFIG = dict(task="planted", reward="pav", verifier="v", eval_problems=8, steps=20, seed=0, data=[],
-              anchor=True, policy="p", planted_prompts=2, planted_length=3)
+              anchor=True, policy="p", task_args=["prompts=2", "length=3"])
 ROW = dict(prompt="A", answer="abc", steps=["ab", "c"], values=[0.25, 0.75, 0.5], reward=1.0,
            finish_reason="length")
 HOSTILE = dict(ROW, prompt="<b>", steps=["</span><script>alert(1)</script>", "x"], reward=0.0)

@@ -372,7 +372,7 @@ def test_jsonl_prompts(tmp_path):
 def test_get_task_takes_a_config_as_well():
     cfg = train_sft.Config(task="planted", seed=3)
     assert get_task(cfg).all == get_task("planted", 3).all
-    cfg.planted_prompts, cfg.planted_length = 6, 4
+    cfg.task_args = ["prompts=6", "length=4"]
     assert [len(p.answer) for p in get_task(cfg).all] == [4] * 6
     assert isinstance(get_task("countdown"), Countdown)
 
