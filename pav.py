@@ -46,6 +46,7 @@ from report.judge import judge
 from rollouts import continue_and_grade, grades, shards, stack, step_ends
 from sample import generate
 from tasks import TaskFlags, get_task
+from tasks.context import leave_out_long
 from verifier import Verifier, load_head, save_verifier
 
 
@@ -384,6 +385,7 @@ def train(cfg):
         return run.summary
     base, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(base, cfg.threads)
+    leave_out_long(task, tokenizer, base, "train", "val")
     prover = load_prover(cfg, base, tokenizer, device)
     clock = time.time()
     data, spent = collect_all(base, prover, tokenizer, task, cfg, run.folder)

@@ -33,7 +33,9 @@ from kernels import packed_weights, philox_uniform
 from model import KVCache, load_model, new_model
 from rollouts import Rollouts, pass_at_k, widen
 from tasks import TASKS, TaskFlags, get_task
+from tasks.context import leave_out_long
 
+COLDEST = 1e-30  # below, the likeliest token is drawn: logits divided by less overflow in float32
 # Rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) for each
 # number of rows.
 ROUND = 16
@@ -49,6 +51,8 @@ def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, 
     get all (infra/parallel.py). engine: completes the prompts instead of generate_here
     (engines/server.py).
     """
+    if 0 < options["temperature"] < COLDEST:
+        options["temperature"] = 0.0
     model = parallel.whole(model)
     engine = engine or generate_here
     n = len(prompts)
@@ -289,6 +293,8 @@ def start(cfg):
         task.problems(cfg.split, 1)
     model, tokenizer = load_model(cfg.model, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(model, cfg.threads)
+    if task:
+        task.left_out = leave_out_long(task, tokenizer, model, cfg.split)
     return task, model, tokenizer, sampling_options(cfg, task, tokenizer)
 
 

@@ -48,6 +48,7 @@ from report.watch import evaluate, mean_final_value, rollout_logs, summarize
 from rollouts import first_illegal, grades, step_ends
 from sample import generate
 from tasks import TaskFlags, get_task, task_class
+from tasks.context import leave_out_long
 from verifier import load_verifier, step_values
 
 
@@ -73,7 +74,7 @@ class RLFlags(TaskFlags, RunConfig):
     )
     warmup_steps: int = opt(0, "linear warm-up", "optimization", low=0)
     temperature: float = opt(
-        1.0, "of the policy, in the sampler and in the loss", "optimization", above=0
+        1.0, "of the policy, in the sampler and in the loss", "optimization", low=1e-6
     )
     loss_type: str = opt(
         "dapo",
@@ -420,6 +421,7 @@ def train(cfg, verifier=None):
         return run.summary
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", cfg.eval_split)
     if verifier is None and cfg.verifier not in ("", "constant"):
         verifier = load_verifier(cfg.verifier, tokenizer, device)
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None

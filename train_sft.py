@@ -29,6 +29,7 @@ from model import load_model, load_weights, new_model, pad_right, token_loss, wr
 from rollouts import grades
 from sample import generate
 from tasks import TaskFlags, get_task
+from tasks.context import leave_out_long
 
 
 @dataclass
@@ -299,6 +300,7 @@ def train(cfg):
         return run.summary
     model, tokenizer = start_model(cfg, task, device)
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", "val")
     examples = build_examples(
         task, tokenizer, first_problems(task, cfg.num_problems, cfg.seed), cfg
     )
