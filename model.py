@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from infra.cli import UserError
+from infra.seeds import generator
 from open_weights.families import Config
 from kernels import Linear, linear_logprob, linear_logprob_loss
 from open_weights.tokenizer import load_tokenizer
@@ -64,36 +65,36 @@ def rope_frequencies(cfg, device):
 
 def rope_tables(cfg, length, device):
     """cos and sin [length, head_dim] float32 of the angles position * rope_frequencies, twice side by side; the
-    first half of sin negated, which is what rotate wants."""
+    first half of sin negated, which is what apply_rotary wants."""
     freq = rope_frequencies(cfg, device)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def turn(x, cos, sin):
+def rotate(x, cos, sin):
     """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the last axis, in three operations."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class _Rotate(torch.autograd.Function):
-    """turn(), whose gradient is the turn back: two operations where autograd would make eight."""
+    """rotate(), whose gradient is the rotation back: two operations where autograd would make eight."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
+        return rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
-        return turn(dy, cos, -sin), None, None
+        return rotate(dy, cos, -sin), None, None
 
 
-def rotate(x, cos, sin):
+def apply_rotary(x, cos, sin):
     """Rotary embedding, "rotate half" layout. x [B,T,heads,head_dim]; cos, sin of rope_tables broadcast to
     [B,T,1,head_dim]."""
-    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else rotate(x, cos, sin)
 
 
 class OffsetNorm(nn.RMSNorm):
@@ -168,7 +169,7 @@ class Layer(nn.Module):
         qk, v = qkv.view(B, T, H + 2 * K, d).split([H + K, K], 2)  # a split's gradient is one cat; slices' are padded sums
         if self.q_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], 2)
-        q, k = rotate(qk, cos, sin).split([H, K], 2)
+        q, k = apply_rotary(qk, cos, sin).split([H, K], 2)
         attended = self.out(attend(q, k, v))
         x = x + (attended if self.post_attn_norm is None else self.post_attn_norm(attended))
         y = self.down(self.gated(self.gate_up(self.mlp_norm(x))))
@@ -193,20 +194,31 @@ class Transformer(nn.Module):
         """The head's weight [V,D], which the kernels read directly."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens, share=None):
-        """tokens [B,T] int64, padded on the right -> final hidden states [B,T,D]. share: shared_prefixes(tokens, length, device):
-        what samples of a prompt have in common is computed once, and the states of the padding are anything."""
-        (B, T), positions = tokens.shape, self._positions(tokens.shape[1], tokens.device)
-        if share is None:
+    def forward(self, tokens, length=None):
+        """tokens [B,T] int64, padded on the right -> final hidden states [B,T,D].
+
+        length [B] (real tokens of each row): what rows have in common at their beginning, as the
+        samples of a prompt do, is computed once; the states of the padding are then anything.
+        """
+        B, T = tokens.shape
+        positions = self._positions(T, tokens.device)
+        prefixes = None if length is None else shared_prefixes(tokens, length)
+        if prefixes is None:
             return self._run(tokens, positions, self.causal.__getitem__)
-        node, first = share
-        back = lambda x: x[0].index_select(0, node.view(-1)).view(B, T, *x.shape[2:])  # noqa: E731  [1,M,...] -> [B,T,...]
+        node, first = prefixes
 
-        def attend(layer):  # the one operation that is not position by position, and so the one that needs whole rows
-            return lambda q, k, v: self.causal[layer](back(q), back(k), back(v)).view(B * T, -1).index_select(0, first)[None]
+        def to_rows(x):  # [1,M,...] of the distinct prefixes -> [B,T,...]
+            return x[0].index_select(0, node.view(-1)).view(B, T, *x.shape[2:])
 
-        here = tuple(table[first % T] for table in positions)  # (M, 1, d)
-        return back(self._run(tokens.reshape(-1)[first][None], here, attend))
+        def attend(layer):  # the one operation that is not position by position needs whole rows
+            def in_rows(q, k, v):
+                attended = self.causal[layer](to_rows(q), to_rows(k), to_rows(v))
+                return attended.view(B * T, -1).index_select(0, first)[None]
+
+            return in_rows
+
+        rope = tuple(table[first % T] for table in positions)  # (M, 1, d)
+        return to_rows(self._run(tokens.reshape(-1)[first][None], rope, attend))
 
     def prefill(self, tokens, cache, rows):
         """As forward, and writes keys and values of tokens [B,T] to positions 0..T-1 of cache rows [B]."""
@@ -330,25 +342,33 @@ def capped_attention(q, k, v, visible, scale, softcap):
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def shared_prefixes(tokens, length, device, worth=0.9):
-    """What forward() need not compute twice. tokens [B,T] on the CPU, length [B] -> on device: node [B,T], the number of the
-    distinct prefix tokens[b,:t+1] (padding: any), and first [M], where in tokens.view(-1) each stands for the first time.
-    (M is rounded up.) None where the M prefixes are more than `worth` of the B*T positions. Equal rows need not be neighbours."""
-    (B, T), rows = tokens.shape, [row[:n] for row, n in zip(tokens.tolist(), length.tolist())]
-    order = torch.tensor(sorted(range(B), key=rows.__getitem__))  # who shares a prefix is next to each other now
-    tokens, length, t = tokens[order], length[order], torch.arange(T)
+def shared_prefixes(tokens, length, worth=0.9):
+    """What forward() need not compute twice. Equal rows need not be neighbours.
+
+    tokens [B,T], length [B] -> node [B,T], the number of the distinct prefix tokens[b,:t+1] (padding:
+    any), and first [M], where in tokens.view(-1) each of the M prefixes stands for the first time (M
+    is rounded up). None where they are more than `worth` of the B*T positions.
+    """
+    device = tokens.device
+    tokens, length = tokens.cpu(), length.cpu()
+    B, T = tokens.shape
+    rows = [row[:n] for row, n in zip(tokens.tolist(), length.tolist())]
+    order = torch.tensor(sorted(range(B), key=rows.__getitem__))  # sharers are neighbours now
+    tokens, length = tokens[order], length[order]
+    t = torch.arange(T)
     common = tokens.new_zeros(B)  # positions that a row has in common with the one before it
-    equal = (tokens[1:] == tokens[:-1]) & (t < length[1:, None]) & (t < length[:-1, None])
-    common[1:] = equal.cumprod(1).sum(1)
+    both = (t < length[1:, None]) & (t < length[:-1, None])
+    common[1:] = ((tokens[1:] == tokens[:-1]) & both).cumprod(1).sum(1)
     new = (t >= common[:, None]) & (t < length[:, None])
     M = int(new.sum())
     if worth * B * T < M:
         return None
     number = torch.full((B, T), -1)
     number[new] = torch.arange(M)
-    node = torch.empty_like(number)  # in a column the newest number above is that of the row one shares with
-    node[order] = number.cummax(0).values.clamp(min=0)
-    first = F.pad((order[:, None] * T + t)[new], (0, -M % 32))  # rows that nobody reads: oneDNN compiles a product for each M
+    node = torch.empty_like(number)
+    node[order] = number.cummax(0).values.clamp(min=0)  # the newest number above in the column
+    # Rows that nobody reads round M up: oneDNN compiles a product for each M.
+    first = F.pad((order[:, None] * T + t)[new], (0, -M % 32))
     return node.to(device), first.to(device)
 
 
@@ -362,26 +382,26 @@ def pad_right(rows):
     return tokens, length
 
 
-def token_logprobs(model, tokens, targets, temperature, share=None):
+def token_logprobs(model, tokens, targets, temperature, length=None):
     """Log-probs of chosen tokens under the model: for whatever looks at them, or trains on whole sequences (DPO).
 
     tokens [B,T] int64 right-padded; targets [B,T] bool, True where tokens[b,t] is to be predicted (never
     at t=0). Returns logprob [N], entropy [N] in row-major order of targets; the head runs on those N
-    positions only. share: shared_prefixes(tokens[:, :-1], length - 1, device).
+    positions only. length [B]: tokens of each row; see Transformer.forward.
     """
-    hidden = model(tokens[:, :-1], share)[targets[:, 1:]]  # (N, D): the state before each target
+    hidden = model(tokens[:, :-1], None if length is None else length - 1)[targets[:, 1:]]  # (N, D): the state before each target
     cap = model.cfg.final_logit_softcapping
     logprob, _, entropy = linear_logprob(hidden, model.head, tokens[targets], temperature, cap)
     return logprob, entropy
 
 
-def token_loss(model, tokens, targets, temperature, loss_fn, *per_token, share=None):
+def token_loss(model, tokens, targets, temperature, loss_fn, *per_token, length=None):
     """The loss of SFT and RL, a sum over chosen tokens, with a quarter less arithmetic in the head than through
     token_logprobs, whose arguments these are. per_token: tensors [N,...], row-major as targets is; loss_fn(logprob [n],
     entropy [n], *per_token [n,...]) -> scalar sum over n of the N tokens: see kernels.linear_logprob_loss.
     Returns loss (call backward on it, once), and detached logprob [N], entropy [N].
     """
-    hidden = model(tokens[:, :-1], share)[targets[:, 1:]]  # (N, D)
+    hidden = model(tokens[:, :-1], None if length is None else length - 1)[targets[:, 1:]]  # (N, D)
     cap = model.cfg.final_logit_softcapping
     return linear_logprob_loss(hidden, model.head, tokens[targets], temperature, loss_fn, *per_token, softcap=cap)
 
@@ -399,6 +419,23 @@ def init_weights(model, generator):
                 std *= (2 * model.cfg.num_hidden_layers) ** -0.5
             p.normal_(0.0, std, generator=generator)
     return model
+
+
+def new_model(vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, seed=0):
+    """A tiny model with random weights, for tasks with an alphabet of their own. UserError: odd rotary pairs."""
+    if hidden_size % (2 * num_attention_heads):
+        raise UserError("--hidden-size must be a multiple of 2 * --num-attention-heads (rotary pairs)")
+    shape = Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_attention_heads,
+        head_dim=hidden_size // num_attention_heads,
+        max_position_embeddings=256,
+    )
+    return init_weights(Transformer(shape), generator(seed, "init"))
 
 
 def load_model(name_or_dir, device="cpu", dtype=torch.float32):

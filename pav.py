@@ -3,71 +3,57 @@
     python pav.py --task planted --policy runs/sft --prover runs/prover       # CPU, about a minute
     python pav.py --task jsonl --data train.jsonl --policy runs/sft --prover base --prover-k 4
 
-A step's reward in PAV (Setlur et al. 2024, arXiv 2410.08146) is its *progress*: the advantage under a
-prover mu that is not the policy,
-
-    A^mu(s,a) = Q^mu(s,a) - V^mu(s) = V^mu(prompt + steps 1..h) - V^mu(prompt + steps 1..h-1)       (eq. 2)
-
-so one function is enough, V^mu(prefix): the chance that the prover, taking over here, still finds the
-answer. Both terms are read off the *same* verifier at consecutive step ends, the bare prompt included.
+V^mu(prefix) is the chance that the prover mu, taking over here, still finds the answer (verifier.py). It is
+learned from rollouts (PAV, Setlur et al. 2024, arXiv 2410.08146, section 4 and appendix D):
 
     1. roll in   n_cov seed solutions a problem from the policy (the states we shall be asked about),
-    2. cut       each at some step ends, the bare prompt among them (--coverage first-pit: more cuts where a good
-                 state turns bad),
-    3. roll out  n_mc continuations a cut from the prover, grade them: a Monte-Carlo label of V^mu.
-                 Later step ends of a continuation are prover states too and get its own outcome, free (labels.py);
+    2. cut       each at some step ends, the bare prompt among them,
+    3. roll out  n_mc continuations a cut from the prover, graded: a Monte-Carlo label of V^mu. Later step ends
+                 of a continuation are prover states too and get its own outcome, free;
     4. fit       a Transformer with a scalar head by cross-entropy with these soft labels,
-    5. judge     on held-out problems: calibration, Brier, AUC, and the correlation of the *advantage*,
-                 which is what RL will be paid by. A verifier can rank states well and steps badly.
+    5. judge     on held-out problems: calibration, AUC, and the correlation of the *advantage*, which is what
+                 RL will be paid by (report/judge.py). A verifier can rank states well and steps badly.
 
-Best-of-K provers need no training of their own: V^BoK = 1 - (1 - V)^K (eq. 30); see prover_transform.
+Once a solution is beyond saving, its later prefixes all say 0, and cuts there teach little. --coverage
+first-pit looks where value is lost: of each cut whose value is at least --pit-threshold it takes a *wrong*
+continuation, walks along its steps, labels every prefix with pit_mc continuations, and stops at the first
+that none of them survives. The paper gives neither the threshold nor the share of uniform cuts.
+
 What is left out: lower-variance tree estimates, several verifiers of different provers in one model.
 """
 
-import json
+import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 from infra import parallel
-from infra.cli import RunConfig, UserError, opt, parse, say_next, script
-from infra.runs import (
-    Metrics,
-    derive,
-    latest_checkpoint,
-    load_state,
-    open_run,
-    progress,
-    require_finite,
-    save_checkpoint,
-    setup,
-    shuffled,
-    spare_threads,
-    write_json,
-)
-from labels import boundaries, collect_all
-from model import load_model, load_weights, resolve, shared_prefixes, write_model
+from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_progress_bar
+from infra.seeds import derive, shuffled
+from model import load_model, load_weights
+from report.judge import judge
+from rollouts import continue_and_grade, distinct, grades, shards, stack, step_ends
 from sample import generate
-from tasks.files import get_task
+from tasks import TaskFlags, get_task
+from verifier import Verifier, load_head, save_verifier
 
 
 @dataclass
-class Config(RunConfig):
-    policy: str = opt("", "the base policy: where seed solutions come from, and the verifier's initial weights", "policies")
+class Config(TaskFlags, RunConfig):
+    policy: str = opt("", "the base policy: seed solutions, and the verifier's initial weights", "policies")
     prover: str = opt("base", "who finishes the prefixes: base, or a folder", "policies")
     prover_k: int = opt(1, "take Best-of-K of the prover as prover", "policies", low=1)
     label: str = opt("q", "q: every step end gets V^mu; outcome: only the end is labelled (an ORM)", "data",
                      choices=["q", "outcome"])
-    num_problems: int = opt(0, "training problems (0: all; a task with few problems repeats them)", "data", low=0)
+    num_problems: int = opt(0, "training problems (0: all; few problems are repeated)", "data", low=0)
     n_cov: int = opt(1, "seed solutions a problem (coverage)", "data", low=1)
     n_mc: int = opt(1, "prover continuations a cut (label noise)", "data", low=1)
     cuts: int = opt(1, "step ends of a seed solution to cut at (0: all of them)", "data", low=0)
-    coverage: str = opt("uniform", "first-pit: after the uniform cuts follow wrong continuations of good states, step by step, "
+    coverage: str = opt("uniform", "first-pit: after the uniform cuts follow wrong continuations of good states "
                         "to the first step that no continuation survives", "data", choices=["uniform", "first-pit"])
     pit_threshold: float = opt(0.25, "a state is good from this Monte-Carlo value on", "data", above=0, high=1)
     pit_mc: int = opt(8, "continuations a prefix on the way to a pit", "data", low=1)
@@ -76,102 +62,134 @@ class Config(RunConfig):
     shard_problems: int = opt(1000, "problems per file of rollouts (what a kill may cost)", "data", low=1)
     epochs: int = opt(6, "passes over the labelled sequences", "optimization", low=1)
     batch_size: int = opt(128, "sequences a step", "optimization", low=1)
-    learning_rate: float = opt(1e-3, "peak learning rate of AdamW; linear warm-up over 5%, cosine to a tenth",
-                               "optimization", above=0)
+    learning_rate: float = opt(1e-3, "peak of AdamW; warm-up over 5%, cosine to a tenth", "optimization", above=0)
     max_grad_norm: float = opt(1.0, "gradient clipping by global norm", "optimization", above=0)
-    balance: bool = opt(True, "weigh right and wrong labels equally, and undo the shift exactly when reading", "optimization")
+    balance: bool = opt(True, "weigh right and wrong labels equally, and undo the shift exactly when reading",
+                        "optimization")
     save_steps: int = opt(500, "steps between checkpoints", "evaluation", low=1)
     eval_problems: int = opt(256, "held-out problems for the judgement", "evaluation", low=1)
     eval_mc: int = opt(16, "fresh continuations a judged prefix", "evaluation", low=1)
-    prover_strength: float = opt(-1.0, "demonstrator's strength behind the prover, for exact values (-1: unknown)", "evaluation")
+    prover_strength: float = opt(-1.0, "demonstrator's strength behind the prover, for exact values (-1: unknown)",
+                                 "evaluation")
 
 
 # ----------------------------------------------------------------------------------------------------
-# The verifier: a Transformer with one more number per token.
+# 1-3. Labels.
 
 
-class Verifier(nn.Module):
-    """tokens [B,T] -> logits [B,T] of V^mu(tokens[:, :t+1]); meaningful at step ends. logit_shift undoes
-    the class weights of the fit (see bce_weights); k is the Best-of-K transform; fingerprint the tokenizer's."""
-
-    def __init__(self, backbone, logit_shift=0.0, k=1, fingerprint=""):
-        super().__init__()
-        self.backbone, self.logit_shift, self.k, self.fingerprint = backbone, logit_shift, k, fingerprint
-        self.head = nn.Linear(backbone.cfg.hidden_size, 1).to(backbone.head.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, tokens, share=None):
-        return self.head(self.backbone(tokens, share).float())[..., 0]
+def choose_cuts(ends, cuts, seed):
+    """Which step ends of one seed solution to cut at: indices into ends = [prompt, step 1, ...], the last (the
+    complete solution) left out, since there is nothing to continue. cuts=0: all."""
+    inner = len(ends) - 1
+    return sorted(shuffled(inner, seed)[:cuts]) if cuts else list(range(inner))
 
 
-def prover_transform(value, k):
-    """V of the prover -> V of its Best-of-k: 1 - (1-V)^k (eq. 30). Monotone in V, k=1 is the identity."""
-    return 1 - (1 - value) ** k
+def label_continuations(ends, outcome, starts):
+    """Step ends [N*n,S+1] and outcomes [N,n] of n continuations of each of N starts -> target, weight [N*n,S+1].
 
-
-@torch.no_grad()
-def step_values(verifier, tokens, ends, batch_tokens=4096):
-    """V^mu at the bare prompt and after every step, one forward pass.
-
-    tokens [B,T]; ends [B,S+1]: exclusive token positions, ends[:,0] the prompt's length, padded by
-    repeating the last. Returns [B,S+1] float32 in [0,1]; the last column is the value of the whole text. Rows go through in
-    batches of about batch_tokens tokens: enough to fill a machine, few enough to stay in a CPU's cache.
+    The end of the cut itself gets the mean of the siblings' outcomes (a soft label), every later end the outcome of
+    its own continuation; ends before the cut get weight 0.
     """
-    device, n = verifier.head.weight.device, len(tokens)
-    out, mine, size = [ends.new_zeros(0, ends.shape[1]).float()], parallel.share(n), max(1, batch_tokens // tokens.shape[1])
-    for i in range(mine.start, mine.stop, size):
-        rows = slice(i, min(i + size, mine.stop))
-        text = tokens[rows, : int(ends[rows].max())]
-        logits = verifier(text.to(device), shared_prefixes(text, ends[rows, -1], device)).cpu()
-        out.append(logits.gather(1, ends[rows] - 1) - verifier.logit_shift)  # read at the step's last token
-    return prover_transform(parallel.gather(torch.cat(out), n).sigmoid(), verifier.k)
+    n = outcome.shape[1]
+    at_cut = outcome.mean(1).repeat_interleave(n)[:, None]
+    cut = torch.tensor([len(prefix) for _, prefix, _ in starts]).repeat_interleave(n)[:, None]
+    target = torch.where(ends == cut, at_cut, outcome.view(-1, 1))
+    weight = (ends >= cut).float()
+    weight[:, 1:] *= (ends[:, 1:] > ends[:, :-1]).float()  # padding repeats the last end: count it once
+    return target, weight
 
 
-def guarded_values(cfg, task, problems, rollouts, tokenizer, values, ends, outcome):
-    """Anchor and gate. values [B,S+1] -> [B,S+1], and pay [B,S] in {0,1}: where a bonus is due."""
-    steps = (ends[:, 1:] > ends[:, :-1]).sum(1)  # (B,) real steps
-    pay = torch.ones(values.shape[0], values.shape[1] - 1)
-    if cfg.gate == "outcome":
-        pay *= outcome[:, None]
-    for b in range(len(steps)):
-        if cfg.anchor:
-            values[b, steps[b] :] = outcome[b]
-        if cfg.gate == "legal":
-            bad = task.first_illegal_step(problems[b], tokenizer.decode(rollouts.completion(b)))
-            if bad is not None:
-                values[b, bad + 1 :] = 0.0
-    return values, pay
+def roll_out(complete, task, tokenizer, starts, n, limit, seed):
+    """Continue, grade, label: -> the labelled sequences (see collect), outcome [N,n], tokens sampled."""
+    rolled, outcome, spent = continue_and_grade(complete, task, tokenizer, starts, n, limit, seed)
+    ends = step_ends(task, rolled, tokenizer)
+    target, weight = label_continuations(ends, outcome, starts)
+    return dict(tokens=rolled.tokens, ends=ends, target=target, weight=weight), outcome, spent
 
 
-def save_verifier(folder, verifier, tokenizer, info):
-    write_model(folder, verifier.backbone, tokenizer)
-    save_file({k: v.detach().cpu().contiguous() for k, v in verifier.head.state_dict().items()},
-              folder / "value_head.safetensors")
-    info = dict(logit_shift=verifier.logit_shift, prover_k=verifier.k, fingerprint=verifier.fingerprint) | info
-    (folder / "verifier.json").write_text(json.dumps(info, indent=2) + "\n")
+def collect(base, prover, tokenizer, task, problems, cfg, shard):
+    """Labelled sequences for some problems, and the tokens that were sampled for them.
+
+    -> dict(tokens [N,T], ends [N,S+1], target [N,S+1], weight [N,S+1]): target is the Monte-Carlo estimate of V^mu at
+    that step end, weight 0 where there is none.
+    """
+    limit = cfg.max_completion_length or task.max_new_tokens
+    options = dict(temperature=cfg.temperature, stop_ids=task.stop_ids(tokenizer), slots=cfg.slots)
+    of_seed = [p for p in problems for _ in range(cfg.n_cov)]
+    prompts = [task.prompt_tokens(p, tokenizer) for p in of_seed]
+    seeds = generate(base, prompts, max_new_tokens=limit, seed=derive(cfg.seed, "seeds", shard), **options)
+    ends = step_ends(task, seeds, tokenizer)
+    spent = seeds.num_tokens()
+    if cfg.label == "outcome":  # an ORM needs no prover: the seed's own outcome, read at its end
+        weight = torch.zeros(ends.shape)
+        weight[:, -1] = 1.0
+        target = grades(task, of_seed, seeds, tokenizer)[:, None].expand(ends.shape).clone()
+        return dict(tokens=seeds.tokens, ends=ends, target=target, weight=weight), spent
+
+    starts = []
+    for i, problem in enumerate(of_seed):
+        row = sorted(set(ends[i].tolist()))
+        for h in choose_cuts(row, cfg.cuts, derive(cfg.seed, "cuts", shard, i)):
+            starts.append((problem, seeds.tokens[i, : row[h]].tolist(), row[0]))
+    complete = partial(generate, prover, **options)
+    seed = derive(cfg.seed, "continuations", shard)
+    data, outcome, cost = roll_out(complete, task, tokenizer, starts, cfg.n_mc, limit, seed)
+    if cfg.coverage == "uniform":
+        return data, spent + cost
+    walks = wrong_walks(starts, data, outcome, cfg.pit_threshold)
+    seed = derive(cfg.seed, "pits", shard)
+    more, pit_cost = walk_to_pits(complete, task, tokenizer, walks, cfg.pit_mc, limit, seed)
+    return join([data, *more]), spent + cost + pit_cost
 
 
-def load_verifier(path, tokenizer, device="cpu"):
-    """A verifier from its run directory; refuses one that was trained with another tokenizer."""
-    folder = resolve(str(path))
-    if not (folder / "verifier.json").exists():
-        raise UserError(f"{path} holds a language model, not a verifier; train one with pav.py")
-    info = json.loads((folder / "verifier.json").read_text())
-    if info["fingerprint"] != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with another tokenizer than the policy's: its step values would be noise; "
-                        "train a verifier from this policy with pav.py")
-    backbone, _ = load_model(folder, device)
-    verifier = Verifier(backbone, info["logit_shift"], info["prover_k"], info["fingerprint"])
-    load_head(verifier, folder)
-    return verifier.requires_grad_(False)
+def wrong_walks(starts, data, outcome, threshold):
+    """Where to look for pits: the first wrong continuation of every cut that is good, but not sure to succeed.
+
+    outcome [starts, n_mc]. Returns [(problem, tokens, prompt length, step ends after the cut but the last)].
+    """
+    walks = []
+    for s, (problem, prefix, prompt_len) in enumerate(starts):
+        wrong = (outcome[s] == 0).nonzero()[:, 0]
+        if float(outcome[s].mean()) >= threshold and len(wrong):
+            row = s * outcome.shape[1] + int(wrong[0])
+            later = sorted({e for e in data["ends"][row].tolist() if e > len(prefix)})[:-1]
+            walks.append((problem, data["tokens"][row].tolist(), prompt_len, later))
+    return walks
 
 
-def load_head(verifier, folder):
-    try:
-        verifier.head.load_state_dict(load_file(folder / "value_head.safetensors"))
-    except Exception as e:  # safetensors and torch raise several kinds here
-        raise UserError(f"{folder}/value_head.safetensors cannot be read ({e}); train it again with pav.py") from None
+def walk_to_pits(complete, task, tokenizer, walks, n, limit, seed):
+    """All walks side by side, one step end a round, each until its first pit (no continuation right) or its end.
+    Returns a list of labelled sequences as collect's, one a round, and the tokens spent."""
+    rounds = []
+    spent = 0
+    while walks := [walk for walk in walks if len(rounds) < len(walk[3])]:
+        starts = [(problem, tokens[: later[len(rounds)]], start) for problem, tokens, start, later in walks]
+        data, outcome, cost = roll_out(complete, task, tokenizer, starts, n, limit, derive(seed, len(rounds)))
+        rounds.append(data)
+        spent += cost
+        survives = (outcome.sum(1) > 0).tolist()
+        walks = [walk for walk, alive in zip(walks, survives) if alive]
+    return rounds, spent
+
+
+def join(parts):
+    """Labelled sequences of different widths -> one dict; tokens and weights are padded with 0, ends by repeating."""
+    return {k: stack([part[k] for part in parts], "repeat" if k == "ends" else None)
+            for k in ("tokens", "ends", "target", "weight")}
+
+
+def collect_all(base, prover, tokenizer, task, cfg, folder):
+    """The shards of all problems; each is a file, so a killed run does not sample twice. -> one dict, tokens sampled."""
+    problems = task.problems("train", None, cfg.seed)
+    if cfg.num_problems:
+        problems = (problems * (1 + cfg.num_problems // len(problems)))[: cfg.num_problems]
+
+    def make(shard, part):
+        data, spent = collect(base, prover, tokenizer, task, part, cfg, shard)
+        return data | dict(spent=torch.tensor(spent))
+
+    parts = list(shards(folder / "rollouts", "shard", problems, cfg.shard_problems, make, "rollouts"))
+    return join(parts), sum(int(part["spent"]) for part in parts)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -186,212 +204,137 @@ def bce_weights(target, weight):
     """
     right = float((target * weight).sum() / weight.sum())
     right = min(max(right, 1e-3), 1 - 1e-3)
-    w1, w0 = 0.5 / right, 0.5 / (1 - right)
+    w1 = 0.5 / right
+    w0 = 0.5 / (1 - right)
     return w1, w0, float(torch.tensor(w1 / w0).log())
 
 
 def value_loss(logits, target, weight, w1, w0, total=None):
-    """Soft-label cross-entropy. logits, target, weight [B,S+1] -> scalar, mean over labelled step ends; total: weight of
-    the whole batch, where these are some of its rows."""
+    """Soft-label cross-entropy. logits, target, weight [B,S+1] -> scalar, mean over labelled step ends; total: weight
+    of the whole batch, where these are some of its rows."""
     per_label = -(w1 * target * F.logsigmoid(logits) + w0 * (1 - target) * F.logsigmoid(-logits))
     return (per_label * weight).sum() / (weight.sum() if total is None else total)
 
 
-def dealt(n):
-    """This process' rows of a batch of n, as many in every process: indices [m], and [m,1] 1.0 or 0.0 (a row that stands in
-    for one that is not there). One process: all rows."""
-    rows = torch.arange(-(-n // parallel.size()) * parallel.size())[parallel.rank() :: parallel.size()]
+def padded_share(n):
+    """This process' rows of a batch of n, as many in every process: indices [m], and [m,1] 1.0 or 0.0 (a padding row,
+    where n does not divide). One process: all rows."""
+    size = parallel.size()
+    rows = torch.arange(-(-n // size) * size)[parallel.rank() :: size]
     return rows % n, (rows < n).float()[:, None]
+
+
+def learning_rate(step, steps, peak):
+    """Of the 1-based step: linear warm-up over a twentieth of the steps, then a cosine to a tenth of the peak."""
+    warm = min(1.0, step / max(1, steps // 20))
+    return peak * warm * (0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * step / steps))))
 
 
 def fit(verifier, data, cfg, run, tokenizer, info, device):
     """Cross-entropy at the step ends, one forward pass a sequence for all of its steps."""
-    w1, w0, verifier.logit_shift = bce_weights(data["target"], data["weight"]) if cfg.balance else (1.0, 1.0, 0.0)
+    w1, w0, shift = bce_weights(data["target"], data["weight"]) if cfg.balance else (1.0, 1.0, 0.0)
+    verifier.logit_shift = shift
     N = len(data["tokens"])
-    per_epoch = -(-N // cfg.batch_size)
-    steps, start, spent = per_epoch * cfg.epochs, 0, 0.0
-    if folder := latest_checkpoint(run):
+    per_epoch = math.ceil(N / cfg.batch_size)
+    steps = per_epoch * cfg.epochs
+
+    def load(folder):
         load_weights(verifier.backbone, folder)
         load_head(verifier, folder)
-    if cfg.shard:
-        parallel.shard(verifier)
-    params = list(verifier.parameters())
-    optimizer = torch.optim.AdamW(params, lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    if folder:
-        state = load_state(folder, optimizer, params)
-        start, spent = state["step"], state["seconds"]
-        print(f"resuming {run} at step {start}")
-    metrics, clock = Metrics(run, start, cfg.tensorboard), time.time() - spent
-    order, epoch = None, -1
-    for step in progress(range(start + 1, steps + 1), "verifier"):
-        if (step - 1) // per_epoch != epoch:
-            epoch = (step - 1) // per_epoch
+
+    def make_optimizer(params):
+        return torch.optim.AdamW(params, lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+    state = run.resume(verifier, load, make_optimizer)
+    for step in with_progress_bar(range(state["step"] + 1, steps + 1), "verifier"):
+        epoch, at = divmod(step - 1, per_epoch)
+        if at == 0 or step == state["step"] + 1:
             order = torch.tensor(shuffled(N, cfg.seed, "epoch", epoch))
-        at = (step - 1) % per_epoch * cfg.batch_size
-        rows = order[at : at + cfg.batch_size]
+        rows = order[at * cfg.batch_size : (at + 1) * cfg.batch_size]
         ends = data["ends"][rows]
         tokens = data["tokens"][rows, : int(ends.max())]
-        warm = min(1.0, step / max(1, steps // 20))
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.learning_rate * warm * (0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * step / steps))))
-        target, weight = data["target"][rows], data["weight"][rows]
-        mine, real = dealt(len(rows))
-        logits = verifier(tokens[mine].to(device)).gather(1, (ends[mine] - 1).to(device))  # (b, S+1)
-        loss = value_loss(logits, target[mine].to(device), (weight[mine] * real).to(device), w1, w0, weight.sum().to(device))
-        optimizer.zero_grad(set_to_none=True)
+        target = data["target"][rows]
+        weight = data["weight"][rows]
+        share, real = padded_share(len(rows))
+        logits = verifier(tokens[share].to(device)).gather(1, (ends[share] - 1).to(device))  # (b, S+1)
+        total = weight.sum().to(device)
+        loss = value_loss(logits, target[share].to(device), (weight[share] * real).to(device), w1, w0, total)
+        run.optimizer.zero_grad(set_to_none=True)
         parallel.backward(loss, verifier)
-        parallel.sum_gradients(params)
-        grad_norm = parallel.clip(params, cfg.max_grad_norm)
-        require_finite(run, step, grad_norm, dict(tokens=tokens, ends=ends, target=target), cfg.learning_rate)
-        optimizer.step()
+        parallel.sum_gradients(run.params)
+        grad_norm = parallel.clip(run.params, cfg.max_grad_norm)
+        batch = dict(tokens=tokens, ends=ends, target=target)
+        require_finite(run.folder, step, grad_norm, batch, cfg.learning_rate)
+        rate = learning_rate(step, steps, cfg.learning_rate)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
         if step % 20 == 0 or step == steps:
-            metrics.write(step, **parallel.summed(dict(loss=loss.item())), grad_norm=grad_norm, learning_rate=group["lr"],
-                          epoch=step / per_epoch)
+            losses = parallel.summed(dict(loss=loss.item()))
+            run.log(step, **losses, grad_norm=grad_norm, learning_rate=rate, epoch=step / per_epoch)
         if step % cfg.save_steps == 0 or step == steps:
-            plain = parallel.whole(verifier)
-            save_checkpoint(run, step, lambda f, v=plain: save_verifier(f, v, tokenizer, info), optimizer, params,
-                            dict(seconds=time.time() - clock))
-    return time.time() - clock
+            run.save(step, lambda folder, whole: save_verifier(folder, whole, tokenizer, info))
 
 
 # ----------------------------------------------------------------------------------------------------
-# 5. Judge: fresh problems, fresh prover rollouts, and the exact value where the task has a solver.
+# The whole road.
 
 
-def auc(score, positive):
-    """Probability that a random positive scores above a random negative (ties count half); nan if one is empty."""
-    order = score.argsort()
-    s, rank = score[order], torch.arange(1, len(score) + 1, dtype=torch.float64)
-    _, tie, count = s.unique_consecutive(return_inverse=True, return_counts=True)
-    mean_rank = torch.zeros(len(count), dtype=torch.float64).scatter_add_(0, tie, rank) / count
-    ranks = torch.empty_like(rank).scatter_(0, order, mean_rank[tie])
-    n1, n0 = int(positive.sum()), int((~positive).sum())
-    if not n1 or not n0:
-        return float("nan")
-    return float((ranks[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+def check(cfg, task):
+    """UserError: what cannot work, before anything is sampled."""
+    for split in ("train", "val"):
+        task.problems(split, 1, cfg.seed)  # fail early on an empty split
+    if not cfg.policy:
+        raise UserError("--policy is missing: give the folder of the base policy (train_sft.py makes one)")
+    if cfg.coverage == "first-pit" and (cfg.n_mc < 2 or cfg.label == "outcome"):
+        raise UserError("--coverage first-pit needs --n-mc of at least 2 (a state is good, and one of its "
+                        "continuations wrong) and --label q")
+    if cfg.label == "outcome" and cfg.prover_k > 1:
+        raise UserError("--label outcome has no prover, so Best-of-K means nothing there: leave out --prover-k")
 
 
-def correlation(a, b):
-    """Pearson's r; nan where one side is constant."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    norm = (a.norm() * b.norm()).item()
-    return float(a @ b) / norm if norm > 0 else float("nan")
-
-
-def reliability(prediction, outcome, bins=10):
-    """Rows (mean prediction, mean outcome, count) of equal-width bins: the diagonal is perfect calibration."""
-    which = (prediction * bins).long().clamp(max=bins - 1)
-    return [(float(prediction[which == i].mean()), float(outcome[which == i].mean()), int((which == i).sum()))
-            for i in range(bins) if (which == i).any()]
-
-
-def judge(verifier, base, prover, tokenizer, task, cfg):
-    """How good is the verifier on problems it has not seen? Returns a dict of numbers (see the keys).
-
-    One policy solution a problem, one random step (h-1 -> h) in it; eval_mc fresh prover continuations from
-    both prefixes. corr_advantage is measured against those (noisy: an upper bound below 1 even for the
-    truth), corr_advantage_exact against the solver's value of the scripted demonstrator.
-    """
-    problems = task.problems("val", cfg.eval_problems, cfg.seed)
-    problems = (problems * (1 + cfg.eval_problems // len(problems)))[: cfg.eval_problems]
-    limit = cfg.max_completion_length or task.max_new_tokens
-    options = dict(temperature=cfg.temperature, stop_ids=tokenizer.eos_ids, slots=cfg.slots)
-    seeds = generate(base, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=limit,
-                     seed=derive(cfg.seed, "judge"), **options)
-    ends = boundaries(task, seeds, tokenizer)
-    value = step_values(verifier, seeds.tokens, ends)  # (B, S+1)
-    rows, prefixes = [], []
-    for i, p in enumerate(problems):
-        own = sorted(set(ends[i].tolist()))
-        if len(own) < 3:
-            continue  # no inner step
-        h = 1 + derive(cfg.seed, "judge", i) % (len(own) - 2)
-        rows.append((i, h, own, p))
-        prefixes += [seeds.tokens[i, : own[h - 1]].tolist(), seeds.tokens[i, : own[h]].tolist()]
-    full = value[:, -1]
-    truth = torch.tensor([task.grade(p, tokenizer.decode(seeds.completion(i))) for i, p in enumerate(problems)])
-    if not rows:  # every solution is one step: only the end can be judged
-        nothing = dict.fromkeys(("brier", "brier_constant", "auc", "corr_value", "corr_advantage"), float("nan"))
-        return nothing | dict(auc_outcome=auc(full, truth > 0.5), reliability=[], judged_steps=0)
-    start = [int(seeds.prompt_len[i]) for i, *_ in rows for _ in range(2)]
-    todo = [(j, m) for j in range(len(prefixes)) for m in range(cfg.eval_mc)]
-    rolled = generate(prover, [prefixes[j] for j, _ in todo], seed=derive(cfg.seed, "judge continuations"),
-                      max_new_tokens=[limit - (len(prefixes[j]) - start[j]) for j, _ in todo], **options)
-    right = torch.tensor([
-        task.grade(rows[j // 2][3], tokenizer.decode(rolled.tokens[n, start[j] : rolled.length[n]].tolist()))
-        for n, (j, _) in enumerate(todo)
-    ]).view(-1, 2, cfg.eval_mc)
-    mc = prover_transform(right.mean(-1), verifier.k)  # (n, 2): before and after the step
-    guess = torch.stack([value[i, [h - 1, h]] for i, h, *_ in rows])  # (n, 2)
-    plain = 1 - (1 - guess) ** (1 / verifier.k)  # of the prover itself, to hold against single continuations
-    flat = plain[:, :, None].expand_as(right).reshape(-1)
-    out = dict(
-        brier=float((flat - right.reshape(-1)).square().mean()),
-        brier_constant=float(right.var(unbiased=False)),
-        auc=auc(flat, right.reshape(-1) > 0.5),
-        auc_outcome=auc(full, truth > 0.5),
-        corr_value=correlation(guess[:, 1], mc[:, 1]),
-        corr_advantage=correlation(guess[:, 1] - guess[:, 0], mc[:, 1] - mc[:, 0]),
-        reliability=reliability(flat, right.reshape(-1)),
-        judged_steps=len(rows),
-    )
-    exact = exact_values(task, tokenizer, seeds, rows, cfg)
-    if exact is not None:
-        exact = prover_transform(exact, verifier.k)
-        out["corr_value_exact"] = correlation(guess[:, 1], exact[:, 1])
-        out["corr_advantage_exact"] = correlation(guess[:, 1] - guess[:, 0], exact[:, 1] - exact[:, 0])
-    return out
-
-
-def exact_values(task, tokenizer, seeds, rows, cfg):
-    """[n,2] value of the demonstrator of --prover-strength before and after each judged step, or None."""
-    if cfg.prover_strength < 0:
-        return None
-    values = []
-    for i, h, own, problem in rows:
-        for end in own[h - 1 : h + 1]:
-            text = tokenizer.decode(seeds.tokens[i, own[0] : end].tolist())
-            values.append(task.exact_value(problem, text, cfg.prover_strength))
-    return None if None in values else torch.tensor(values).view(-1, 2)
+def load_prover(cfg, base, tokenizer, device):
+    """The prover's model: base itself, or that of --prover. UserError: it has another tokenizer."""
+    if cfg.prover == "base":
+        return base
+    prover, other = load_model(cfg.prover, device, getattr(torch, cfg.dtype))
+    if other.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--prover {cfg.prover} has another tokenizer than --policy {cfg.policy}; it cannot continue "
+                        "the policy's prefixes")
+    return prover
 
 
 def train(cfg):
+    """Collect, fit, judge; leaves a verifier in --run-dir. Resumes by itself. -> summary."""
     device = setup(cfg.device, cfg.threads)
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/verifier"
-    run = Path(cfg.run_dir)
     task = get_task(cfg)
-    for split in ("train", "val"):
-        task.problems(split, 1, cfg.seed)  # an empty split is said now, not after the work
-    if not cfg.policy:
-        raise UserError("--policy is missing: give the folder of the base policy (train_sft.py makes one)")
-    lock = open_run(run, cfg, ignore=("run_dir", "device"))  # noqa: F841 (held until the end)
-    if (run / "summary.json").exists():
-        print(f"{run} is complete")
-        return json.loads((run / "summary.json").read_text())
+    check(cfg, task)
+    run = Run(cfg)
+    if run.summary:
+        return run.summary
     base, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
-    spare_threads(base, cfg.threads)
-    prover = base
-    if cfg.prover != "base":
-        prover, other = load_model(cfg.prover, device, getattr(torch, cfg.dtype))
-        if other.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"--prover {cfg.prover} has another tokenizer than --policy {cfg.policy}; it cannot continue "
-                            "the policy's prefixes")
+    one_thread_if_tiny(base, cfg.threads)
+    prover = load_prover(cfg, base, tokenizer, device)
     clock = time.time()
-    data, spent = collect_all(base, prover, tokenizer, task, cfg, run)
-    sampling = time.time() - clock
+    data, spent = collect_all(base, prover, tokenizer, task, cfg, run.folder)
+    seconds_sampling = time.time() - clock
     backbone, _ = load_model(cfg.policy, device)
     verifier = Verifier(backbone, k=cfg.prover_k, fingerprint=tokenizer.fingerprint)
     info = dict(task=cfg.task, label=cfg.label, prover=cfg.prover)
-    fitting = fit(verifier, data, cfg, run, tokenizer, info, device)
+    fit(verifier, data, cfg, run, tokenizer, info, device)
+    seconds_fitting = time.time() - run.began
     quality = judge(verifier, base, prover, tokenizer, task, cfg)
     labels = int((data["weight"] > 0).sum())
-    summary = quality | dict(sequences=len(data["tokens"]), labels=labels, sampled_tokens=spent,
-                             mean_label=float((data["target"] * data["weight"]).sum() / data["weight"].sum()),
-                             seconds_sampling=round(sampling, 1), seconds_fitting=round(fitting, 1))
-    write_json(run / "summary.json", summary)
-    exact = f", with the exact one {quality['corr_advantage_exact']:.2f}" if "corr_advantage_exact" in quality else ""
+    mean_label = float((data["target"] * data["weight"]).sum() / data["weight"].sum())
+    summary = run.finish(**quality, sequences=len(data["tokens"]), labels=labels, sampled_tokens=spent,
+                         mean_label=mean_label, seconds_sampling=round(seconds_sampling, 1),
+                         seconds_fitting=round(seconds_fitting, 1))
+    exact = ""
+    if "corr_advantage_exact" in quality:
+        exact = f", with the exact one {quality['corr_advantage_exact']:.2f}"
     print(f"verifier: {labels} labels, AUC {quality['auc']:.3f}, Brier {quality['brier']:.4f} (constant: "
-          f"{quality['brier_constant']:.4f}), corr of advantage {quality['corr_advantage']:.2f}{exact} -> {run}")
+          f"{quality['brier_constant']:.4f}), corr of advantage {quality['corr_advantage']:.2f}{exact} -> {run.folder}")
     return summary
 
 
@@ -400,12 +343,12 @@ def main(argv=None):
     if cfg.smoke:
         cfg.num_problems, cfg.epochs, cfg.eval_problems, cfg.eval_mc = 64, 1, 16, 4
     summary = train(cfg)
-    reward, search = ("orm", "best-of-n") if cfg.label == "outcome" else ("pav", "beam")
-    say_next(cfg, ("RL that it pays for", ["train_rl.py", "--reward", reward, "--policy", cfg.policy, "--verifier", cfg.run_dir,
-                                           "--run-dir", f"{cfg.run_dir}_rl"]))
+    reward, method = ("orm", "best-of-n") if cfg.label == "outcome" else ("pav", "beam")
+    rl = ["train_rl.py", "--reward", reward, "--policy", cfg.policy, "--verifier", cfg.run_dir]
+    print_next_command(cfg, ("RL that it pays for", [*rl, "--run-dir", f"{cfg.run_dir}_rl"]))
     if cfg.label == "outcome" or cfg.prover == "base":  # a search ranks by Q of the policy itself
-        say_next(cfg, ("search with it", ["sample.py", "--model", cfg.policy, "--verifier", cfg.run_dir, "--search", search,
-                                          "--n", 12]))
+        search = ["search.py", "--method", method, "--model", cfg.policy, "--verifier", cfg.run_dir, "--n", 12]
+        print_next_command(cfg, ("search with it", search))
     return summary
 
 

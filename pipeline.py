@@ -1,230 +1,338 @@
-"""From nothing to a comparison: which stages an arm of train_rl.py needs, built in order, side by side.
+"""From nothing to a comparison: the stages that the arms of train_rl.py need, in order, each a run directory.
 
     train_rl.py --reward pav  ->  runs/TASK/seed0/{sft, prover, verifier, rl_outcome, rl_pav}, then the report
 
-Every stage is a plain command line of another script in its own process and directory, so each can be run,
-killed and resumed alone; the log of each holds the exact command.
+Every stage is one command of its own (runs/TASK/commands.txt), so each can be run, killed and resumed alone;
+speedrun.sh is this file for one seed of the planted task, written out. Three steps: plan() makes the jobs,
+run_jobs() runs those that are missing, report draws what is there.
 """
 
+import dataclasses
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from infra.cli import UserError, flags, say_next
-from infra.runs import write_json
+import pav
+import train_sft
+from infra.cli import UserError, flags, opt, print_next_command
+from infra.runs import different_settings, lock_folder, read_json, write_json
+from report.__main__ import write as write_report
+from report.arms import ARMS
+from tasks import TaskFlags, get_task
 
-# Settings of the stages, per task. What was searched to arrive at them stands in docs/log.md; the RL settings
-# are shared by all arms of a comparison.
-STAGES = {
-    "planted": dict(
-        sft=dict(steps=400, num_examples=6000),
-        verifier=dict(num_problems=40000, n_cov=1, cuts=1, n_mc=1, epochs=6),
-        rl=dict(num_prompts=4, num_generations=32),  # large groups: outcome-only needs them, PAV does not mind
-        prover="scripted",
-    ),
-    "countdown": dict(
-        sft=dict(steps=1200, num_examples=100000),
-        verifier=dict(num_problems=100000, n_cov=1, cuts=1, n_mc=1, epochs=6),  # 470 steps fit nothing, 4,700 do
-        rl=dict(num_prompts=64, gate="legal"),  # with 128 samples a step no arm moves
-        prover="scripted", long=3,
-    ),
-    "probe": dict(  # for --reward mrt, which needs no verifier
-        sft=dict(steps=600, batch_size=64, num_examples=20000, learning_rate=4e-3),
-        verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
-        rl=dict(num_prompts=16, num_generations=4, steps=40),
-        prover="scripted",
-    ),
-    # Open weights have no scripted teacher: the prover is Best-of-4 of the base policy (the paper's best K).
-    "jsonl": dict(
-        sft=dict(steps=24, batch_size=16, learning_rate=1e-4, warmup_steps=3, num_examples=384, eval_problems=64,
-                 micro_batch_size=8, save_steps=12, logging_steps=1),
-        verifier=dict(num_problems=64, n_cov=2, cuts=2, n_mc=2, epochs=1, batch_size=32, learning_rate=5e-5, prover_k=4,
-                      slots=128, eval_problems=24, eval_mc=8, shard_problems=16, save_steps=4),
-        rl=dict(num_prompts=8, num_generations=8, steps=10, learning_rate=5e-6, temperature=0.5, micro_batch_size=16,
-                eval_steps=5, eval_problems=64, slots=128, save_steps=1),
-        prover="base",
-    ),
+ROOT = Path(__file__).parent
+STAGE = "NANOPAV_STAGE"  # set in a stage's environment: a stage never plans stages
+
+
+@dataclass
+class Comparison:
+    """The flags of train_rl.py that are about several runs; a single arm's config does not have them."""
+
+    model: str = opt("", "open weights to start from: a folder or smollm2 (default: tiny)", "pipeline")
+    arms: list = opt(["outcome"], "other arms to run beside --reward for comparison", "pipeline", choices=list(ARMS))
+    seeds: int = opt(1, "repeat the whole pipeline with this many seeds", "pipeline", low=1)
+    workers: int = opt(0, "jobs side by side (0: one per core for tiny models, else one)", "pipeline", low=0)
+    stage_flags: str = opt("", "JSON of flags for the stages, e.g. '{\"sft\": {\"steps\": 100}}'", "pipeline")
+
+
+def with_flags(config):
+    """A script's config class -> the same with the pipeline's flags."""
+    return dataclasses.make_dataclass(config.__name__, [], bases=(Comparison, config))
+
+
+def fields_of(cfg, cls):
+    """The settings of cfg that cls has too, as a dict."""
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)}
+
+
+def typed(argv):
+    """The names of the flags on a command line."""
+    return {a.split("=")[0][2:].replace("-", "_") for a in argv if a.startswith("--")}
+
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Plan.
+
+VERIFIERS = {  # verifier -> its prover (a clone of the demonstrator; None: the base policy), --label
+    "verifier": ("prover", "q"),
+    "verifier_strong": ("strong", "q"),
+    "verifier_base": (None, "q"),
+    "verifier_outcome": (None, "outcome"),
 }
-STAGES["gsm8k"] = STAGES["math"] = STAGES["jsonl"]
-LONG = 5  # the arm outcome-long runs this many times the steps (a task's "long" where it stands above)
-SMOKE = {"sft": dict(steps=20, num_examples=256), "verifier": dict(num_problems=64, epochs=1),
-         "rl": dict(steps=3, eval_steps=1, eval_problems=32)}
-
-TASK_FLAGS = ("task", "data", "question_field", "answer_field", "template", "shots", "planted_prompts",
-              "planted_length", "max_completion_length", "device", "dtype", "smoke")
+SHARED = ("max_completion_length", "device", "dtype", "threads", "smoke", "seed")
 
 
-def arm_name(cfg):
-    return "pav" if cfg.reward == "pav" and cfg.alpha > 0 else cfg.reward
+@dataclass
+class Job:
+    """One stage: words that name its script, its config, the labels of the jobs that must have ended before it."""
+
+    label: str
+    script: list
+    config: object
+    needs: list
+
+    def command(self):
+        """Words of the command line after `python`."""
+        return [*self.script, *flags(self.config)]
+
+    def done(self):
+        return (Path(self.config.run_dir) / "summary.json").exists()
 
 
-def plan(cfg, given):
-    """The jobs of a comparison: list of (label, needs, argv). `given` are the flags that the user typed, which
-    win over the table above."""
-    here = Path(__file__).parent
-    if cfg.task not in STAGES:
-        raise UserError(f"--task {cfg.task} has no settings for a whole pipeline: build its stages one by one (train_sft.py, "
-                        "pav.py) and give --policy, --verifier and --run-dir")
-    table = STAGES[cfg.task]
-    extra = json.loads(cfg.stage_flags) if cfg.stage_flags else {}
+def stage_flags(text):
+    """--stage-flags -> {"sft": {...}, "verifier": {...}}. UserError: not that, or a flag that the stage lacks."""
+    example = "'{\"sft\": {\"steps\": 100}}'"
+    try:
+        stages = json.loads(text or "{}")
+    except ValueError as e:
+        raise UserError(f"--stage-flags is not JSON ({e}); write {example}") from None
+    known = dict(sft=train_sft.Config, verifier=pav.Config)
+    stages_only = isinstance(stages, dict) and all(isinstance(v, dict) for v in stages.values())
+    if not stages_only or set(stages) - set(known):
+        raise UserError(f"--stage-flags maps a stage (sft, verifier) to its flags: {example}")
+    for stage, settings in stages.items():
+        names = {f.name for f in dataclasses.fields(known[stage])}
+        for name in set(settings) - names:
+            raise UserError(f"--stage-flags: the stage {stage} has no flag {name!r}; --help of its script lists "
+                            "them, with _ for -")
+    return stages
+
+
+def stage_settings(cfg, task, given):
+    """What the stages are run with: the task's table, under what was typed, under --smoke."""
+    asked = stage_flags(cfg.stage_flags)
+    settings = dict(long=task.stages.get("long", 5))
+    for stage in ("sft", "verifier", "rl"):
+        smoke = task.smoke[stage] if cfg.smoke else {}
+        settings[stage] = task.stages[stage] | asked.get(stage, {}) | smoke
+    if not cfg.smoke:
+        settings["rl"] = {k: v for k, v in settings["rl"].items() if k not in given}
+    return settings
+
+
+def plan(cfg, scripts, given):
+    """-> root folder, jobs in an order in which they could run one by one.
+
+    cfg: the settings of the arms with the pipeline's; scripts: {arm: (words that name its script, class of its config)},
+    "" for any other arm; given: names of the flags that were typed, which win over the task's table.
+    """
+    task = get_task(cfg)
+    settings = stage_settings(cfg, task, given)
+    root = Path(cfg.run_dir or f"runs/{cfg.task}{'-smoke' if cfg.smoke else ''}")
     threads = cfg.threads or (0 if cfg.model else 1)
-    shared = [f for f in flags(cfg, TASK_FLAGS) if f not in ("--no-smoke",)] + [f"--threads={threads}"]
-    rl_table = table["rl"] | (SMOKE["rl"] if cfg.smoke else {})
-    rl = replace(cfg, **{k: v for k, v in rl_table.items() if k not in given or cfg.smoke}, threads=threads)
-    rl_flags = flags(rl, [f.name for f in fields(cfg) if f.name not in
-                          (*TASK_FLAGS, "run_dir", "seed", "seeds", "arms", "workers", "stage_flags", "reward", "policy",
-                           "verifier", "model", "constant_value", "threads", "shard", "tensorboard")
-                          and not f.name.startswith("rollout_")])
-    rl_flags += ["--tensorboard"] * cfg.tensorboard
-    root = Path(cfg.run_dir or f"runs/{cfg.task}")
     jobs = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        home, mine = root / f"seed{seed}", [*shared, f"--seed={seed}"]
-        policy = cfg.policy or str(home / "sft")
-
-        def stage(name, script, needs, arguments, settings, home=home, mine=mine, seed=seed):
-            argv = [str(here / script), *mine, *arguments, f"--run-dir={home / name}"]
-            for k, v in settings.items():
-                flag = f"--{k.replace('_', '-')}"
-                argv += [flag, *map(str, v)] if isinstance(v, list) else [f"{flag}={v}"]
-            jobs.append((f"seed{seed}/{name}", [f"seed{seed}/{n}" for n in needs], argv))
-
-        def sft(name, strength, home=home):
-            arguments = [f"--model={cfg.model}"] if cfg.model else [f"--strength={strength}"]
-            settings = table["sft"] | extra.get("sft", {}) | (SMOKE["sft"] if cfg.smoke else {})
-            stage(name, "train_sft.py", [], arguments, settings)
-
-        def verifier(name, prover, strength, label="q", home=home, policy=policy):
-            arguments = [f"--policy={policy}", f"--label={label}", f"--temperature={rl.temperature}"]
-            arguments += [f"--prover={home / prover}"] if prover else []
-            arguments += [f"--prover-strength={strength}"] if strength is not None else []
-            settings = table["verifier"] | extra.get("verifier", {}) | (SMOKE["verifier"] if cfg.smoke else {})
-            stage(name, "pav.py", [n for n in ("sft", prover) if n and not cfg.policy], arguments, settings)
-
-        strengths = scripted_strengths(cfg) if table["prover"] == "scripted" else None
-        if not cfg.policy:
-            sft("sft", strengths and strengths["base"])
-        arms = [arm_name(cfg)] + [a for a in cfg.arms if a != arm_name(cfg)]
-        needed = {v for v in (verifier_of(a) for a in arms) if v}
-        scripted = strengths is not None
-        for name, prover in [("verifier", "prover"), ("verifier_strong", "strong"), ("verifier_base", None),
-                             ("verifier_outcome", None)]:
-            if name not in needed or (name == "verifier" and cfg.verifier):
-                continue
-            if prover and not scripted:
-                if name == "verifier_strong":
-                    raise UserError(f"--task {cfg.task} has no scripted stronger prover; leave the arm strong-prover out")
-                prover = None
-            if prover:
-                sft(prover, strengths[prover])
-            strength = strengths[prover or "base"] if scripted else None
-            verifier(name, prover, strength, "outcome" if name == "verifier_outcome" else "q")
-        for arm in arms:
-            name = verifier_of(arm) or ("verifier" if "verifier" in needed else None)
-            path = cfg.verifier if name == "verifier" and cfg.verifier else name and str(home / name)
-            needs = ([] if cfg.policy else ["sft"]) + ([name] if name and not (name == "verifier" and cfg.verifier) else [])
-            reward = {"constant": "pav", "base-prover": "pav", "strong-prover": "pav", "outcome-long": "outcome"}.get(arm, arm)
-            arguments = [*rl_flags, f"--reward={reward}", f"--policy={policy}"]
-            arguments += [f"--verifier={path}"] if path else []
-            arguments += ["--constant-value"] if arm == "constant" else []
-            if arm == "outcome-long":  # as many tokens as PAV's RL and its verifier's rollouts together
-                steps = rl.steps * table.get("long", LONG)
-                arguments = [a for a in arguments if not a.startswith("--steps=")] + [f"--steps={steps}"]
-            stage(f"rl_{arm}", "train_rl.py", needs, arguments, {})
+        of_seed = dataclasses.replace(cfg, seed=seed, threads=threads)
+        jobs += SeedPlan(of_seed, scripts, root / f"seed{seed}", settings, task).jobs.values()
     return root, jobs
 
 
-def verifier_of(arm):
-    """The verifier that an arm is paid by; None for the outcome arm and for mrt, which asks the policy itself."""
-    return {"pav": "verifier", "q": "verifier", "constant": "verifier", "orm": "verifier_outcome",
-            "base-prover": "verifier_base", "strong-prover": "verifier_strong"}.get(arm)
+class SeedPlan:
+    """The jobs of one seed, by name: base policy, verifiers (each after its prover), arms."""
+
+    def __init__(self, cfg, scripts, home, settings, task):
+        self.cfg, self.scripts, self.home, self.settings, self.task = cfg, scripts, home, settings, task
+        self.shared = fields_of(cfg, TaskFlags) | {name: getattr(cfg, name) for name in SHARED}
+        self.jobs = {}
+        self.verifiers = {}  # name: folder
+        main_arm = "outcome" if cfg.reward == "pav" and cfg.alpha == 0 else cfg.reward
+        arms = list(dict.fromkeys([main_arm, *cfg.arms]))
+        self.start_of("sft")
+        for name in VERIFIERS:
+            if name in {ARMS[arm].verifier for arm in arms}:
+                self.add_verifier(name)
+        for arm in arms:
+            self.add_arm(arm)
+
+    def add(self, name, script, config, needs):
+        config = dataclasses.replace(config, run_dir=str(self.home / name))
+        needs = [f"{self.home.name}/{n}" for n in needs if n in self.jobs]
+        self.jobs[name] = Job(f"{self.home.name}/{name}", script, config, needs)
+
+    def start_of(self, name):
+        """The folder of a policy: --policy for sft where it is given; else a clone of the demonstrator (sft: its base
+        strength), or the open weights fine-tuned."""
+        if name == "sft" and self.cfg.policy:
+            return self.cfg.policy
+        if name not in self.jobs:
+            if self.task.strengths:
+                start = dict(strength=self.task.strengths["base" if name == "sft" else name])
+            elif name == "sft":
+                start = dict(model=self.cfg.model)
+            else:
+                raise UserError(f"--task {self.cfg.task} has no scripted demonstrator, so no {name}; leave that arm out")
+            self.add(name, ["train_sft.py"], train_sft.Config(**self.shared | self.settings["sft"] | start), [])
+        return str(self.home / name)
+
+    def add_verifier(self, name):
+        """A verifier and its prover; without a scripted demonstrator the base policy is the prover of the main one."""
+        if name == "verifier" and self.cfg.verifier:
+            self.verifiers[name] = self.cfg.verifier
+            return
+        prover, label = VERIFIERS[name]
+        if name == "verifier" and not self.task.strengths:
+            prover = None
+        config = pav.Config(**self.shared | self.settings["verifier"])
+        config.policy, config.label = self.start_of("sft"), label
+        config.temperature = self.settings["rl"].get("temperature", self.cfg.temperature)
+        if prover:
+            config.prover = self.start_of(prover)
+        if self.task.strengths:
+            config.prover_strength = self.task.strengths[prover or "base"]
+        if label == "outcome":
+            config.prover_k = 1  # an outcome model has no prover
+        self.add(name, ["pav.py"], config, ["sft", prover])
+        self.verifiers[name] = self.jobs[name].config.run_dir
+
+    def add_arm(self, name):
+        arm = ARMS[name]
+        script, config_class = self.scripts.get(name) or self.scripts[""]
+        config = dataclasses.replace(config_class(**fields_of(self.cfg, config_class)), **self.settings["rl"])
+        config.policy = self.start_of(arm.policy)
+        if arm.longer:
+            config.steps *= self.settings["long"]
+        # An arm that is paid by no verifier is still watched by the main one, where there is one.
+        verifier = arm.verifier or "verifier"
+        if hasattr(config, "verifier"):
+            config.reward = arm.reward
+            config.verifier = self.verifiers.get(verifier, "")
+        self.add(f"rl_{name}", script, dataclasses.replace(config, **arm.flags), [arm.policy, verifier])
 
 
-def scripted_strengths(cfg):
-    from tasks.files import get_task
-
-    return get_task(cfg).strengths
+# ----------------------------------------------------------------------------------------------------
+# 2. Run.
 
 
-def run(cfg, given):
-    """Build what is missing, run the arms, draw the report. Returns the run's root."""
-    root, jobs = plan(cfg, given)
-    workers = cfg.workers or (1 if cfg.model else max(1, os.cpu_count() or 1))
-    missing = [j for j in jobs if not (Path(flag_value(j[2], "run-dir")) / "summary.json").exists()]
-    if missing:
-        print(f"{root}: {len(missing)} of {len(jobs)} stages to build, {workers} at a time: "
-              + ", ".join(j[0] for j in missing), flush=True)
-    root.mkdir(parents=True, exist_ok=True)
-    refuse_other_settings(root, jobs, {j[0] for j in jobs} - {j[0] for j in missing})
-    (root / "commands.txt").write_text("".join(f"python {shlex.join(j[2])}\n" for j in jobs))
-    done = {j[0] for j in jobs} - {j[0] for j in missing}
-    run_jobs([(label, [n for n in needs if n not in done], argv) for label, needs, argv in missing], workers, root / "logs")
-    from report import __main__ as report
-
-    report.write(root)
-    argv = next((j[2] for j in jobs if j[0].endswith("/rl_pav")), None)
-    if argv:
-        policy, verifier = flag_value(argv, "run-dir"), flag_value(argv, "verifier")
-        say_next(replace(cfg, seed=int(flag_value(argv, "seed"))), ("its solutions, each step with its value and progress",
-                 ["sample.py", "--model", policy, "--verifier", verifier, "--show"]))
+def run(cfg, scripts, given):
+    """Build what is missing, run the arms, draw the report; see plan. Returns the run's root."""
+    if STAGE in os.environ:
+        raise UserError("a stage of a pipeline lacks --policy, --verifier or --run-dir; report/arms.py says what each arm "
+                        "is paid by")
+    check(cfg)
+    root, jobs = plan(cfg, scripts, given)
+    run_plan(root, jobs, cfg.workers or (1 if cfg.model else max(1, os.cpu_count() or 1)))
+    rl_pav = next((job.config for job in jobs if job.label.endswith("/rl_pav")), None)
+    if rl_pav:
+        show = ["-m", "report.show", "--model", rl_pav.run_dir, "--verifier", rl_pav.verifier]
+        print_next_command(rl_pav, ("its solutions, each step with its value and progress", show))
     return root
 
 
-def run_jobs(jobs, workers, log_dir):
-    """Run command lines side by side, at most `workers` at once; jobs: list of (label, needs, argv).
+def check(cfg):
+    """UserError: what is wrong with the task or its data, before any stage is built."""
+    task = get_task(cfg)
+    if task.needs_model and not cfg.model and not cfg.policy:
+        raise UserError(f"--task {cfg.task} has no alphabet of its own: give --model (a folder, or smollm2)")
+    for split in ("train", "val", cfg.eval_split):
+        task.problems(split, 1, 0)
 
-    `needs` names labels that must have ended first. Output goes to log_dir/LABEL.log, its last line to
-    the screen. Each job resumes by itself, so a killed batch is simply run again.
+
+def run_plan(root, jobs, workers):
+    """Run the jobs that are missing below root, at most `workers` side by side; then the report."""
+    root.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(root)  # noqa: F841 (held until the end)
+    complete = {job.label for job in jobs if job.done()}
+    for job in jobs:
+        if job.label in complete:
+            refuse_other_settings(root, job)
+    missing = [job for job in jobs if job.label not in complete]
+    if missing:
+        labels = ", ".join(job.label for job in missing)
+        print(f"{root}: {len(missing)} of {len(jobs)} stages to build, {workers} at a time: {labels}\n"
+              f"what each prints: {root}/logs/", flush=True)
+    write_commands(root, jobs)
+    run_jobs(missing, workers, root / "logs", complete)
+    write_report(root)
+
+
+def refuse_other_settings(root, job):
+    """UserError where a complete stage was made with other settings than the job's."""
+    folder = Path(job.config.run_dir)
+    ignore = {"device", "threads", "verifier"} if getattr(job.config, "reward", "") == "outcome" else {"device", "threads"}
+    for name, old, new in different_settings(folder, job.config, ignore):
+        raise UserError(f"{folder} was made with --{name.replace('_', '-')} {old!r}, not {new!r}: give another --run-dir, or "
+                        f"delete it and the stages built on it: rm -r {folder}")
+
+
+def write_commands(root, jobs):
+    """root/commands.json and commands.txt: how every stage below root was made, of earlier calls too."""
+    path = root / "commands.json"
+    commands = read_json(path) if path.exists() else {}
+    commands |= {job.label: job.command() for job in jobs}
+    write_json(path, commands)
+    lines = [f"python {shlex.join(command)}\n" for command in commands.values()]
+    (root / "commands.txt").write_text("".join(lines))
+
+
+def run_jobs(jobs, workers, log_dir, done=()):
+    """Run jobs side by side, at most `workers` at once, each after those that it needs; done: labels that have ended.
+
+    What a job prints goes to log_dir/LABEL.log, its last line to the screen, and every ten seconds how far each is. Each
+    job resumes by itself, so a killed batch is simply run again.
     """
-    log_dir = Path(log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
-    waiting, running, done = list(jobs), {}, set()
+    waiting = list(jobs)
+    done = set(done)
+    running = {}  # label: (process, path of its log, time of its start)
+    told = time.time()
     try:
         while waiting or running:
-            ready = [j for j in waiting if set(j[1]) <= done][: workers - len(running)]
-            for job in ready:
+            for job in [j for j in waiting if set(j.needs) <= done][: workers - len(running)]:
                 waiting.remove(job)
-                log = open(log_dir / f"{job[0].replace('/', '_')}.log", "w")  # noqa: SIM115 (the child's)
-                child = subprocess.Popen([sys.executable, *job[2]], stdout=log, stderr=subprocess.STDOUT)
-                running[job[0]] = (child, log, time.time())
+                path = log_dir / f"{job.label.replace('/', '_')}.log"
+                running[job.label] = (start_job(job, path), path, time.time())
             time.sleep(0.1)
-            for label, (child, log, start) in list(running.items()):
-                if child.poll() is None:
+            for label, (process, path, start) in list(running.items()):
+                if process.poll() is None:
                     continue
-                log.close()
                 del running[label]
-                said = last_line(Path(log.name).read_text())
-                if child.returncode:
-                    raise UserError(f"stage {label} failed ({said}); all of its output: {log.name}")
+                last = last_line(path)
+                if process.returncode:
+                    raise UserError(f"stage {label} failed ({last}); all of its output: {path}")
                 done.add(label)
-                print(f"  {label:<28} {time.time() - start:6.0f} s   {said}", flush=True)
+                print(f"  {label:<28} {time.time() - start:6.0f} s   {last}", flush=True)
+            if time.time() - told > 10 and running:
+                told = time.time()
+                print("  ... " + "; ".join(f"{label}: {last_line(path)}" for label, (_, path, _) in running.items()),
+                      flush=True)
     finally:
-        for child, _, _ in running.values():
-            child.terminate()
+        stop([process for process, *_ in running.values()])
 
 
-def last_line(log):
-    """A stage's summary: the last line but for what say_next printed below it."""
-    lines = [line for line in log.strip().splitlines() if not line.startswith(("next, ", "  python "))]
-    return lines[-1] if lines else ""
+def start_job(job, log):
+    """Start a stage in a process of its own; its output is appended to the log."""
+    with open(log, "a") as output:
+        script = job.script if job.script[0] == "-m" else [str(ROOT / job.script[0])]
+        command = [sys.executable, *script, *flags(job.config)]
+        environment = os.environ | {STAGE: "1", "PYTHONPATH": python_path()}
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
-def refuse_other_settings(root, jobs, complete):
-    """A stage that is already there must come from the command that would make it now."""
-    path = root / "commands.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
-    for label, _, argv in jobs:
-        changed = [a for a in argv[1:] if a not in old.get(label, argv)]
-        if label in complete and changed:
-            raise UserError(f"{root}/{label} was made with other settings than {changed[0]}; give another --run-dir, "
-                            "or delete that stage and those built on it")
-    write_json(path, old | {label: argv for label, _, argv in jobs})
+def python_path():
+    """For `python -m` in any folder: the scripts' own first."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def flag_value(argv, name):
-    return next(a.split("=", 1)[1] for a in argv if a.startswith(f"--{name}="))
+def stop(processes):
+    """End processes and wait for them: an orphan would hold its run's lock."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def last_line(path):
+    """A stage's newest line in its log, but for what print_next_command printed below its summary."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 4000))
+        lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    lines = [line.strip() for line in lines if not line.startswith(("next, ", "  python "))]
+    return lines[-1] if lines else "starting"

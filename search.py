@@ -25,7 +25,7 @@ ones too), tokens prefilled, tokens read by verifiers.
 
 Two choices the paper is silent on: equal candidates count once (a beam of copies is no beam; their share of the n draws goes
 to the others), and ties go to the earlier candidate. A step ends with the token that holds the newline after some text, as
-tasks.line_ends has it, or after task.step_tokens tokens.
+tasks/base.py has it, or after task.step_tokens tokens.
 Left out: look-ahead rollouts, a schedule of widths, keeping the cache of the survivors.
 """
 
@@ -42,7 +42,7 @@ from kernels import packed_weights
 from model import pad_right, resolve
 from pav import load_verifier, prover_transform, step_values
 from sample import generate, pass_at_k
-from tasks.files import get_task
+from tasks import get_task
 
 
 @dataclass

@@ -46,7 +46,7 @@ from infra.runs import derive, mean
 from kernels.product import matmul_nt
 from model import load_model, resolve, save_model
 from sample import generate
-from tasks.files import get_task
+from tasks import get_task
 
 
 @dataclass
@@ -81,7 +81,7 @@ def word_problems(cfg, where):
                 "have now?")
         rows.append(json.dumps(dict(question=text, answer=str(a + b - c))))
     (Path(where) / "problems.jsonl").write_text("\n".join(rows) + "\n")
-    return str(resolve(cfg.model)), get_task("jsonl", cfg.seed, [f"{where}/problems.jsonl"], template="plain")
+    return str(resolve(cfg.model)), get_task("jsonl", cfg.seed, data=[f"{where}/problems.jsonl"], template="plain")
 
 
 class Ours:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pipeline  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
 from infra.runs import mean, read_metrics  # noqa: E402
-from report.__main__ import COLOURS, NAMES, finish, keep_results, print_results, pyplot, spread  # noqa: E402
+from report.figures import COLOURS, NAMES, finish, keep_results, print_results, pyplot, spread  # noqa: E402
 from train_rl import Config as RLConfig  # noqa: E402
 
 

@@ -17,7 +17,7 @@ A^mu = V^mu(after) - V^mu(before). The mistakes, each one flag of train_rl.py aw
     phantom     the same, over the group's std: a group that agrees has only the         --reward orm --scale-rewards group
                 verifier's noise left, and gets it at full size
 
-Task: the planted sub-sequence (puzzles.py), V^mu of the scripted prover of strength 16. The first four are paid by its
+Task: the planted sub-sequence (tasks/planted.py), V^mu of the scripted prover of strength 16. The first four are paid by its
 *exact* values, so what breaks is the reward and not the verifier. The others show the verifier break: a Goodhart plot
 (its score of the solutions against the truth), beside the same verifier with the anchor (`guarded`: the value of the end
 is the grader's) and the grader alone (`graded`).
@@ -47,8 +47,8 @@ from provers import SMOKE, TUNING, clone, learn_verifier  # noqa: E402
 import train_rl  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
 from infra.runs import mean, read_metrics, write_json  # noqa: E402
-from report.__main__ import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from report.figures import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
+from tasks import get_task  # noqa: E402
 
 PROVER = 16
 # flags of train_rl.py beside the right way's; name in figures; colour

@@ -32,8 +32,8 @@ import pipeline  # noqa: E402
 import train_rl  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
 from infra.runs import mean, read_metrics  # noqa: E402
-from report.__main__ import COLOURS, accuracy_at, finish, keep_results, print_results, pyplot, spread  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from report.figures import COLOURS, accuracy_at, finish, keep_results, print_results, pyplot, spread  # noqa: E402
+from tasks import get_task  # noqa: E402
 
 NAMES = dict(outcome="outcome only", pav="PAV, learned verifier", exact="PAV, exact values")
 HUES = dict(outcome=COLOURS["outcome"], pav=COLOURS["pav"], exact=COLOURS["orm"])

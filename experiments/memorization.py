@@ -41,8 +41,8 @@ from papers.memorization import (  # noqa: E402
     sampled_accuracy,
 )
 from model import load_model, resolve  # noqa: E402
-from report.__main__ import finish, machine, print_results, pyplot  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from report.figures import finish, machine, print_results, pyplot  # noqa: E402
+from tasks import get_task  # noqa: E402
 
 TAU = dict(gsm8k=-2.3, math=-1.7)  # the authors' thresholds: ln(nll)
 GRID = np.exp(np.arange(-4.0, 0.01, 0.1))  # nats a token

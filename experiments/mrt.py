@@ -52,8 +52,8 @@ import train_sft  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
 from infra.runs import mean, write_json  # noqa: E402
 from model import load_model  # noqa: E402
-from report.__main__ import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from report.figures import COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
+from tasks import get_task  # noqa: E402
 
 NAMES = {"base": "base (SFT)", "outcome": "outcome only", "outcome_long": "outcome only, 3x the steps",
          "length": "outcome, length penalty", "mrt": "MRT, per episode", "mrt_scalar": "MRT, scalar after a random cut",

@@ -6,7 +6,7 @@
 
 The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's own right solutions
 (RFT) is worth twice the problems of SFT, per-step DPO on its wrong ones eight times; DPO on whole solutions is worth
-nothing. Here, on the task `chain` (didactic.py), whose demonstrations end right but contain wrong steps:
+nothing. Here, on the task `chain` (tasks/chain.py), whose demonstrations end right but contain wrong steps:
 
     sft            demonstrations, one a problem; epochs tuned at every size
     rft            demonstrations and up to 4 right samples a problem of an SFT policy, from the same random weights;
@@ -48,9 +48,9 @@ import train_sft  # noqa: E402
 from infra.cli import UserError, opt, parse, script  # noqa: E402
 from infra.runs import mean, write_json  # noqa: E402
 from model import load_model  # noqa: E402
-from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
+from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 from sample import generate  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from tasks import get_task  # noqa: E402
 from papers.train_dpo import load_pairs  # noqa: E402
 
 NAMES = {"sft": "SFT", "rft": "RFT", "dpo_per_step": "per-step DPO",

@@ -48,14 +48,14 @@ import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from infra.cli import UserError, opt, parse, script  # noqa: E402
 from infra.runs import derive, mean, read_metrics, setup, write_json  # noqa: E402
-from report.evaluate import Z, interval, vote  # noqa: E402
+from report.statistics import Z, interval, vote  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
 from model import Transformer, init_weights, load_model, write_model  # noqa: E402
 from pipeline import last_line  # noqa: E402
-from report.__main__ import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
+from report.figures import COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 from papers.rft import sample_solutions  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from tasks import get_task  # noqa: E402
 from open_weights.tokenizer import alphabet_tokenizer  # noqa: E402
 
 MAWPS = [f"mawps_{part}.jsonl" for part in ("singleop", "addsub", "singleeq", "multiarith")]
@@ -201,7 +201,7 @@ def run_stage(name, kind, argv, done, logs):
 def reranked(cfg, size, root):
     """n solutions of every test problem by the RFT policy -> correct [P,n], tokens [P,n], {verifier: score [P,n]}, votes."""
     path, n = root / "test" / "reranked.safetensors", size["search"]["n"]
-    task = get_task("jsonl", 0, [f"{p}={root / 'data' / p}.jsonl" for p in ("val", "test")], template="plain")
+    task = get_task("jsonl", data=[f"{p}={root / 'data' / p}.jsonl" for p in ("val", "test")], template="plain")
     problems = task.problems("test", size["test"] or None)
     model, tokenizer = load_model(root / "rft", setup(cfg.device, cfg.threads or (1 if cfg.size != "gpu" else 0)))
     settings = train_sft.Config(seed=1, slots=128, shard_problems=50, max_completion_length=cfg.limit)

@@ -52,9 +52,9 @@ from labels import collect, concatenate  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import Config as VerifierConfig  # noqa: E402
 from pav import Verifier, fit, judge  # noqa: E402
-from report.__main__ import finish, machine, print_results, pyplot, spread  # noqa: E402
+from report.figures import finish, machine, print_results, pyplot, spread  # noqa: E402
 from papers.rft import write_shard  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from tasks import get_task  # noqa: E402
 
 # problems: seed solutions in a shard, so that a shard costs at most a third of the lowest budget.
 DESIGNS = {"mc1": dict(n_mc=1, cuts=0, problems=32), "mc4": dict(n_mc=4, cuts=0, problems=8),

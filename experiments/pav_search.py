@@ -55,10 +55,10 @@ from infra.runs import mean, write_json  # noqa: E402
 from kernels import packed_weights  # noqa: E402
 from model import load_model  # noqa: E402
 from pav import load_verifier  # noqa: E402
-from report.__main__ import machine, print_results  # noqa: E402
+from report.figures import machine, print_results  # noqa: E402
 from sample import pass_at_k  # noqa: E402
 from search import beam, best_of_n, learned_values, majority  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from tasks import get_task  # noqa: E402
 
 PAPER = dict(alpha=0.0, k=4, children=3)  # a beam's settings before any are chosen
 TUNING = 1000  # the seed that chooses settings, on val; seeds 0, 1, ... are reported, on test

@@ -9,8 +9,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from infra.runs import mean  # noqa: E402
-from report.__main__ import COLOURS as REPORT_COLOURS  # noqa: E402
-from report.__main__ import finish, pyplot, spread  # noqa: E402
+from report.figures import COLOURS as REPORT_COLOURS  # noqa: E402
+from report.figures import finish, pyplot, spread  # noqa: E402
 
 NAMES = {"orm": "best-of-N, ORM", "q_as_orm": "best-of-N, Q as ORM", "majority": "majority vote", "pass": "pass@N (ceiling)",
          "beam_q": "beam, Q", "beam_pav": "beam, Q + alpha A"}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tasks.puzzles import kmp_next, planted_values  # noqa: E402
+from tasks.planted import kmp_next, planted_values  # noqa: E402
 from train_rl import center_by_step, outcome_advantage, spread_credit, step_bonus  # noqa: E402
 
 

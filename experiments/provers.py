@@ -72,9 +72,9 @@ from infra.cli import opt, parse, script  # noqa: E402
 from infra.runs import derive, mean, read_metrics, write_json  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import load_model  # noqa: E402
-from report.__main__ import machine, print_results, spread  # noqa: E402
+from report.figures import machine, print_results, spread  # noqa: E402
 from sample import generate  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from tasks import get_task  # noqa: E402
 
 TUNING = 1000  # the seed on which learning rates are chosen; the reported ones are 0, 1, ...
 STAGES, SMOKE = Path("runs/planted"), Path("runs/lessons_smoke")  # policies are those of train_rl.py's own comparison

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from planted_exact import spearman  # noqa: E402
 
 from infra.runs import mean  # noqa: E402
-from report.__main__ import finish, pyplot, spread  # noqa: E402
+from report.figures import finish, pyplot, spread  # noqa: E402
 
 
 def number(x, digits=3):

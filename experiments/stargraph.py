@@ -4,7 +4,7 @@
     python experiments/stargraph.py --smoke      # the same road in seconds
     -> docs/results/stargraph/: results.json, table.md, curves.png
 
-Task: the edges of a star of two arms of two edges, its centre and one end; write the way there (didactic.py). All but
+Task: the edges of a star of two arms of two edges, its centre and one end; write the way there (tasks/stargraph.py). All but
 the first node follow from the node before. The first, critical one needs looking back from the goal, and imitation
 can get through a small training set by remembering it instead (Bachmann and Nagarajan 2024, arXiv 2403.06963).
 
@@ -34,7 +34,7 @@ from negatives import DPO, NAMES, SAMPLING, TUNING, Arm, verdict  # noqa: E402
 
 from infra.cli import UserError, opt, parse, script  # noqa: E402
 from infra.runs import mean, write_json  # noqa: E402
-from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
+from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
 
 
 @dataclass

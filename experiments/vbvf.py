@@ -7,7 +7,7 @@
 The claim (Setlur et al. 2025, arXiv 2502.12118): as the test budget of H tokens grows, fine-tuning on right traces
 (verifier-free, VF) falls behind learning a verifier and searching or doing RL with it (verifier-based, VB), by sqrt(H)
 where n grows with H, if the base policy is *heterogeneous* (the reward of its traces varies: sigma^2 = sum_h Var_a Q) and
-*anti-concentrated* (it sometimes does much better than its mean). Here, on their didactic task (contextual.py) with the
+*anti-concentrated* (it sometimes does much better than its mean). Here, on their didactic task (tasks/contextual.py) with the
 bi-level reward (tokens after the first right point), a tiny Transformer as base, fine-tuned on traces of a mixture of
 scripted policies whose width is the dial:
 
@@ -59,7 +59,7 @@ from infra.runs import derive, generator, shuffled, write_json  # noqa: E402
 from tasks.contextual import Contextual  # noqa: E402
 from model import load_model, token_logprobs, write_model  # noqa: E402
 from pav import Verifier, value_loss  # noqa: E402
-from report.__main__ import machine, print_results  # noqa: E402
+from report.figures import machine, print_results  # noqa: E402
 from sample import generate  # noqa: E402
 
 TUNING = 1000  # this seed chooses settings, on val; seeds below are reported, on test

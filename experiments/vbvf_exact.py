@@ -34,7 +34,7 @@ from vbvf_report import MIXTURES  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
 from infra.runs import write_json  # noqa: E402
 from tasks.contextual import Contextual  # noqa: E402
-from report.__main__ import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
+from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot  # noqa: E402
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from infra.runs import mean  # noqa: E402
-from report.__main__ import METHOD_COLOURS, finish, pyplot  # noqa: E402
+from report.figures import METHOD_COLOURS, finish, pyplot  # noqa: E402
 
 BUDGETS = (1, 2, 4, 8, 16)  # N of best-of-N
 MIXTURES = {"concentrated": (12.0,), "mixed": (3.0, 48.0), "widest": (1.0, 144.0)}  # geometric mean 12, each

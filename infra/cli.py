@@ -6,7 +6,7 @@
 
     cfg = parse(Config, argv, __doc__)        # --alpha 0.5; an unknown flag or an impossible value ends in one line
 
-Nothing here knows about reasoning or rewards, but for the names of the tasks.
+Nothing here knows about reasoning, rewards or tasks (tasks/__init__.py has their flags).
 """
 
 import argparse
@@ -115,14 +115,12 @@ def flags(cfg, names=None):
     return out
 
 
-SAME_TASK = ("task", "data", "question_field", "answer_field", "template", "shots", "planted_prompts", "planted_length", "seed")
-
-
 def say_next(cfg, *commands):
     """Below a script's summary: what to run now. commands: (what it gives, its argv but for the flags that name the task).
     Called by main() alone: who calls train() from a program wants no advice."""
     plain = type(cfg)()
-    same = [n for n in SAME_TASK if n == "task" or getattr(cfg, n, None) != getattr(plain, n, None)]
+    names = [f.name for f in dataclasses.fields(cfg) if f.metadata["group"] == "problems" or f.name == "seed"]
+    same = [n for n in names if n == "task" or getattr(cfg, n) != getattr(plain, n)]
     for gives, argv in commands if parallel.rank() == 0 else ():
         print(f"next, {gives}:\n  python {shlex.join([*map(str, argv), *flags(cfg, same)])}")
 
@@ -149,23 +147,11 @@ def _complain(message):
     return 2
 
 
-TASKS = ["planted", "countdown", "chain", "stargraph", "worded", "probe", "contextual", "gsm8k", "math", "jsonl"]
-
-
 @dataclasses.dataclass
 class RunConfig:
-    """The flags that every training script shares."""
+    """The flags that every training script shares, but for those of the task."""
 
-    task: str = opt("planted", "what to solve", "task", choices=TASKS)
-    data: list = opt([], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", "task")
-    question_field: str = opt("", "name of the question in --data (default: guessed)", "task")
-    answer_field: str = opt("", "name of the answer in --data (default: guessed)", "task")
-    template: str = opt("auto", "prompts for problems from files (auto: chat where the model has a format, else plain)", "task",
-                        choices=["auto", "chat", "plain", "fewshot"])
-    shots: int = opt(0, "worked examples before each problem, from the training split (0: 4 with fewshot)", "task", low=0)
-    planted_prompts: int = opt(4, "prompts of --task planted, each with a sequence of its own", "task", low=1, high=26)
-    planted_length: int = opt(6, "letters of each hidden sequence: the dial of difficulty", "task", low=1, high=12)
-    max_completion_length: int = opt(0, "tokens a completion may have (0: the task's own)", "task", low=0)
+    max_completion_length: int = opt(0, "tokens a completion may have (0: the task's own)", "run", low=0)
     run_dir: str = opt("", "where the run is written", "run")
     seed: int = opt(0, "fixes every random choice", "run", low=0)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")

@@ -1,16 +1,21 @@
-"""What every script needs once: seeds, checkpoints that survive kill -9, metrics.jsonl.
+"""Run directories: a lock, settings, metrics.jsonl, checkpoints that survive kill -9.
+
+    run = Run(cfg)                                    # refuses a folder that is in use, or that holds other settings
+    if run.summary: return run.summary                # the folder is complete
+    state = run.resume(model, load, make_optimizer)   # weights, moments, step of the newest checkpoint, if there is one
+    run.log(step, loss=...)                           # a line of metrics.jsonl
+    run.save(step, write, tokens=...)                 # step_000100/, whole or absent
+    run.finish(accuracy=...)                          # summary.json
 
 Nothing here knows about reasoning or rewards. Two rules carry the whole of "resume":
-1. All randomness is a function of (seed, purpose, step): see generator(). There is no generator state to save.
+1. All randomness is a function of (seed, purpose, step): seeds.py. There is no generator state to save.
 2. A checkpoint is a folder that appears by one rename, so it is either whole or absent.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import time
@@ -25,20 +30,10 @@ from infra import parallel
 from infra.cli import UserError
 
 # ----------------------------------------------------------------------------------------------------
-# Seeds and devices.
+# Devices.
 
 
-def derive(seed, *purpose):
-    """A 63-bit seed for one purpose: derive(0, "rollouts", 17). Other purposes do not move it."""
-    text = json.dumps([seed, *purpose])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-
-
-def generator(seed, *purpose):
-    return torch.Generator().manual_seed(derive(seed, *purpose))
-
-
-def spare_threads(model, threads):
+def one_thread_if_tiny(model, threads):
     """A tiny model is slower on two threads than on one (and far slower when another process wants the core):
     without --threads it gets one."""
     if not threads and model.cfg.hidden_size <= 256:
@@ -93,7 +88,7 @@ def _enter(run_dir, cfg, ignore):
     lock = open(run_dir / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
     if not lock_file(lock):
         raise UserError(f"{run_dir} is in use by another process; wait for it or give another --run-dir")
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in (*ignore, "tensorboard")}
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ignore}
     path = run_dir / "run_config.json"
     if path.exists():
         old = json.loads(path.read_text())
@@ -211,19 +206,13 @@ def load_state(folder, optimizer=None, params=()):
 
 
 class Metrics:
-    """metrics.jsonl, one line a step. On resume the lines after the checkpoint are cut off first. tensorboard: the same
-    numbers in run_dir/tensorboard too (needs the package of that name)."""
+    """metrics.jsonl, one line a step. On resume the lines after the checkpoint are cut off first. Under torchrun rank 0
+    alone writes. `python -m report.tensorboard RUN` makes TensorBoard's files of it."""
 
-    def __init__(self, run_dir, resume_step=0, tensorboard=False):
-        self.path, self.board = Path(run_dir) / "metrics.jsonl", None
+    def __init__(self, run_dir, resume_step=0):
+        self.path = Path(run_dir) / "metrics.jsonl"
         if parallel.rank():
             return
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs the package: pip install tensorboard") from None
-            self.board = SummaryWriter(Path(run_dir) / "tensorboard", purge_step=resume_step + 1)
         rows = read_metrics(run_dir) if resume_step and self.path.exists() else []
         rows = [r for r in rows if r["step"] <= resume_step]
         temporary = self.path.with_name(f".tmp-metrics-{os.getpid()}")
@@ -233,14 +222,9 @@ class Metrics:
     def write(self, step, **values):
         if parallel.rank():
             return
-        row = finite(dict(step=step) | {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
         with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
-        if self.board:
-            for name, value in row.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, step)
-            self.board.flush()
+            f.write(json.dumps(finite(dict(step=step) | rounded)) + "\n")
 
 
 def read_metrics(run_dir):
@@ -254,24 +238,86 @@ def read_metrics(run_dir):
     return rows
 
 
-class Laps:
-    """Where a step's seconds go: lap(name) books those since the last lap under name. They add up to the whole."""
+class Timer:
+    """Where a step's seconds go: mark(name) books the seconds since the last mark under name. They add up to the whole."""
 
     def __init__(self, *names):
-        self.seconds, self.last = dict.fromkeys(names, 0.0), time.perf_counter()
+        self.seconds = dict.fromkeys(names, 0.0)
+        self.last = time.perf_counter()
 
-    def lap(self, name):
+    def mark(self, name):
         if torch.cuda.is_initialized():  # a GPU's work is booked where it was asked for
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds[name], self.last = self.seconds.get(name, 0.0) + now - self.last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def metrics(self):
+        parts = {f"timing/{name}": seconds for name, seconds in self.seconds.items()}
+        return parts | dict(step_time=sum(self.seconds.values()))
+
+
+class Run:
+    """A run directory as a script sees it. What is trained in it, it does not know.
+
+    cfg: a script's config with run_dir; ignore: settings that another process of the same run may change. summary is what
+    finish() wrote, or None. UserError: the folder is in use, or holds a run with other settings.
+    """
+
+    def __init__(self, cfg, ignore=("run_dir", "device")):
+        self.folder = Path(cfg.run_dir)
+        self.cfg = cfg
+        self.lock = open_run(self.folder, cfg, ignore)  # held as long as this object is
+        path = self.folder / "summary.json"
+        self.summary = json.loads(path.read_text()) if path.exists() else None
+        if self.summary:
+            print(f"{self.folder} is complete")
+
+    def resume(self, model, load, make_optimizer):
+        """Fill model and optimizer from the newest checkpoint, if there is one; shard the model under --shard.
+
+        load(folder) fills the model; make_optimizer(params) -> optimizer (None: this run has none). Returns the state
+        that save() was given, with step (0: a new run) and seconds.
+        """
+        folder = latest_checkpoint(self.folder)
+        if folder:
+            load(folder)
+        if self.cfg.shard:
+            parallel.shard(model)
+        self.model = model
+        self.params = list(model.parameters())
+        self.optimizer = make_optimizer(self.params) if make_optimizer else None
+        state = dict(step=0, seconds=0.0)
+        if folder:
+            state = load_state(folder, self.optimizer, self.params)
+            print(f"resuming {self.folder} at step {state['step']}")
+        self.began = time.time() - state["seconds"]
+        self.metrics = Metrics(self.folder, state["step"] or -1)  # -1: step 0 is logged again
+        return state
+
+    def log(self, step, **values):
+        """A line of metrics.jsonl."""
+        self.metrics.write(step, **values)
+
+    def save(self, step, write, **state):
+        """A checkpoint: write(folder, model in one piece) puts the model there."""
+        whole = parallel.whole(self.model)
+        state["seconds"] = time.time() - self.began
+        params = self.params if self.optimizer else ()
+        save_checkpoint(self.folder, step, lambda folder: write(folder, whole), self.optimizer, params, state)
+
+    def finish(self, **summary):
+        """Write summary.json, the mark of a complete run. Returns it with the seconds that the run took."""
+        self.summary = summary | dict(seconds=round(time.time() - self.began, 1))
+        write_json(self.folder / "summary.json", self.summary)
+        return self.summary
 
 
 # ----------------------------------------------------------------------------------------------------
-# Progress and jobs.
+# Progress.
 
 
-def progress(iterable, label, total=None, every=10.0):
+def with_progress_bar(iterable, label, total=None, every=10.0):
     """tqdm on a terminal; elsewhere a plain line every `every` seconds."""
     if sys.stderr.isatty() and parallel.rank() == 0:
         try:
@@ -288,13 +334,6 @@ def progress(iterable, label, total=None, every=10.0):
         if time.time() - last > every:
             last = time.time()
             print(f"  {label}: {i + 1}" + (f"/{total}" if total else ""), flush=True)
-
-
-def shuffled(n, seed, *purpose):
-    """A permutation of range(n), the same on every machine."""
-    order = list(range(n))
-    random.Random(derive(seed, *purpose)).shuffle(order)
-    return order
 
 
 def mean(values):

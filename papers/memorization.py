@@ -1,7 +1,8 @@
 """Learning dynamics: does a model learn to solve its training problems before it can recite their solutions?
 
-    python train_sft.py --task worded --num-examples 500 --steps 800 --track-memorization 10
-    python experiments/memorization.py                      # the paper's claim, on published and on our own runs
+    python -m papers.memorization --task worded --num-examples 500 --steps 800        # SFT, measured on its way
+    python -m papers.memorization --task worded --num-examples 600 --curate DIR       # more problems like the hard ones
+    python -m experiments.memorization                      # the paper's claim, on published and on new runs
 
 Kang, Setlur et al. 2024 (arXiv 2411.07681): for checkpoint m and training example i, with acc the share of sampled
 solutions that are right and nll the mean negative log-likelihood of the example's own solution,
@@ -12,9 +13,14 @@ the accuracy it had reached before the solution was memorised. Its mean over the
 accuracy of checkpoint m without any test data; plain training accuracy does not, as it counts what was recited. The
 authors' code writes the threshold as tau = ln(nll) with tau = -2.3 (GSM8K, nll 0.100) and -1.7 (MATH, nll 0.183).
 
+Curation: the examples of low pre-memorization accuracy are those worth more data of their kind. --curate DIR takes the
+problems of a measured run and fills up to --num-examples with problems like those that it found hard.
+
 Legend: M checkpoints of a run, n training examples.
 """
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +28,39 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from infra import parallel
-from infra.cli import UserError
-from infra.runs import derive
-from model import pad_right, token_logprobs
+from infra.cli import UserError, opt, parse, print_next_command, script
+from infra.runs import one_thread_if_tiny, with_progress_bar
+from infra.seeds import derive
+from model import token_logprobs
+from rollouts import grades
 from sample import generate
+from train_sft import (
+    SFTFlags,
+    build_examples,
+    check_lengths,
+    finish,
+    first_problems,
+    log_and_save,
+    open_sft_run,
+    resume,
+    sft_batch,
+    smoke,
+    start_model,
+    train_step,
+)
+
+
+@dataclass
+class Config(SFTFlags):
+    snapshots: int = opt(10, "measurements over the run of each example's accuracy and likelihood", "memorization", low=1)
+    memorization_samples: int = opt(4, "samples a training and a test problem in a snapshot", "memorization", low=1)
+    memorization_temperature: float = opt(0.8, "of these samples", "memorization", above=0)
+    memorization_problems: int = opt(256, "test problems in a snapshot", "memorization", low=1)
+    memorization_threshold: float = opt(0.1, "nats a token below which a solution counts as memorised", "memorization",
+                                        above=0)
+    curate: str = opt("", "a measured run: keep its examples and add problems like those that it found hard", "memorization")
+    curate_by: str = opt("premem", "hard is: low pre-memorization accuracy, high nll, low accuracy; iid: any", "memorization",
+                         choices=["premem", "nll", "accuracy", "iid"])
 
 
 def pre_memorization(accuracy, nll, threshold):
@@ -72,11 +107,9 @@ def solution_nll(model, examples, device, batch_size=256):
     order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))  # little padding
     for i in range(0, len(order), batch_size):
         rows = order[i : i + batch_size]
-        tokens, length = pad_right([examples[j][0] + examples[j][1] for j in rows])
-        prompt_len = torch.tensor([len(examples[j][0]) for j in rows])
-        t = torch.arange(tokens.shape[1])
-        targets = (t >= prompt_len[:, None]) & (t < length[:, None])
-        logprob, _ = token_logprobs(model, tokens.to(device), targets.to(device), temperature=1.0)
+        tokens, targets = sft_batch([examples[j] for j in rows], device)
+        logprob, _ = token_logprobs(model, tokens, targets, temperature=1.0)
+        targets = targets.cpu()
         row = targets.nonzero()[:, 0]
         total = torch.zeros(len(rows)).index_add_(0, row, logprob.cpu().float())
         out[rows] = (-total / targets.sum(1)).numpy()
@@ -86,9 +119,9 @@ def solution_nll(model, examples, device, batch_size=256):
 def sampled_accuracy(model, tokenizer, task, prompts, problems, samples, temperature, max_new_tokens, seed):
     """Share of `samples` completions of each prompt that are right. prompts: token ids. -> [n] float32."""
     out = generate(model, [p for p in prompts for _ in range(samples)], max_new_tokens=max_new_tokens,
-                   temperature=temperature, seed=seed, stop_ids=tokenizer.eos_ids)
-    right = [task.grade(problems[i // samples], tokenizer.decode(out.completion(i))) for i in range(len(out))]
-    return np.array(right, dtype=np.float32).reshape(len(problems), samples).mean(1)
+                   temperature=temperature, seed=seed, stop_ids=task.stop_ids(tokenizer))
+    right = grades(task, [p for p in problems for _ in range(samples)], out, tokenizer)
+    return right.view(len(problems), samples).numpy().astype(np.float32).mean(1)
 
 
 def snapshot(path, model, tokenizer, task, examples, problems, held_out, cfg, step, device):
@@ -113,7 +146,7 @@ def load_run(run_dir):
     """The snapshots of a run -> dict of accuracy [M,n], nll [M,n], test [M], test_each [M,held out], step [M]."""
     files = sorted((Path(run_dir) / "memorization").glob("step_*.safetensors"))
     if not files:
-        raise UserError(f"{run_dir} holds no snapshots: train it with --track-memorization N")
+        raise UserError(f"{run_dir} holds no snapshots: measure one with python -m papers.memorization")
     arrays = [load_file(f) for f in files]
     run = {k: np.stack([a[k] for a in arrays]) for k in ("accuracy", "nll", "test")}
     return dict(accuracy=run["accuracy"], nll=run["nll"], test=run["test"].mean(1), test_each=run["test"],
@@ -145,3 +178,58 @@ def curate(run, task, problems, n, by, threshold, seed):
     if len(out) < n:
         raise UserError(f"only {len(out)} of {n} new problems could be made from {len(chosen)} seeds; ask for fewer")
     return out
+
+
+def curated(cfg, task):
+    """The training problems of the run --curate, then new ones like those it found hard, --num-examples in all."""
+    run = load_run(cfg.curate)
+    old = json.loads((Path(cfg.curate) / "run_config.json").read_text())
+    if old["task"] != cfg.task or old["seed"] != cfg.seed:
+        raise UserError(f"{cfg.curate} was trained with --task {old['task']} --seed {old['seed']}; give the same here")
+    n = run["accuracy"].shape[1]
+    if cfg.num_examples <= n:
+        raise UserError(f"{cfg.curate} has {n} examples already; give a larger --num-examples")
+    problems = task.problems("train", n, cfg.seed)
+    return problems + curate(run, task, problems, cfg.num_examples - n, cfg.curate_by, cfg.memorization_threshold, cfg.seed)
+
+
+def train(cfg):
+    """SFT with --snapshots measurements on its way, in --run-dir/memorization/. Resumes by itself. -> summary."""
+    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/memorization"
+    device, task, run = open_sft_run(cfg)
+    if run.summary:
+        return run.summary
+    model, tokenizer = start_model(cfg, task, device)
+    one_thread_if_tiny(model, cfg.threads)
+    problems = curated(cfg, task) if cfg.curate else first_problems(task, cfg.num_problems, cfg.seed)
+    examples = build_examples(task, tokenizer, problems, cfg)
+    check_lengths(examples, model.cfg.max_position_embeddings, cfg.max_completion_length or task.max_new_tokens)
+    problem_of = [problems[i % len(problems)] for i in range(len(examples))]
+    held_out = task.problems("test", cfg.memorization_problems, cfg.seed)
+    measured = {cfg.steps * (i + 1) // cfg.snapshots for i in range(cfg.snapshots)}
+    start = resume(run, model, cfg)
+    logs = {}
+    for step in with_progress_bar(range(start + 1, cfg.steps + 1), "sft"):
+        logs = train_step(run, model, examples, step, cfg, device)
+        if step in measured:
+            path = run.folder / f"memorization/step_{step:06d}.safetensors"
+            at = snapshot(path, model, tokenizer, task, examples, problem_of, held_out, cfg, step, device)
+            memorised = (at["nll"] < cfg.memorization_threshold).mean()
+            print(f"  step {step}: accuracy {at['accuracy'].mean():.3f} on train, {at['test'].mean():.3f} on test, "
+                  f"{memorised:.3f} of the solutions memorised")
+        log_and_save(run, step, logs, tokenizer, cfg)
+    return finish(run, model, tokenizer, task, cfg, logs, examples)
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    if cfg.smoke:
+        smoke(cfg)
+        cfg.snapshots = 2
+    summary = train(cfg)
+    print_next_command(cfg, ("how often it is right on test problems", ["-m", "report.evaluate", "--model", cfg.run_dir]))
+    return summary
+
+
+if __name__ == "__main__":
+    script(main)

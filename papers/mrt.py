@@ -57,6 +57,7 @@ from infra.runs import (
 )
 from labels import boundaries, outcomes
 from sample import generate
+from tasks import TaskFlags
 
 TERMINATION = "\nTime is up. The answer is"  # where the task has no words of its own
 
@@ -254,7 +255,7 @@ def measure(model, tokenizer, task, problems, cfg, seed):
 
 
 @dataclass
-class Config(MRTFlags, RunConfig):
+class Config(MRTFlags, TaskFlags, RunConfig):
     policy: str = opt("", "folder of the policy to start from (train_sft.py makes one)", "star")
     rounds: int = opt(3, "rounds of sample, choose, fine-tune (0: only measure the policy)", "star", low=0)
     num_prompts: int = opt(256, "problems a round", "star", low=1)
@@ -338,7 +339,7 @@ def star_round(model, tokenizer, task, cfg, number, device):
 def train(cfg):
     """The STaR form, or with --rounds 0 the measurement alone. A killed run goes on with the round it was in."""
     from model import load_model, load_weights, write_model
-    from tasks.files import get_task
+    from tasks import get_task
 
     device, task = setup(cfg.device, cfg.threads), get_task(cfg)
     if not cfg.policy:

@@ -1,28 +1,59 @@
-"""Sample a policy's own solutions of the training problems, grade them, keep them: the data of RFT and of DPO.
+"""Rejection-sampling fine-tuning: train on a policy's own correct solutions (Yuan et al. 2023, arXiv 2308.01825).
 
-What train_sft.py --rft and train_dpo.py share. A shard of problems is one file, written under a temporary name and
-renamed, so that a killed run samples at most one shard twice; and as every draw is a function of (seed, shard,
-sequence, token), the file it writes is the same.
+    python -m papers.rft --task planted --policy runs/sft --run-dir runs/rft
+
+1. sample     num_generations solutions of each training problem from --policy, graded,
+2. keep       distinct right ones that ended by themselves, in the order they were drawn, at most rft_keep a problem,
+3. imitate    them, by default beside the demonstrations of the same problems. Training starts from --model, the base
+              (a tiny random model by default), not from --policy.
+
+"RL on incorrect synthetic data" (Setlur et al. 2024, arXiv 2406.14532) compares with it; papers/train_dpo.py shares
+steps 1 and 2. A shard of problems is one file, so that a killed run samples at most one shard twice.
+Left out: several rounds, filtering by edit distance.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from infra import parallel
-from infra.cli import UserError
-from infra.runs import derive, progress
-from sample import Rollouts, generate
+from infra.cli import UserError, opt, parse, print_next_command, script
+from infra.runs import one_thread_if_tiny, with_progress_bar
+from infra.seeds import derive
+from model import load_model
+from rollouts import Rollouts, grades, shards, stack
+from sample import generate
+from train_sft import (
+    SFTFlags,
+    build_examples,
+    check_lengths,
+    finish,
+    first_problems,
+    log_and_save,
+    open_sft_run,
+    resume,
+    smoke,
+    start_model,
+    train_step,
+)
+
+
+@dataclass
+class Config(SFTFlags):
+    policy: str = opt("", "whose solutions: a folder that train_sft.py made", "rejection sampling")
+    num_generations: int = opt(16, "solutions sampled a problem", "rejection sampling", low=1)
+    rft_keep: int = opt(4, "distinct correct solutions kept a problem (0: all)", "rejection sampling", low=0)
+    rft_demonstrations: bool = opt(True, "keep the demonstrations beside them", "rejection sampling")
+    temperature: float = opt(1.0, "of the sampled solutions", "rejection sampling", above=0)
+    slots: int = opt(512, "sequences decoded at once", "rejection sampling", low=1)
+    shard_problems: int = opt(1000, "problems per file of solutions (what a kill may cost)", "rejection sampling", low=1)
 
 
 @dataclass
 class Solutions:
     """n sampled solutions of each of P problems; row b belongs to problems[b // n].
 
-    rollouts: token ids with lengths and finish reasons; correct [B] bool, from the task's grader;
-    finished [B] bool: ended by itself (always, where the task knows no EOS).
+    rollouts: token ids with lengths and finish reasons; correct [P*n] bool, from the task's grader;
+    finished [P*n] bool: ended by itself (always, where the task knows no EOS).
     """
 
     problems: list
@@ -32,43 +63,8 @@ class Solutions:
     finished: torch.Tensor
 
     def rows(self, i):
+        """The rows of problem i."""
         return range(i * self.n, (i + 1) * self.n)
-
-
-def write_shard(path, tensors):
-    """One safetensors file by one rename; under torchrun rank 0's, for which the others wait."""
-    if parallel.rank() == 0:
-        temporary = path.with_name(f".tmp-{path.name}")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-        temporary.replace(path)
-    parallel.barrier()
-
-
-def shards(folder, name, problems, size, make, label):
-    """make(shard, problems of it) -> dict of tensors, once per shard and kept in folder; yields the dicts."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".tmp-*") if parallel.rank() == 0 else ():
-        leftover.unlink()
-    for shard in progress(range(-(-len(problems) // size)), label):
-        path = folder / f"{name}_{shard:05d}.safetensors"
-        if not parallel.agreed(path.exists()):
-            write_shard(path, make(shard, problems[shard * size : (shard + 1) * size]))
-        yield load_file(path)
-
-
-def stack_rows(parts):
-    """2-D int64 tensors of different widths -> one, padded with 0 on the right (lengths are kept elsewhere)."""
-    width = max(p.shape[1] for p in parts)
-    return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])
-
-
-def first_problems(task, n, seed):
-    """The first n training problems in the order that SFT with the same --seed takes them (0: all of them)."""
-    problems = task.problems("train", n or None, seed)
-    if n > len(problems):
-        raise UserError(f"--num-problems {n}: there are only {len(problems)} training problems")
-    return problems
 
 
 def sample_solutions(model, tokenizer, task, problems, n, cfg, folder):
@@ -77,20 +73,20 @@ def sample_solutions(model, tokenizer, task, problems, n, cfg, folder):
     limit = cfg.max_completion_length or task.max_new_tokens
 
     def make(shard, part):
-        prompts = [task.prompt_tokens(p, tokenizer) for p in part for _ in range(n)]
-        out = generate(model, prompts, max_new_tokens=limit, temperature=cfg.temperature, stop_ids=tokenizer.eos_ids,
-                       seed=derive(cfg.seed, "solutions", shard), slots=cfg.slots)
-        right = [task.grade(part[b // n], tokenizer.decode(out.completion(b))) > 0.5 for b in range(len(out))]
-        stopped = [r == "stop" or not task.ends_with_eos for r in out.finish_reason]
-        return dict(tokens=out.tokens, prompt_len=out.prompt_len, length=out.length, correct=torch.tensor(right),
-                    finished=torch.tensor(stopped))
+        part = [p for p in part for _ in range(n)]
+        prompts = [task.prompt_tokens(p, tokenizer) for p in part]
+        out = generate(model, prompts, max_new_tokens=limit, temperature=cfg.temperature, slots=cfg.slots,
+                       stop_ids=task.stop_ids(tokenizer), seed=derive(cfg.seed, "solutions", shard))
+        stopped = torch.tensor([r == "stop" or not task.ends_with_eos for r in out.finish_reason])
+        return dict(tokens=out.tokens, prompt_len=out.prompt_len, length=out.length, finished=stopped,
+                    correct=grades(task, part, out, tokenizer) > 0.5)
 
     parts = list(shards(folder, "solutions", problems, cfg.shard_problems, make, "solutions"))
-    join = lambda k: torch.cat([p[k] for p in parts])  # noqa: E731
-    tokens, finished = stack_rows([p["tokens"] for p in parts]), join("finished")
-    rollouts = Rollouts(tokens, join("prompt_len"), join("length"), torch.zeros(tokens.shape),
-                        ["stop" if f else "length" for f in finished.tolist()])
-    return Solutions(problems, n, rollouts, join("correct"), finished)
+    tokens = stack([part["tokens"] for part in parts])
+    joined = {k: torch.cat([part[k] for part in parts]) for k in ("prompt_len", "length", "finished", "correct")}
+    reasons = ["stop" if f else "length" for f in joined["finished"].tolist()]
+    rollouts = Rollouts(tokens, joined["prompt_len"], joined["length"], torch.zeros(tokens.shape), reasons)
+    return Solutions(problems, n, rollouts, joined["correct"], joined["finished"])
 
 
 def keep_correct(solutions, cap):
@@ -98,21 +94,79 @@ def keep_correct(solutions, cap):
     drawn, at most cap a problem (0: no cap). Drawn first, kept first: no bias towards short or likely ones.
 
     An unfinished one is never kept: it has no EOS, and training on it would teach not to stop."""
-    kept = []
+    per_problem = []
     for i in range(len(solutions.problems)):
-        mine = {}
-        for b in solutions.rows(i):
-            if solutions.correct[b] and solutions.finished[b]:
-                completion = solutions.rollouts.completion(b)
-                mine.setdefault(tuple(completion), completion)
-        kept.append(list(mine.values())[: cap or None])
-    return kept
+        rows = [b for b in solutions.rows(i) if solutions.correct[b] and solutions.finished[b]]
+        completions = dict.fromkeys(tuple(solutions.rollouts.completion(b)) for b in rows)
+        per_problem.append([list(c) for c in completions][: cap or None])
+    return per_problem
 
 
-def count(solutions, kept):
+def count(solutions, per_problem):
     """What a reader must know of rejection sampling: how many problems it leaves out."""
     right = solutions.correct.view(-1, solutions.n).sum(1)
-    tokens = int((solutions.rollouts.length - solutions.rollouts.prompt_len).sum())
-    return dict(problems=len(kept), sampled=len(solutions.correct), sampled_tokens=tokens, correct=int(right.sum()),
-                distinct_kept=sum(map(len, kept)), problems_without_correct=int((right == 0).sum()),
-                problems_without_incorrect=int((right == solutions.n).sum()))
+    return dict(
+        problems=len(per_problem),
+        sampled=len(solutions.correct),
+        sampled_tokens=solutions.rollouts.num_tokens(),
+        correct=int(right.sum()),
+        distinct_kept=sum(map(len, per_problem)),
+        problems_without_correct=int((right == 0).sum()),
+        problems_without_incorrect=int((right == solutions.n).sum()),
+    )
+
+
+def rft_examples(task, tokenizer, problems, cfg, run, device):
+    """Correct solutions of --policy, after the demonstrations: [(prompt ids, completion ids)], counts."""
+    policy, other = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
+    if other.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--policy {cfg.policy} has another tokenizer than the model to train; its solutions are other tokens")
+    one_thread_if_tiny(policy, cfg.threads)
+    solutions = sample_solutions(policy, tokenizer, task, problems, cfg.num_generations, cfg, run.folder / "rollouts")
+    per_problem = keep_correct(solutions, cfg.rft_keep)
+    counts = count(solutions, per_problem)
+    print("rft: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items()), flush=True)
+    examples = build_examples(task, tokenizer, problems, cfg) if cfg.rft_demonstrations else []
+    shown = {(*p, -1, *c) for p, c in examples}
+    for problem, completions in zip(problems, per_problem):
+        prompt = task.prompt_tokens(problem, tokenizer)
+        examples += [(prompt, c) for c in completions if (*prompt, -1, *c) not in shown]
+    if not examples:
+        raise UserError("no sampled solution is right, and --no-rft-demonstrations leaves nothing to train on: raise "
+                        "--num-generations, or take a better --policy")
+    return examples, counts
+
+
+def train(cfg):
+    """Sample, keep, imitate -> a checkpoint in --run-dir. Resumes by itself. -> summary."""
+    if not cfg.policy:
+        raise UserError("--policy is missing: give the folder of the policy that is to be sampled (train_sft.py makes one)")
+    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/rft"
+    device, task, run = open_sft_run(cfg)
+    if run.summary:
+        return run.summary
+    model, tokenizer = start_model(cfg, task, device)
+    one_thread_if_tiny(model, cfg.threads)
+    problems = first_problems(task, cfg.num_problems, cfg.seed)
+    examples, counts = rft_examples(task, tokenizer, problems, cfg, run, device)
+    check_lengths(examples, model.cfg.max_position_embeddings, cfg.max_completion_length or task.max_new_tokens)
+    start = resume(run, model, cfg)
+    logs = {}
+    for step in with_progress_bar(range(start + 1, cfg.steps + 1), "rft"):
+        logs = train_step(run, model, examples, step, cfg, device)
+        log_and_save(run, step, logs, tokenizer, cfg)
+    return finish(run, model, tokenizer, task, cfg, logs, examples, "rft", **counts)
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    if cfg.smoke:
+        smoke(cfg)
+        cfg.num_generations = 4
+    summary = train(cfg)
+    print_next_command(cfg, ("how often it is right on test problems", ["-m", "report.evaluate", "--model", cfg.run_dir]))
+    return summary
+
+
+if __name__ == "__main__":
+    script(main)

@@ -53,12 +53,12 @@ from model import load_model, load_weights, pad_right, shared_prefixes, token_lo
 from pav import boundaries
 from sample import generate, pass_at_k
 from papers.rft import count, first_problems, keep_correct, sample_solutions, shards, write_shard
-from tasks.files import get_task
+from tasks import TaskFlags, get_task
 from train_sft import accuracy, adamw
 
 
 @dataclass
-class Config(RunConfig):
+class Config(TaskFlags, RunConfig):
     policy: str = opt("", "the SFT policy: where training starts, and the reference", "pairs")
     pairs: str = opt("per_step", "per_step: negatives end at their first pit; whole: they are whole solutions; random: they "
                      "end at any step (control)", "pairs", choices=["per_step", "whole", "random"])

@@ -7,8 +7,6 @@ comes from metrics.jsonl and summary.json of a stage.
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +14,11 @@ import torch
 
 from infra.cli import UserError, script
 from infra.runs import mean, read_metrics, write_json
+from report.arms import ARMS, arm_of, in_order
+from report.figures import accuracy_at, finish, machine, pyplot
 from report.webpage import page
 
-# One colour per method in every figure (Okabe-Ito, safe for colour-blind readers).
-COLOURS = {"outcome": "#000000", "outcome-long": "#7f7f7f", "pav": "#009E73", "constant": "#E69F00", "base-prover": "#56B4E9",
-           "strong-prover": "#CC79A7", "orm": "#0072B2", "q": "#D55E00", "mrt": "#882255"}
-NAMES = {"outcome": "outcome only", "outcome-long": "outcome only, more steps", "pav": "PAV (prover: mid)",
-         "constant": "control: constant value", "base-prover": "control: prover = base",
-         "strong-prover": "control: prover too strong", "orm": "learned outcome model", "q": "Q as reward",
-         "mrt": "MRT (prover: the policy, told to answer)"}
-CONTROLS = ("constant", "base-prover", "strong-prover")
-# The same for the comparisons of training methods (experiments/negatives.py and others): method -> colour.
-METHOD_COLOURS = {"sft": "#000000", "rft": "#E69F00", "dpo_per_step": "#009E73", "dpo_shared_prefix": "#56B4E9",
-                  "dpo_whole": "#D55E00", "dpo_random_cut": "#CC79A7", "base": "#7f7f7f", "pav": "#0072B2",
-                  "vf": "#000000", "vb_bon": "#009E73", "vb_rl": "#0072B2"}
+CONTROLS = [name for name, arm in ARMS.items() if arm.control]
 
 
 def load_arms(root):
@@ -48,12 +37,7 @@ def load_arms(root):
         arms.setdefault(run.name[3:], []).append((run.parent.name, evaluations, info, config))
     if not arms:
         raise UserError(f"{root} holds no finished RL run; start one with train_rl.py --run-dir {root}")
-    return {name: arms[name] for name in NAMES if name in arms}
-
-
-def accuracy_at(evaluations, tokens):
-    """Accuracy after so many sampled tokens, linear between evaluations."""
-    return float(np.interp(tokens, [r["num_tokens"] for r in evaluations], [r["eval/accuracy"] for r in evaluations]))
+    return {name: arms[name] for name in in_order(list(arms))}
 
 
 def summarise(arms):
@@ -91,32 +75,10 @@ def table(rows):
     for name, r in rows.items():
         sd = "" if r["accuracy_sd"] is None else f" ({r['accuracy_sd']:.3f})"
         corr = [c for c in r["corr_advantage_exact"] if c is not None]
-        lines.append(f"| {NAMES[name]} | {r['seeds']} | {r['accuracy_quarter']:.3f} | {r['accuracy_half']:.3f} | "
+        lines.append(f"| {arm_of(name).label} | {r['seeds']} | {r['accuracy_quarter']:.3f} | {r['accuracy_half']:.3f} | "
                      f"{r['accuracy_budget']:.3f}{sd} | {r['accuracy_end']:.3f} | {r['tokens_end'] / 1e3:.0f}k | "
                      f"{(r['tokens_end'] + r['verifier_tokens']) / 1e3:.0f}k | {f'{mean(corr):.2f}' if corr else ''} |")
     return "\n".join(lines)
-
-
-def pyplot():
-    """matplotlib.pyplot without a window, or None (said on screen) where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: pip install matplotlib")
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def finish(plt, fig, axes, path):
-    """What every figure here ends with: two spines, a faint grid, a file."""
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
 
 
 def figure(arms, path, title):
@@ -129,16 +91,16 @@ def figure(arms, path, title):
         end = min(e[-1]["num_tokens"] for _, e, *_ in runs)
         x = np.linspace(0, end, 200)
         y = np.array([[accuracy_at(e, t) for t in x] for _, e, *_ in runs])
-        label = f"{NAMES[name]} (n={len(runs)})"
-        left.plot(x / 1e3, y.mean(0), color=COLOURS[name], label=label, linewidth=2)
+        label = f"{arm_of(name).label} (n={len(runs)})"
+        left.plot(x / 1e3, y.mean(0), color=arm_of(name).colour, label=label, linewidth=2)
         if len(runs) > 1:
-            left.fill_between(x / 1e3, y.min(0), y.max(0), color=COLOURS[name], alpha=0.15, linewidth=0)
+            left.fill_between(x / 1e3, y.min(0), y.max(0), color=arm_of(name).colour, alpha=0.15, linewidth=0)
         for _, e, info, _ in runs:
             points = [(r["eval/verifier_score"], r["eval/accuracy"]) for r in e if "eval/verifier_score" in r]
             if points and (info or name == "constant") and name != "outcome-long":
                 a, b = zip(*points)
-                right.plot(a, b, color=COLOURS[name], alpha=0.7, linewidth=1)
-                right.plot(a[-1], b[-1], "o", color=COLOURS[name], markersize=5)
+                right.plot(a, b, color=arm_of(name).colour, alpha=0.7, linewidth=1)
+                right.plot(a[-1], b[-1], "o", color=arm_of(name).colour, markersize=5)
     left.set(xlabel="sampled tokens, thousands (without the verifier's)", ylabel="sampled accuracy", ylim=(-0.02, 1.02),
              title=title)
     left.legend(frameon=False, fontsize=8)
@@ -146,27 +108,6 @@ def figure(arms, path, title):
     right.set(xlabel="verifier's mean score of the same solutions", ylabel="true accuracy", xlim=(-0.02, 1.02),
               ylim=(-0.02, 1.02), title="Goodhart plot: below the diagonal it is fooled")
     finish(plt, fig, (left, right), path)
-
-
-def reliability_figure(rows, path):
-    """rows (mean prediction, mean outcome, count) from pav.reliability: the diagonal is perfect calibration."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axis = plt.subplots(figsize=(4.2, 4), constrained_layout=True)
-    axis.plot([0, 1], [0, 1], color="#aaaaaa", linestyle=":")
-    axis.scatter([r[0] for r in rows], [r[1] for r in rows], s=[10 + 6 * np.log1p(r[2]) for r in rows], color=COLOURS["pav"])
-    for p, o, n in rows:
-        axis.annotate(f"n={n}", (p, o), fontsize=7, xytext=(6, -8), textcoords="offset points")
-    axis.set(xlabel="predicted value", ylabel="share of prover rollouts that succeed", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02),
-             title="Reliability of the verifier")
-    axis.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
 
 
 def write(root, out=None):
@@ -184,43 +125,12 @@ def write(root, out=None):
     settings = {name: runs[0][3] for name, runs in arms.items()}
     write_json(out / "results.json", dict(task=task, arms=rows, machine=machine(), torch=torch.__version__, settings=settings,
                                           curves=curves))
-    (out / "report.html").write_text(page(f"nanoPAV: {task}", text, arms, NAMES, COLOURS, accuracy_at, root,
+    (out / "report.html").write_text(page(f"nanoPAV: {task}", text, arms, {n: arm_of(n).label for n in arms},
+                                          {n: arm_of(n).colour for n in arms}, accuracy_at, root,
                                           f"python report.py {root}"), encoding="utf-8")
     print("\n" + text + f"\n\nto read: {out}/report.html   figure: {out}/curves.png   table: {out}/table.md   "
           f"numbers: {out}/results.json")
     print("metrics of each arm: " + ", ".join(f"{root}/seed*/rl_{a}/metrics.jsonl" for a in rows))
-
-
-def spread(values):
-    """Sample standard deviation over seeds; 0 of one."""
-    values = list(values)
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def keep_results(out, text, script, argv, settings, rows):
-    """An experiment's table.md and results.json, with the command that made them."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(text + "\n")
-    write_json(out / "results.json", dict(command=" ".join([f"python experiments/{script}", *argv]), machine=machine(),
-                                          torch=torch.__version__, settings=vars(settings), rows=rows))
-
-
-def print_results(text, out, seconds=0, figure="curves", numbers="results"):
-    """What every experiment ends with: its table, where the files lie, and what to run next."""
-    cost = f"   {seconds / 60:.0f} CPU minutes" if seconds else ""
-    print(f"\n{text}\n\nfigure: {out}/{figure}.png   numbers: {out}/{numbers}.json{cost}")
-    if str(out).startswith("docs/results"):
-        print("next, its claims in README's table:\n  python experiments/claims.py")
-
-
-def machine():
-    """Processor and core count, for the record beside the numbers."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def main():

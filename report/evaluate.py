@@ -17,44 +17,14 @@ import re
 import time
 from pathlib import Path
 
-from tasks.answers import answers_equal
 from infra.cli import UserError, say_next
 from infra.runs import lock_file, mean, write_json
+from report.statistics import interval, vote
 from sample import generate, pass_at_k
 from tasks.symbolic import available
 
-Z = 1.96  # 95% of a normal distribution
 CHUNK_SECONDS = 60  # chunks grow until they take about this long: what a kill can lose
 NO_MATTER = ("out", "slots", "device", "threads", "eval", "smoke", "prompt", "raw")  # flags that do not change a completion
-
-
-def interval(shares, each=1):
-    """shares: a number in [0, 1] per problem, the share of its `each` samples that are right -> (mean, low, high), 95%.
-
-    Problems are the independent draws, samples of one problem are not: the variance of the mean is that of the shares
-    over problems (clusters). It is put into Wilson's interval (1927) as an effective number of draws, so that 0 of 16
-    is not "0 +- 0" and no bound leaves [0, 1]. With one sample a problem this is Wilson's interval as it stands. Shares that
-    lie closer together than chance would have them (rare successes, one in each of a few problems) count as no more than
-    all samples: n * each draws.
-    """
-    n, p = len(shares), mean(shares)
-    between = sum((s - p) ** 2 for s in shares) / (n - 1) / n if n > 1 else 0.0
-    binary = all(s in (0, 1) for s in shares)
-    draws = n if binary else max(n, min(n * each, p * (1 - p) / between if between else float("inf")))
-    centre = (p + Z**2 / (2 * draws)) / (1 + Z**2 / draws)
-    half = Z / (1 + Z**2 / draws) * (p * (1 - p) / draws + Z**2 / (4 * draws**2)) ** 0.5
-    return p, max(0.0, centre - half), min(1.0, centre + half)
-
-
-def vote(answers):
-    """Index of the first sample of the commonest answer (equal as the grader says; ties: the one that came first). None
-    has no vote; None if nobody votes."""
-    classes = []  # lists of indices
-    for i, a in enumerate(answers):
-        if a is not None:
-            home = next((c for c in classes if answers_equal(answers[c[0]], a)), None)
-            home.append(i) if home else classes.append([i])
-    return max(classes, key=len)[0] if classes else None
 
 
 def summarize(rows, n, task, problems):
@@ -144,7 +114,7 @@ def open_rows(path, settings):
 
 def evaluate(cfg, model, tokenizer, options):
     """Grade --n samples of --num-problems problems; accuracy, pass@k, majority, truncated and unparsable shares."""
-    from tasks.files import get_task
+    from tasks import get_task
 
     task = get_task(cfg)
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)

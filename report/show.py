@@ -107,7 +107,8 @@ class Question:
 
 def show(cfg, model, tokenizer, options):
     """sample.py --show: sample, score every step, print. UserError: no verifier, or one of another tokenizer."""
-    from tasks.files import get_task, line_ends
+    from tasks import get_task
+    from tasks.base import Task
 
     if not cfg.verifier:
         raise UserError("--show needs --verifier: a run directory of pav.py, whose values the steps are shown with")
@@ -122,7 +123,7 @@ def show(cfg, model, tokenizer, options):
         chat = tokenizer.chat_format and not cfg.raw
         ids = tokenizer.chat([dict(role="user", content=cfg.prompt)]) if chat else tokenizer.encode(cfg.prompt)
         problems, prompts, limit = [Question(cfg.prompt)] * cfg.n, [ids] * cfg.n, cfg.max_new_tokens or 256
-        task = type("Lines", (), dict(step_ends=staticmethod(line_ends)))
+        task = Task()  # steps are lines
     out = generate(model, prompts, max_new_tokens=limit, **options)
     ends = boundaries(task, out, tokenizer)
     rewards = [task.grade(p, tokenizer.decode(out.completion(i))) for i, p in enumerate(problems)] if cfg.task else None

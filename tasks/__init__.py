@@ -1,0 +1,55 @@
+"""The tasks by name. A new task is one file here and one line in TASKS; base.py is the contract."""
+
+import importlib
+from dataclasses import dataclass
+
+from infra.cli import UserError, opt
+from tasks.answers import answers_equal, extract_answer
+
+__all__ = ["TASKS", "TaskFlags", "answers_equal", "extract_answer", "get_task", "task_class"]
+
+TASKS = {  # name: module:class, imported when it is asked for
+    "planted": "tasks.planted:Planted",
+    "countdown": "tasks.countdown:Countdown",
+    "chain": "tasks.chain:Chain",
+    "stargraph": "tasks.stargraph:StarGraph",
+    "worded": "tasks.worded:Worded",
+    "probe": "tasks.probe:Probe",
+    "contextual": "tasks.contextual:Contextual",
+    "gsm8k": "tasks.files:Gsm8k",
+    "math": "tasks.files:Math",
+    "jsonl": "tasks.files:Jsonl",
+}
+
+
+@dataclass
+class TaskFlags:
+    """The flags that name a task: class Config(TaskFlags, RunConfig)."""
+
+    task: str = opt("planted", "what to solve", "problems", choices=list(TASKS))
+    task_seed: int = opt(-1, "fixes what planted and contextual hide, and the worked examples (-1: --seed)", "problems", low=-1)
+    data: list = opt([], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", "problems")
+    question_field: str = opt("", "name of the question in --data (default: guessed)", "problems")
+    answer_field: str = opt("", "name of the answer in --data (default: guessed)", "problems")
+    template: str = opt("auto", "prompts for problems from files (auto: chat where the model has a format, else plain)",
+                        "problems", choices=["auto", "chat", "plain", "fewshot"])
+    shots: int = opt(0, "worked examples before each problem, from the training split (0: 4 with fewshot)", "problems", low=0)
+    planted_prompts: int = opt(4, "prompts of --task planted, each with a sequence of its own", "problems", low=1, high=26)
+    planted_length: int = opt(6, "letters of each hidden sequence: the dial of difficulty", "problems", low=1, high=12)
+
+
+def task_class(name):
+    """Name -> the task's class. UserError: a name that TASKS does not have."""
+    if name not in TASKS:
+        raise UserError(f"task {name!r} is unknown; use {', '.join(list(TASKS)[:-1])} or {list(TASKS)[-1]}")
+    module, name = TASKS[name].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def get_task(task, seed=0, **options):
+    """The task that a script's config describes, or that has this name and seed and is else as the
+    flags' defaults say. options go to its class and win over the flags."""
+    if isinstance(task, str):
+        task_class(task)  # before the flags: an unknown name is an error here
+        task = TaskFlags(task=task, task_seed=seed)
+    return task_class(task.task).from_config(task, **options)

@@ -4,7 +4,7 @@
 
 Prompt "CAFB", response 20 letters of a..p. A hidden map g, fixed by the seed, turns each of the prompt's symbols A..F into
 a letter; a response is right once it holds g(C), g(A), g(F), g(B) in this order. In order, not in a row: other letters may
-stand between them (the planted task of puzzles.py wants them in a row). The map is the same for every prompt and prompts
+stand between them (the task planted wants them in a row). The map is the same for every prompt and prompts
 are split by hash, so that test asks for combinations never seen.
 
 This is the didactic task of Setlur et al. 2025 (arXiv 2502.12118), whose reward is *bi-level*: a token pays 0 until the
@@ -24,7 +24,7 @@ import string
 import numpy as np
 
 from infra.cli import UserError
-from tasks.base import Problem, Task, split_of
+from tasks.base import Problem, Task, split_of, task_seed
 
 
 @functools.lru_cache(maxsize=4096)
@@ -46,7 +46,8 @@ class Contextual(Task):
     """
 
     strengths = dict(base=0.0, prover=48.0, strong=1000.0)
-    ends_with_eos, random_demonstrations = False, True
+    ends_with_eos = False
+    random_demonstrations = True
     step_tokens = 1
 
     def __init__(self, seed=0, symbols=6, planted=4, letters=16, length=20, mixture=(3.0, 48.0)):
@@ -58,6 +59,10 @@ class Contextual(Task):
         self.planted, self.max_new_tokens, self.mixture = planted, length, tuple(map(float, mixture))
         hidden = random.Random(f"contextual/{seed}").sample(self.letters, symbols)
         self.g = dict(zip(self.symbols, hidden))
+
+    @classmethod
+    def from_config(cls, cfg, **options):
+        return cls(**(dict(seed=task_seed(cfg)) | options))
 
     @functools.cached_property
     def by_split(self):
@@ -105,9 +110,6 @@ class Contextual(Task):
         """The bi-level reward, summed over the trace and divided by its length H: (H - t_solve) / H, 0 if never."""
         t = self.solve_time(problem, completion)
         return 0.0 if t is None else (self.max_new_tokens - t) / self.max_new_tokens
-
-    def step_ends(self, tokens, prompt_len, length, tokenizer):
-        return list(range(prompt_len + 1, length + 1))
 
     def posterior(self, problem, prefix, strength):
         """What the prefix tells of the strength behind it: [(strength, chance)]. Letters after the last needed one tell

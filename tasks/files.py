@@ -1,14 +1,8 @@
-"""The tasks by name, and the three whose problems come from files of yours.
+"""Tasks whose problems come from files: gsm8k, math, and jsonl for any questions with answers.
 
     python train_sft.py --task gsm8k --data gsm8k_train.jsonl gsm8k_test.jsonl --model smollm2
     python sample.py --task math --data MATH/ --model DIR --eval
-    python train_sft.py --task jsonl --data questions.jsonl --model DIR        # any questions with answers
-
-planted and countdown are in puzzles.py, chain and stargraph in didactic.py, worded, probe and contextual in
-files of that name, what all share in problems.py.
-A step is a line: it ends with the token that holds its newline, and blank lines open the next step. So a boundary is known
-when that token is drawn and no later text moves it; a search may cut there. Left out: sentences as steps (the full stop of
-"3." is known for one only after the next token), and stop strings.
+    python train_sft.py --task jsonl --data questions.jsonl --model DIR
 """
 
 import json
@@ -16,13 +10,9 @@ import re
 from pathlib import Path
 
 from tasks.answers import MAX_ANSWER, answers_equal, canonical, extract_answer, last_number, parse_number
-from infra.cli import TASKS, UserError
-from tasks.base import Problem, Task, split_of
-from tasks.puzzles import Countdown, Planted, countdown_moves, kmp_next
+from infra.cli import UserError
+from tasks.base import Problem, Task, split_of, task_seed
 from tasks.symbolic import symbolically_equal
-
-__all__ = ["Countdown", "Gsm8k", "Jsonl", "Math", "Planted", "Problem", "Task", "answers_equal", "countdown_moves",
-           "extract_answer", "get_task", "kmp_next", "line_ends", "split_of"]
 
 # ----------------------------------------------------------------------------------------------------
 # Files -> rows
@@ -152,24 +142,6 @@ def load_problems(files, make):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Steps
-
-
-def line_ends(tokens, prompt_len, length, tokenizer):
-    """Exclusive ends of the lines, in token positions; the last is length, with what blank rest or EOS there is."""
-    raw = [b"" if t in tokenizer.eos_ids else tokenizer.token_bytes(t) for t in tokens[prompt_len:length]]
-    ends, line = [], b""
-    for end, piece in enumerate(raw, prompt_len + 1):
-        line += piece
-        if b"\n" in piece and b"\n" in line.lstrip():  # a newline after some text: blank lines open the next step
-            ends.append(end)
-            line = b""
-    if ends and not line.strip():
-        ends.pop()
-    return ends + [length] * (length > prompt_len)
-
-
-# ----------------------------------------------------------------------------------------------------
 # Tasks
 
 
@@ -180,12 +152,30 @@ class Jsonl(Task):
     where only the answer is known it is "The answer is 7.". No solver, and no demonstrator with a strength.
     """
 
-    name, strengths, max_new_tokens = "jsonl", None, 512
-    ends_with_eos, random_demonstrations = True, False
+    name = "jsonl"
+    max_new_tokens = 512
+    has_final_answer = True
+    needs_model = True
+    # There is no scripted teacher: the prover is Best-of-4 of the base policy (the paper's best K).
+    stages = dict(
+        sft=dict(steps=24, batch_size=16, learning_rate=1e-4, warmup_steps=3, num_examples=384, eval_problems=64,
+                 micro_batch_size=8, save_steps=12, logging_steps=1),
+        verifier=dict(num_problems=64, n_cov=2, cuts=2, n_mc=2, epochs=1, batch_size=32, learning_rate=5e-5, prover_k=4,
+                      slots=128, eval_problems=24, eval_mc=8, shard_problems=16, save_steps=4),
+        rl=dict(num_prompts=8, num_generations=8, steps=10, learning_rate=5e-6, temperature=0.5, micro_batch_size=16,
+                eval_steps=5, eval_problems=64, slots=128, save_steps=1),
+        long=5,
+    )
     ask = '\nWork step by step, one step a line. Your last sentence is "The answer is", then the answer alone.'
     shot = "Question: {}\nAnswer:\n"
 
-    def __init__(self, data, question_field="", answer_field="", seed=0, template="auto", shots=0):
+    @classmethod
+    def from_config(cls, cfg, **options):
+        flags = dict(data=cfg.data, question_field=cfg.question_field, answer_field=cfg.answer_field,
+                     seed=task_seed(cfg), template=cfg.template, shots=cfg.shots)
+        return cls(**(flags | options))
+
+    def __init__(self, data=(), question_field="", answer_field="", seed=0, template="auto", shots=0):
         if template not in ("auto", "chat", "plain", "fewshot") or (template == "chat" and shots):
             raise UserError("--template is auto, chat, plain or fewshot; worked examples (--shots) need plain text")
         if not data:
@@ -233,8 +223,8 @@ class Jsonl(Task):
         found = self.answer(problem, completion) or last_number(self.own_text(completion))
         return float(symbolically_equal(found, problem.answer))
 
-    def step_ends(self, tokens, prompt_len, length, tokenizer):
-        return line_ends(tokens, prompt_len, length, tokenizer)
+    def final_answer(self, problem, completion):
+        return self.answer(problem, completion)
 
     def stop_ids(self, tokenizer):
         """Tokens that end a completion: EOS, and after worked examples the blank line that parts them or the word ("Question")
@@ -261,7 +251,8 @@ class Gsm8k(Jsonl):
 
     The official test file stays the test split; val is the tenth of the training file that the hash gives it."""
 
-    name, max_new_tokens = "gsm8k", 400
+    name = "gsm8k"
+    max_new_tokens = 400
 
     def to_problem(self, row, where, question_field, answer_field):
         problem = to_problem(row, where, question_field, answer_field or "answer")
@@ -274,7 +265,8 @@ class Math(Jsonl):
     r"""Competition problems (arXiv 2103.03874): {"problem", "solution"} with \boxed{answer} in the solution; an "answer" beside
     it (MATH-500) is used as it stands."""
 
-    name, max_new_tokens = "math", 1024
+    name = "math"
+    max_new_tokens = 1024
     ask = "\nWork step by step, a step a line. Put the final answer within \\boxed{}."
     shot = "Problem: {}\nSolution:\n"
 
@@ -288,40 +280,3 @@ class Math(Jsonl):
         solution = problem.data[0]
         last = f"The answer is $\\boxed{{{problem.answer}}}$."
         return next((t for t in (solution, f"{solution}\n{last}".strip()) if self.grade(problem, t)), last)
-
-
-FILES = dict(gsm8k=Gsm8k, math=Math, jsonl=Jsonl)
-
-
-def get_task(name, seed=0, data=(), question_field="", answer_field="", **options):
-    """Task by name; options go to its class. A script's config may stand in for the name, seed and fields."""
-    if not isinstance(name, str):
-        cfg, name = name, name.task
-        seed, data, question_field, answer_field = cfg.seed, cfg.data, cfg.question_field, cfg.answer_field
-        if name == "planted" and hasattr(cfg, "planted_prompts"):
-            options = dict(prompts=cfg.planted_prompts, planted=cfg.planted_length) | options
-        if name in FILES:
-            options = {k: getattr(cfg, k) for k in ("template", "shots") if hasattr(cfg, k)} | options
-    if name in FILES:
-        return FILES[name](data, question_field, answer_field, seed, **options)
-    if name == "planted":
-        return Planted(seed, **options)
-    if name == "countdown":
-        return Countdown(**options)
-    if name in ("chain", "stargraph"):
-        from tasks import didactic
-
-        return didactic.Chain(seed, **options) if name == "chain" else didactic.StarGraph(seed, **options)
-    if name == "contextual":
-        from tasks.contextual import Contextual
-
-        return Contextual(seed, **options)
-    if name == "worded":
-        from tasks.worded import Worded
-
-        return Worded(**options)
-    if name == "probe":
-        from tasks.probe import Probe
-
-        return Probe(**options)
-    raise UserError(f"task {name!r} is unknown; use {', '.join(TASKS[:-1])} or {TASKS[-1]}")

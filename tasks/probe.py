@@ -21,7 +21,7 @@ import functools
 import random
 import re
 
-from tasks.files import Problem, Task, split_of
+from tasks.base import Problem, Task, split_of
 
 CANDIDATES = "ABCDEF"
 FUNCTION = (3, 8, 0, 6, 7, 1, 9, 4, 5, 2)
@@ -34,8 +34,15 @@ class Probe(Task):
     """See above. Reward 1 iff the completion is episodes, one "!" and the right letter."""
 
     strengths = dict(base=0.4, prover=0.8, strong=1.0)
-    ends_with_eos, random_demonstrations = True, True
-    termination, answer_tokens = "!", 2  # MRT: what closes the thinking, and how long an answer is (letter, EOS)
+    random_demonstrations = True
+    termination = "!"
+    answer_tokens = 2  # letter, EOS
+    stages = dict(  # for --reward mrt, which needs no verifier
+        sft=dict(steps=600, batch_size=64, num_examples=20000, learning_rate=4e-3),
+        verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
+        rl=dict(num_prompts=16, num_generations=4, steps=40),
+        long=5,
+    )
 
     def __init__(self, episodes=20):
         self.episodes = episodes
@@ -94,6 +101,10 @@ class Probe(Task):
         closing = {tokenizer.encode(c)[0] for c in "yn,"}
         ends = [t + 1 for t in range(prompt_len, length) if tokens[t] in closing]
         return ends if ends and ends[-1] == length else ends + [length] * (length > prompt_len)
+
+    def credit_ends(self, tokens, prompt_len, length, tokenizer):
+        """EOS right after an episode gives up without an answer: a decision, and a step."""
+        return self.step_ends(tokens, prompt_len, length, tokenizer)
 
     def first_illegal_step(self, problem, completion):
         """The first episode that is no filler and no test done right; what comes after "!" is none."""

@@ -21,7 +21,7 @@ import functools
 import random
 import re
 
-from tasks.files import Problem, Task, split_of
+from tasks.base import Problem, Task, split_of
 
 OPS, SHARE = "+-*", (5, 3, 1)
 WORDING = "abcdefgh"
@@ -35,7 +35,8 @@ def compute(a, op, b):
 class Worded(Task):
     """See above. Reward 1 iff the last line is an operation whose result is the answer."""
 
-    strengths, ends_with_eos, random_demonstrations = None, True, False
+    # There is no scripted teacher: the prover is Best-of-4 of the base policy.
+    stages = Task.stages | dict(verifier=Task.stages["verifier"] | dict(prover_k=4))
 
     def __init__(self, pool=20_000, longest=4):
         self.pool, self.longest = pool, longest
@@ -85,9 +86,3 @@ class Worded(Task):
         lines = completion.rstrip("\n").rsplit("\n", 1)
         match = LINE.fullmatch(lines[-1])
         return float(match is not None and match[1] == problem.answer)
-
-    def step_ends(self, tokens, prompt_len, length, tokenizer):
-        ends = [t + 1 for t in range(prompt_len, length) if b"\n" in tokenizer.token_bytes(tokens[t])]
-        if ends and all(t in tokenizer.eos_ids for t in tokens[ends[-1] : length]):
-            return [*ends[:-1], length]  # EOS alone after a newline belongs to the last step
-        return ends + [length] * (length > prompt_len)

@@ -18,7 +18,7 @@ from infra import cli
 from infra import runs as common
 from model import save_model
 from pav import Verifier, save_verifier
-from tasks.files import get_task
+from tasks import get_task
 from open_weights.tokenizer import alphabet_tokenizer
 
 ROOT = Path(__file__).parent.parent

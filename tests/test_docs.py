@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import files as tasks
+import tasks
 from papers import train_dpo
 import train_rl
 import train_sft

@@ -15,7 +15,8 @@ from papers import train_dpo
 import train_sft
 from infra.cli import UserError
 from infra.runs import read_metrics
-from tasks.didactic import Chain, StarGraph
+from tasks.chain import Chain
+from tasks.stargraph import StarGraph
 from model import load_model, save_model
 from papers.rft import Solutions, count, keep_correct, sample_solutions
 from papers.train_dpo import (

@@ -11,7 +11,7 @@ from report import evaluate
 from infra.cli import UserError
 from report.evaluate import interval, summarize, vote
 from sample import Config, main
-from tasks.files import get_task
+from tasks import get_task
 from open_weights.tokenizer import alphabet_tokenizer
 
 
@@ -104,7 +104,7 @@ def test_data_is_checked_before_the_weights_are_read(tmp_path):
 
 def test_summary_counts_what_it_says(tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(dict(question=f"q{i}", answer=f"#### {i}")) + "\n" for i in range(2)))
-    task = get_task("gsm8k", 0, [str(tmp_path / "test.jsonl")])
+    task = get_task("gsm8k", data=[str(tmp_path / "test.jsonl")])
     problems = sorted(task.problems("test"), key=lambda p: p.key)
     texts = ["#### 0", "#### 0 or", "it is 0", "#### 5", "#### 5", "it is 1"]
     rows = [evaluate.row_of(task, problems[i // 3], i, 3, t, 4, "length" if i == 0 else "stop") for i, t in enumerate(texts)]

@@ -19,7 +19,8 @@ from infra.cli import UserError  # noqa: E402
 from open_weights.families import Config  # noqa: E402
 from model import load_model, save_model  # noqa: E402
 from search import majority  # noqa: E402
-from tasks.files import get_task, read_rows  # noqa: E402
+from tasks import get_task  # noqa: E402
+from tasks.files import read_rows  # noqa: E402
 from open_weights.tokenizer import alphabet_tokenizer, load_tokenizer  # noqa: E402
 
 LIMIT = 1.0  # seconds of processor time for one verdict

@@ -9,7 +9,7 @@ import torch
 from toy import make_rollouts, tiny_model
 
 from papers import mrt
-from tasks import files as tasks
+import tasks
 import train_rl
 from infra.cli import UserError
 from labels import boundaries
@@ -31,7 +31,7 @@ from papers.mrt import (
     split_episodes,
 )
 from tasks.probe import CANDIDATES, FUNCTION, TEST, Probe
-from tasks.files import split_of
+from tasks.base import split_of
 
 PROBE = Probe()
 TOKENS = PROBE.tokenizer()

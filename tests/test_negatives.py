@@ -12,7 +12,7 @@ import negatives  # noqa: E402
 
 from model import pad_right  # noqa: E402
 from papers.rft import write_shard  # noqa: E402
-from tasks.files import get_task  # noqa: E402
+from tasks import get_task  # noqa: E402
 
 
 def test_worth_is_read_off_the_curve_of_sft():

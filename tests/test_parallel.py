@@ -16,7 +16,7 @@ from infra import parallel
 from infra.runs import read_metrics
 from model import save_model
 from pav import Verifier, dealt, save_verifier
-from tasks.files import get_task
+from tasks import get_task
 
 ROOT = Path(__file__).parent.parent
 RL = ["train_rl.py", "--reward", "pav", "--num-prompts", "4", "--num-generations", "4", "--steps", "4", "--save-steps", "2",

@@ -1,12 +1,16 @@
 """The plan of a comparison: all arms get the same settings, typed flags win, stages come before what needs them."""
 
+import importlib
 import json
 import time
+from pathlib import Path
 
 import pytest
 
 import pipeline
+from infra import cli
 from infra.cli import UserError
+from tasks import TASKS, task_class
 from train_rl import Config
 
 ARMS = ["outcome", "outcome-long", "constant", "base-prover", "strong-prover"]
@@ -22,7 +26,7 @@ def test_arms_differ_in_their_reward_and_in_nothing_else():
     mine = {"--reward", "--verifier", "--run-dir", "--constant-value"}
     rest = {a: [f for f in jobs[f"seed0/rl_{a}"][1] if f.split("=")[0] not in mine] for a in ["pav", *ARMS]}
     steps = pipeline.flag_value(rest["pav"], "steps")
-    assert pipeline.flag_value(rest["outcome-long"], "steps") == str(int(steps) * pipeline.LONG)
+    assert pipeline.flag_value(rest["outcome-long"], "steps") == str(int(steps) * task_class("planted").stages["long"])
     rest["outcome-long"] = [f"--steps={steps}" if f.startswith("--steps=") else f for f in rest["outcome-long"]]
     assert all(sorted(r) == sorted(rest["pav"]) for r in rest.values())
     verifier = {a: pipeline.flag_value(jobs[f"seed0/rl_{a}"][1], "verifier").split("/")[-1] for a in ["pav", *ARMS]}
@@ -44,7 +48,7 @@ def test_stages_stand_before_what_needs_them_and_seeds_do_not_mix():
 
 def test_typed_flags_win_over_the_table():
     argv = lambda **more: jobs_of(task="countdown", **more)["seed0/rl_outcome"][1]  # noqa: E731
-    table = pipeline.STAGES["countdown"]["rl"]
+    table = task_class("countdown").stages["rl"]
     assert f"--num-prompts={table['num_prompts']}" in argv() and "--gate=legal" in argv()
     typed = argv(num_prompts=5, learning_rate=0.5, given=["num_prompts", "learning_rate"])
     assert "--num-prompts=5" in typed and "--learning-rate=0.5" in typed and "--gate=legal" in typed
@@ -60,8 +64,21 @@ def test_given_policies_and_verifiers_are_not_built():
     assert jobs["seed0/rl_pav"][0] == [] and "--policy=P" in jobs["seed0/rl_pav"][1] and "--verifier=V" in jobs["seed0/rl_pav"][1]
 
 
-@pytest.mark.parametrize("options, word", [(dict(task="chain"), "no settings"),
-                                           (dict(task="jsonl", arms=["strong-prover"]), "leave the arm strong-prover out")])
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_can_be_planned(name):
+    """Its settings stand beside it or are the contract's: no third place to enter a new task."""
+    model = dict(model="M") if task_class(name).needs_model else {}
+    jobs = jobs_of(task=name, **model)
+    scripted = task_class(name).strengths is not None
+    assert {j.split("/")[1] for j in jobs} == {"sft", "verifier", "rl_pav", "rl_outcome"} | ({"prover"} if scripted else set())
+    for _, argv in jobs.values():
+        module = importlib.import_module(Path(argv[0]).stem)
+        cli.parse(module.Config, argv[1:])  # every setting is a flag of its script
+    assert scripted or pipeline.flag_value(jobs["seed0/verifier"][1], "prover-k") == "4"
+
+
+@pytest.mark.parametrize("options, word", [(dict(task="jsonl"), "give --model NAME, or --policy DIR"),
+                                           (dict(task="jsonl", model="M", arms=["strong-prover"]), "leave the arm strong-prover out")])
 def test_what_cannot_be_planned_is_said(options, word):
     with pytest.raises(UserError, match=word):
         jobs_of(**options)

@@ -16,7 +16,8 @@ import planted_exact as exact  # noqa: E402
 import provers  # noqa: E402
 from provers_report import verdict  # noqa: E402
 
-from tasks.puzzles import Countdown, Planted, planted_values  # noqa: E402
+from tasks.countdown import Countdown  # noqa: E402
+from tasks.planted import Planted, planted_values  # noqa: E402
 
 LETTERS, LENGTH = "abc", 5
 

@@ -12,7 +12,8 @@ from infra.cli import UserError
 from model import save_model
 from pav import Verifier, save_verifier
 from search import beam, best_of_n, effective_score, learned_values, majority, parents, select
-from tasks.files import get_task, line_ends
+from tasks import get_task
+from tasks.base import line_ends
 from open_weights.tokenizer import alphabet_tokenizer
 
 OPTIONS = dict(n=6, limit=6, seed=3, temperature=1.0)

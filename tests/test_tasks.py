@@ -7,17 +7,13 @@ from statistics import fmean
 
 import pytest
 
+import train_sft
 from infra.cli import UserError
-from tasks.files import (
-    Countdown,
-    Jsonl,
-    Planted,
-    countdown_moves,
-    get_task,
-    kmp_next,
-    line_ends,
-    split_of,
-)
+from tasks import get_task
+from tasks.base import line_ends, split_of
+from tasks.countdown import Countdown, countdown_moves
+from tasks.files import Jsonl
+from tasks.planted import Planted, kmp_next
 from open_weights.tokenizer import alphabet_tokenizer
 
 PLANTED, COUNTDOWN = Planted(0, planted=5), Countdown()
@@ -163,7 +159,10 @@ def test_countdown_tokens_and_step_ends():
     assert tok.decode(prompt) == p.prompt and tok.decode(ids) == done
     assert len(ids) + 1 == COUNTDOWN.max_new_tokens == 15
     ends = lambda t: COUNTDOWN.step_ends(prompt + t, n, n + len(t), tok)  # noqa: E731
-    assert ends(ids + eos) == [n + 8, n + 15] and ends(ids) == [n + 8, n + 14]
+    assert ends(ids + eos) == [n + 8, n + 14, n + 15] and ends(ids) == [n + 8, n + 14]
+    credit = lambda t: COUNTDOWN.credit_ends(prompt + t, n, n + len(t), tok)  # noqa: E731
+    assert credit(ids + eos) == [n + 8, n + 15] and credit(ids) == ends(ids)
+    assert credit(eos) == [n + 1] and credit(ids[:10] + eos) == [n + 8, n + 11]
     assert ends([]) == [] and ends(eos) == [n + 1] and ends(ids[:10]) == [n + 8, n + 10]
 
 
@@ -212,14 +211,14 @@ class Pieces:
 @pytest.mark.parametrize(
     "pieces, eos, ends",
     [
-        (["a", "\n", "b", "\n"], True, [2, 5]),
+        (["a", "\n", "b", "\n"], True, [2, 4, 5]),
         (["a", "\n", "b"], False, [2, 3]),
-        (["a", "\n\n", "b", "\n", "\n"], True, [2, 6]),
+        (["a", "\n\n", "b", "\n", "\n"], True, [2, 4, 6]),
         (["a", "\n", "\n", "b"], False, [2, 4]),  # the blank line opens the next step
         (["\n", "a", "\n", "b"], False, [3, 4]),
         (["\n a", "b", "\n", "c"], False, [3, 4]),
-        (["x", ".\n", "y", " is 3.5.", "\n"], True, [2, 6]),
-        (["a\nb"], True, [2]),
+        (["x", ".\n", "y", " is 3.5.", "\n"], True, [2, 5, 6]),
+        (["a\nb"], True, [1, 2]),
         (["a\nb", "c\n"], False, [1, 2]),
         (["One.", " Two!", " Three"], False, [3]),
         ([" ", "\n"], True, [3]),
@@ -242,11 +241,11 @@ def test_a_step_end_never_moves_while_the_text_grows():
         for n in range(1, len(pieces) + 1):
             ends = line_ends(list(range(n)), 0, n, Pieces(*pieces))
             assert ends == sorted(set(ends)) and ends[-1] == n
-            assert set(cuts) >= set(ends[:-1]), pieces  # nothing is found later, looking back
+            assert set(cuts) | {n} >= set(ends), pieces  # nothing is found later, looking back
             since = "".join(pieces[max([0, *cuts]) : n])
             if "\n" in pieces[n - 1] and "\n" in since.lstrip():
                 cuts.append(n)
-            assert all(c in ends or not "".join(pieces[c:n]).strip() for c in cuts), pieces
+            assert set(cuts) <= set(ends), pieces
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -267,7 +266,7 @@ def write(folder, rows, name="d.jsonl"):
 
 
 def test_jsonl_problems_demonstrations_grades(tmp_path):
-    task = get_task("jsonl", 0, [write(tmp_path, ROWS + ROWS[:5])])
+    task = get_task("jsonl", data=[write(tmp_path, ROWS + ROWS[:5])])
     every = [p for s in ("train", "val", "test") for p in task.problems(s)]
     assert len(every) == 60 and all(
         split_of(p.key) == s for s in ("train", "val", "test") for p in task.problems(s)
@@ -367,12 +366,10 @@ def test_jsonl_prompts(tmp_path):
 
 
 def test_get_task_takes_a_config_as_well():
-    class Config:
-        task, seed, data, question_field, answer_field = "planted", 3, [], "", ""
-
-    assert get_task(Config).all == get_task("planted", 3).all
-    Config.planted_prompts, Config.planted_length = 6, 4
-    assert [len(p.answer) for p in get_task(Config).all] == [4] * 6
+    cfg = train_sft.Config(task="planted", seed=3)
+    assert get_task(cfg).all == get_task("planted", 3).all
+    cfg.planted_prompts, cfg.planted_length = 6, 4
+    assert [len(p.answer) for p in get_task(cfg).all] == [4] * 6
     assert isinstance(get_task("countdown"), Countdown)
 
 
@@ -389,7 +386,7 @@ def test_gsm8k_from_files_or_their_folder(tmp_path):
     write(tmp_path, gsm(2000), "train.jsonl")
     write(tmp_path, gsm(2050, 1990), "test.jsonl")
     write(tmp_path, ["not read"], "other.jsonl")
-    task = get_task("gsm8k", 0, [str(tmp_path)])
+    task = get_task("gsm8k", data=[str(tmp_path)])
     sizes = {s: len(task.problems(s)) for s in ("train", "val", "test")}
     assert sizes["test"] == 60 and sizes["train"] + sizes["val"] == 1990 and 150 < sizes["val"] < 250
     assert all(split_of(p.key) == "val" for p in task.problems("val"))
@@ -397,26 +394,26 @@ def test_gsm8k_from_files_or_their_folder(tmp_path):
     assert task.demonstration(p) == "2049 + 1 = 2050\n#### 2,050" and task.grade(p, task.demonstration(p)) == 1.0
     assert task.grade(p, "#### 2,050 apples") == 1.0 and task.grade(p, "so it is 2050") == 0.0
     assert task.grade_leniently(p, "so it is 2050") == 1.0 and task.answer(p, "so it is 2050") is None
-    files = get_task("gsm8k", 0, [str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")])
+    files = get_task("gsm8k", data=[str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")])
     assert files.by_split == task.by_split
-    only = get_task("gsm8k", 0, [write(tmp_path, gsm(300), "sums.jsonl")])  # no split in the name: by the hash
+    only = get_task("gsm8k", data=[write(tmp_path, gsm(300), "sums.jsonl")])  # no split in the name: by the hash
     assert all(split_of(p.key) == s for s in ("train", "val", "test") for p in only.problems(s))
 
 
 def test_worked_examples_come_from_train_only(tmp_path):
     write(tmp_path, gsm(80), "train.jsonl")
     write(tmp_path, gsm(90, 80), "test.jsonl")
-    task = get_task("gsm8k", 0, [str(tmp_path)], template="fewshot", shots=3)
+    task = get_task("gsm8k", data=[str(tmp_path)], template="fewshot", shots=3)
     train = {p.key for p in task.problems("train")}
     plain = alphabet_tokenizer(sorted(set("Whatis 0123456789+=?#QuestionAnswer:\n,")))
     for p in [*task.problems("test"), *task.problems("val"), *task.problems("train")]:
         text = plain.decode(task.prompt_tokens(p, plain))
         shown = {q.split("\n")[0] for q in text.split("Question: ")[1:-1]}
         assert shown <= train - {p.key} and len(shown) >= 2 and text.endswith(f"Question: {p.prompt}\nAnswer:\n")
-    assert get_task("gsm8k", 0, [str(tmp_path)], template="fewshot").shots == task.problems("train", 4, 0)
+    assert get_task("gsm8k", data=[str(tmp_path)], template="fewshot").shots == task.problems("train", 4, 0)
     blank = Pieces("a", "\n\n", "b\n\nc", "Question")
     blank.n_vocab = 5
-    assert task.stop_ids(blank) == [4, 1, 2, 3] and get_task("gsm8k", 0, [str(tmp_path)]).stop_ids(blank) == [4]
+    assert task.stop_ids(blank) == [4, 1, 2, 3] and get_task("gsm8k", data=[str(tmp_path)]).stop_ids(blank) == [4]
     assert task.grade(p, f"#### {p.answer}\n\nQuestion") == 1.0
     assert task.grade(p, f"#### {p.answer}\n\nQuestion: and?\nAnswer:\n#### 0") == 1.0
 
@@ -428,13 +425,13 @@ def test_math_folder_and_list(tmp_path):
             solution = f"So it is\n\n$x=\\boxed{{\\frac{{{i}}}{{2}}}}$."
             row = dict(problem=f"{split} {i}: solve $x={i}$.", level="Level 1", solution=solution)
             (tmp_path / "MATH" / split / "algebra" / f"{i}.json").write_text(json.dumps(row))
-    task = get_task("math", 0, [str(tmp_path / "MATH")])
+    task = get_task("math", data=[str(tmp_path / "MATH")])
     assert len(task.problems("test")) == 5 and len(task.problems("train")) + len(task.problems("val")) == 30
     p = task.problems("test")[0]
     assert task.grade(p, f"\\boxed{{{p.answer}}}") == 1.0 and task.demonstration(p) == p.data[0]
     rows = [dict(problem="a", answer="\\frac12", solution="s"), dict(problem="b", answer=7)]
     (tmp_path / "math500.json").write_text(json.dumps(rows))
-    task = get_task("math", 0, [str(tmp_path / "math500.json")])
+    task = get_task("math", data=[str(tmp_path / "math500.json")])
     assert [p.answer for p in sorted(task.problems("test"), key=lambda p: p.key)] == ["\\frac12", "7"]
     assert all(task.grade(p, task.demonstration(p)) for p in task.problems("test"))
 
@@ -450,7 +447,7 @@ def test_math_folder_and_list(tmp_path):
 ])
 def test_rows_of_another_kind_are_named(tmp_path, name, file, rows, message):
     with pytest.raises(UserError, match=message) as e:
-        get_task(name, 0, [write(tmp_path, rows, file)])
+        get_task(name, data=[write(tmp_path, rows, file)])
     assert "\n" not in str(e.value)
 
 
@@ -459,12 +456,12 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     for make, message in [
         (lambda: get_task("gsm8k"), "--task gsm8k needs --data"),
-        (lambda: get_task("gsm8k", 0, [str(tmp_path / "none.jsonl")]), "cannot read .*none.jsonl"),
-        (lambda: get_task("gsm8k", 0, [str(tmp_path / "empty")]), "no .jsonl or .json file named after a split"),
-        (lambda: get_task("gsm8k", 0, [train]).problems("test"), "split 'test' .*train.*add --data test=FILE"),
-        (lambda: get_task("gsm8k", 0, [test]).problems("train"), "split 'train' .*9 test.*add --data train=FILE"),
-        (lambda: get_task("gsm8k", 0, [test], template="fewshot"), "4 worked examples .*training split"),
-        (lambda: get_task("gsm8k", 0, [train, write(tmp_path, gsm(9), "more.jsonl")]), "write the split of .*more.jsonl"),
+        (lambda: get_task("gsm8k", data=[str(tmp_path / "none.jsonl")]), "cannot read .*none.jsonl"),
+        (lambda: get_task("gsm8k", data=[str(tmp_path / "empty")]), "no .jsonl or .json file named after a split"),
+        (lambda: get_task("gsm8k", data=[train]).problems("test"), "split 'test' .*train.*add --data test=FILE"),
+        (lambda: get_task("gsm8k", data=[test]).problems("train"), "split 'train' .*9 test.*add --data train=FILE"),
+        (lambda: get_task("gsm8k", data=[test], template="fewshot"), "4 worked examples .*training split"),
+        (lambda: get_task("gsm8k", data=[train, write(tmp_path, gsm(9), "more.jsonl")]), "write the split of .*more.jsonl"),
     ]:
         with pytest.raises(UserError, match=message):
             make()

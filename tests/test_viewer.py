@@ -16,7 +16,7 @@ from labels import boundaries
 from model import save_model
 from pav import Verifier, save_verifier
 from sample import Rollouts
-from tasks.files import get_task
+from tasks import get_task
 
 ROW = dict(prompt="A", steps=["ab", "c"], values=[0.25, 0.75, 0.5], reward=1.0, finish_reason="stop")
 HOSTILE = dict(prompt="<b>", steps=["</span><script>alert(1)</script>", "\x1b[2J\u202e\" onload='x'"], values=[0.1, 0.9, 0.0],

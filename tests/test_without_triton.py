@@ -9,7 +9,7 @@ from pathlib import Path
 from toy import tiny_model
 
 from model import save_model
-from tasks.files import get_task
+from tasks import get_task
 
 ROOT = Path(__file__).parent.parent
 HIDE = """

@@ -9,6 +9,7 @@ import torch
 from infra.runs import generator
 from model import Config, Transformer, init_weights
 from sample import Rollouts
+from tasks.base import Task
 from open_weights.tokenizer import alphabet_tokenizer
 
 EOS = 11  # ids 0..9 are the digits, 10 is "=", 11 ends a completion
@@ -21,7 +22,7 @@ class Problem:
     answer: str
 
 
-class ToyTask:
+class ToyTask(Task):
     """Prompt "37=", right if the completion contains a 7: the gold stands in the prompt, so that rewards computed
     with somebody else's gold are seen. A step is two tokens (the last may be one); "=" in it is illegal."""
 
@@ -53,11 +54,11 @@ class ToyTask:
     def step_ends(self, tokens, prompt_len, length, tokenizer):
         return sorted({*range(prompt_len + 2, length, 2), length})
 
+    def credit_ends(self, tokens, prompt_len, length, tokenizer):
+        return self.step_ends(tokens, prompt_len, length, tokenizer)
+
     def first_illegal_step(self, problem, completion):
         return completion.index("=") // 2 if "=" in completion else None
-
-    def exact_value(self, problem, prefix, strength):
-        return None
 
 
 def tiny_model(seed=0, tied=True, layers=2, heads=4, kv_heads=2, context=32, vocab=12):

@@ -1,16 +1,14 @@
-"""Two tasks made to show one thing each: what wrong solutions teach that right ones do not (train_dpo.py).
+"""The task chain: a chain of digit operations, made to show what wrong solutions teach that right ones do not.
 
     python train_sft.py --task chain --num-problems 256 --num-examples 256
-    python train_sft.py --task stargraph --num-problems 2000 --num-examples 2000
 
-Both are problems by the thousand that a model of width 64 learns to solve for *new* problems, in seconds.
+A model of width 64 learns in seconds to solve *new* problems; papers/train_dpo.py uses it.
 """
 
 import functools
 import random
 
-from infra.cli import UserError
-from tasks.files import Problem, Task, split_of
+from tasks.base import Problem, Task, split_of
 
 POOL = 24000  # problems made; eight tenths are for training
 
@@ -27,10 +25,10 @@ class Chain(Task):
     """
 
     strengths = dict(base=0.7, prover=0.9, strong=1.0)
-    ends_with_eos, random_demonstrations = True, True
+    random_demonstrations = True
     step_tokens = 1
 
-    def __init__(self, seed=0, operations=5):
+    def __init__(self, operations=5):
         self.operations, self.max_new_tokens = operations, operations + 1
         self.symbols = [o + b for o in "+-*<>" for b in "2357"]
 
@@ -75,10 +73,6 @@ class Chain(Task):
         digits = completion.split("=")[1:]
         return float(len(digits) == self.operations and digits[-1] == problem.answer)
 
-    def step_ends(self, tokens, prompt_len, length, tokenizer):
-        ends = list(range(prompt_len + 1, length + 1))
-        return ends[:-2] + ends[-1:] if len(ends) > 1 and tokens[length - 1] in tokenizer.eos_ids else ends
-
     def first_illegal_step(self, problem, completion):
         """The first step whose digit does not follow from the digit before it."""
         digit, ops = problem.data
@@ -88,52 +82,3 @@ class Chain(Task):
             if i >= len(written) or written[i] != str(digit):
                 return i
         return None
-
-
-class StarGraph(Task):
-    """Find the arm of a star that ends at the goal (Bachmann and Nagarajan 2024, arXiv 2403.06963).
-
-    Prompt: the shuffled edges of `degree` arms that leave one source, then source and goal; response: the `path`-1
-    nodes from the source's neighbour to the goal. After the first, *critical* one every node is the only successor of
-    the one before, a look-up that hides from imitation that the first needs looking ahead. A step is a token.
-    """
-
-    strengths = None
-    ends_with_eos, random_demonstrations = False, True
-    step_tokens = 1
-
-    def __init__(self, seed=0, degree=2, path=3, nodes=8):
-        if not (degree >= 2 and path >= 3 and degree * (path - 1) + 1 <= nodes <= 99):
-            raise UserError("stargraph needs degree >= 2, path >= 3 and degree * (path - 1) + 1 <= nodes <= 99")
-        self.degree, self.path, self.nodes, self.max_new_tokens = degree, path, nodes, path - 1
-
-    def tokenizer(self):
-        from open_weights.tokenizer import alphabet_tokenizer
-
-        return alphabet_tokenizer([f"{n:02d}" for n in range(self.nodes)] + ["|", "/", "="])
-
-    @property
-    def by_split(self):
-        return self._pool(self.degree, self.path, self.nodes)
-
-    @staticmethod
-    @functools.lru_cache(maxsize=4)
-    def _pool(degree, path, nodes):
-        out, rng = dict(train=[], val=[], test=[]), random.Random(f"stargraph/{degree}/{path}/{nodes}")
-        for _ in range(POOL):
-            source, *rest = (f"{n:02d}" for n in rng.sample(range(nodes), degree * (path - 1) + 1))
-            arms = [rest[i::degree] for i in range(degree)]
-            edges = [a + b for arm in arms for a, b in zip([source, *arm], arm)]
-            rng.shuffle(edges)
-            prompt = f"{'|'.join(edges)}/{source}{arms[0][-1]}="
-            out[split_of(prompt)].append(Problem(prompt, prompt, "".join(arms[0])))
-        return out
-
-    def demonstration(self, problem, strength=None, seed=0):
-        return problem.answer
-
-    def grade(self, problem, completion):
-        return float(completion == problem.answer)
-
-    def step_ends(self, tokens, prompt_len, length, tokenizer):
-        return list(range(prompt_len + 1, length + 1))

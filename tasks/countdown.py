@@ -1,104 +1,16 @@
-"""Two tasks made on the spot, each with an exact solver: a hidden sequence to find, and a number to reach.
+"""The task countdown: use all the numbers to reach the target, one operation a line; it asks for planning.
 
-    python train_sft.py --task planted                                # exploration
-    python train_sft.py --task countdown                              # planning
+    python train_sft.py --task countdown
 """
 
 import functools
 import itertools
 import random
-import string
 
 import numpy as np
 
 from infra.cli import UserError
 from tasks.base import Problem, Task, split_of
-
-# ----------------------------------------------------------------------------------------------------
-# Planted sub-sequence (2410.08146, section 3.3): each prompt hides a sequence that a response must contain
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def kmp_next(pattern, k, symbol):
-    """Length of the longest prefix of pattern that ends pattern[:k] + symbol; k < len(pattern)."""
-    tail = pattern[:k] + symbol
-    while not pattern.startswith(tail):
-        tail = tail[1:]
-    return len(tail)
-
-
-@functools.lru_cache(maxsize=256)
-def planted_values(pattern, letters, length, strength):
-    """Success of the gamma policy: table[letters left, 0..length][KMP state, 0..len(pattern)]."""
-    table = [[0.0] * len(pattern) + [1.0]]
-    for _ in range(length):
-        row = [sum((strength if c == y else 1.0) * table[-1][kmp_next(pattern, k, c)] for c in letters)
-               for k, y in enumerate(pattern)]
-        table.append([v / (strength + len(letters) - 1) for v in row] + [1.0])
-    return table
-
-
-class Planted(Task):
-    """Prompt "A" hides 6 of the letters a..n; reward 1 iff they occur in a row among the first 12 letters.
-
-    A response is 12 letters and is cut by max_new_tokens: no EOS is trained, as when to stop is not
-    what this teaches. A step is a token. The demonstrator of strength gamma gives the next hidden letter
-    gamma times the weight of each other letter. train, val and test are the same prompts, repeated to any n:
-    the task asks whether a policy finds what it was never shown, not whether it generalises.
-    """
-
-    strengths = dict(base=5.0, prover=16.0, strong=1000.0)
-    ends_with_eos, random_demonstrations = False, True
-    step_tokens = 1
-
-    def __init__(self, seed=0, prompts=4, letters=14, planted=6, length=12):
-        if not (1 <= prompts <= 26 and 1 <= planted <= letters <= 26 and planted <= length):
-            raise UserError("planted needs 1-26 prompts and planted <= letters <= 26 and planted <= length")
-        self.letters, self.max_new_tokens = string.ascii_lowercase[:letters], length
-        self.all = []
-        for name in string.ascii_uppercase[:prompts]:
-            hidden = random.Random(f"planted/{seed}/{name}").sample(self.letters, planted)
-            self.all.append(Problem(name, name, "".join(hidden)))
-        self.by_split = dict(train=self.all, val=self.all, test=self.all)
-
-    def tokenizer(self):
-        from open_weights.tokenizer import alphabet_tokenizer
-
-        return alphabet_tokenizer([p.prompt for p in self.all] + list(self.letters))
-
-    def problems(self, split, n=None, seed=0):
-        once = sorted(super().problems(split), key=lambda p: p.key)
-        return list(itertools.islice(itertools.cycle(once), len(once) if n is None else n))
-
-    def demonstration(self, problem, strength, seed):
-        rng, y, k, out = random.Random(f"{problem.key}/{seed}"), problem.answer, 0, []
-        for _ in range(self.max_new_tokens):
-            if k == len(y):  # found: the rest does not matter
-                out.append(rng.choice(self.letters))
-                continue
-            follow = rng.random() * (strength + len(self.letters) - 1) < strength
-            out.append(y[k] if follow else rng.choice(self.letters.replace(y[k], "")))
-            k = kmp_next(y, k, out[-1])
-        return "".join(out)
-
-    def grade(self, problem, completion):
-        return float(problem.answer in completion[: self.max_new_tokens])
-
-    def step_ends(self, tokens, prompt_len, length, tokenizer):
-        return list(range(prompt_len + 1, length + 1))
-
-    def exact_value(self, problem, prefix, strength):
-        k, prefix = 0, prefix[: self.max_new_tokens]
-        for c in prefix:
-            k = kmp_next(problem.answer, k, c)
-            if k == len(problem.answer):
-                return 1.0
-        table = planted_values(problem.answer, self.letters, self.max_new_tokens, float(strength))
-        return table[self.max_new_tokens - len(prefix)][k]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Countdown: use all the numbers to reach the target, one operation a line
 
 
 @functools.lru_cache(maxsize=1 << 17)
@@ -144,7 +56,13 @@ class Countdown(Task):
     """
 
     strengths = dict(base=0.3, prover=0.5, strong=1.0)
-    ends_with_eos, random_demonstrations = True, True
+    random_demonstrations = True
+    stages = dict(
+        sft=dict(steps=1200, num_examples=100000),
+        verifier=dict(num_problems=100000, n_cov=1, cuts=1, n_mc=1, epochs=6),  # 470 steps fit nothing, 4,700 do
+        rl=dict(num_prompts=64, gate="legal"),  # with 128 samples a step no arm moves
+        long=3,
+    )
 
     def __init__(self, numbers=3, largest=12, cap=30, ops="+-*"):
         if not (2 <= numbers <= 5 and 1 <= largest <= cap <= 99 and "-" in ops and set(ops) <= set("+-*")):
@@ -204,12 +122,6 @@ class Countdown(Task):
     def grade(self, problem, completion):
         state, _, rest = self._walk(problem, completion)
         return float(rest is None and state == (problem.data[1],))
-
-    def step_ends(self, tokens, prompt_len, length, tokenizer):
-        ends = [t + 1 for t in range(prompt_len, length) if b"\n" in tokenizer.token_bytes(tokens[t])]
-        if ends and all(t in tokenizer.eos_ids for t in tokens[ends[-1] : length]):
-            return [*ends[:-1], length]  # EOS alone after a newline belongs to the last step
-        return ends + [length] * (length > prompt_len)
 
     def exact_value(self, problem, prefix, strength):
         """Also within a line: the demonstrator's moves that begin like it, by their chances. Illegal: 0."""

@@ -1,0 +1,119 @@
+"""How good is a verifier on problems that it has not seen? Called by pav.py at its end.
+
+One policy solution a problem, one random step (h-1 -> h) in it, eval_mc fresh continuations of the prover from both
+prefixes. The correlation of the *advantage* matters for RL, which is paid by differences: a verifier can rank states well
+and steps badly.
+"""
+
+from functools import partial
+
+import torch
+
+from infra.seeds import derive
+from rollouts import continue_and_grade, grades, pass_at_k, step_ends
+from sample import generate
+from verifier import best_of_k_value, single_sample_value, step_values
+
+
+def auc(score, positive):
+    """Probability that a random positive scores above a random negative (ties count half); nan if one is empty.
+    score [N] float, positive [N] bool."""
+    order = score.argsort()
+    rank = torch.arange(1, len(score) + 1, dtype=torch.float64)
+    _, tie, count = score[order].unique_consecutive(return_inverse=True, return_counts=True)
+    mean_rank = torch.zeros(len(count), dtype=torch.float64).scatter_add_(0, tie, rank) / count
+    ranks = torch.empty_like(rank).scatter_(0, order, mean_rank[tie])
+    n1 = int(positive.sum())
+    n0 = int((~positive).sum())
+    if not n1 or not n0:
+        return float("nan")
+    return float((ranks[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+
+
+def correlation(a, b):
+    """Pearson's r of two [N] tensors; nan where one side is constant."""
+    a = a.double() - a.double().mean()
+    b = b.double() - b.double().mean()
+    norm = (a.norm() * b.norm()).item()
+    return float(a @ b) / norm if norm > 0 else float("nan")
+
+
+def reliability(prediction, outcome, bins=10):
+    """Rows (mean prediction, mean outcome, count) of equal-width bins: the diagonal is perfect calibration."""
+    which = (prediction * bins).long().clamp(max=bins - 1)
+    inside = [which == i for i in range(bins)]
+    return [(float(prediction[i].mean()), float(outcome[i].mean()), int(i.sum())) for i in inside if i.any()]
+
+
+def judged_steps(ends, seed):
+    """One random inner step of every solution that has one: [(row, h, ends without padding)]."""
+    steps = []
+    for i in range(len(ends)):
+        row = sorted(set(ends[i].tolist()))
+        if len(row) >= 3:
+            steps.append((i, 1 + derive(seed, "judge", i) % (len(row) - 2), row))
+    return steps
+
+
+def monte_carlo_value(right, k):
+    """right [...,n] float, grades of n continuations -> [...]: unbiased value under Best-of-k (eq. 30; pass@k)."""
+    if k == 1:
+        return right.mean(-1)
+    n = right.shape[-1]
+    counts = right.sum(-1)
+    values = [pass_at_k(n, int(c), k) for c in counts.flatten().tolist()]
+    return torch.tensor(values).view(counts.shape)
+
+
+def judge(verifier, base, prover, tokenizer, task, cfg):
+    """-> dict of numbers; cfg is pav.py's.
+
+    brier and auc: of single continuations, against the verifier's value of one sample; brier_constant: what the mean alone
+    would get; auc_outcome: of whole solutions; corr_value, corr_advantage: against eval_mc fresh continuations (noisy: an
+    upper bound below 1 even for the truth); corr_*_exact: against the solver's value of the scripted demonstrator.
+    """
+    problems = task.problems("val", cfg.eval_problems, cfg.seed)
+    problems = (problems * (1 + cfg.eval_problems // len(problems)))[: cfg.eval_problems]
+    limit = cfg.max_completion_length or task.max_new_tokens
+    options = dict(temperature=cfg.temperature, stop_ids=task.stop_ids(tokenizer), slots=cfg.slots)
+    prompts = [task.prompt_tokens(p, tokenizer) for p in problems]
+    seeds = generate(base, prompts, max_new_tokens=limit, seed=derive(cfg.seed, "judge"), **options)
+    ends = step_ends(task, seeds, tokenizer)
+    value = step_values(verifier, seeds.tokens, ends)  # (B, S+1)
+    auc_outcome = auc(value[:, -1], grades(task, problems, seeds, tokenizer) > 0.5)
+    steps = judged_steps(ends, cfg.seed)
+    if not steps:  # every solution is one step: only the end can be judged
+        names = ("brier", "brier_constant", "auc", "corr_value", "corr_advantage")
+        return dict.fromkeys(names, float("nan")) | dict(auc_outcome=auc_outcome, reliability=[], judged_steps=0)
+    starts = [(problems[i], seeds.tokens[i, :end].tolist(), row[0]) for i, h, row in steps for end in row[h - 1 : h + 1]]
+    complete = partial(generate, prover, **options)
+    seed = derive(cfg.seed, "judge continuations")
+    _, right, _ = continue_and_grade(complete, task, tokenizer, starts, cfg.eval_mc, limit, seed)
+    right = right.view(-1, 2, cfg.eval_mc)  # before and after the step
+    truth = monte_carlo_value(right, verifier.k)
+    guess = torch.stack([value[i, [h - 1, h]] for i, h, _ in steps])  # (n, 2)
+    single = single_sample_value(guess, verifier.k)[:, :, None].expand_as(right).reshape(-1)
+    quality = dict(
+        brier=float((single - right.reshape(-1)).square().mean()),
+        brier_constant=float(right.var(unbiased=False)),
+        auc=auc(single, right.reshape(-1) > 0.5),
+        auc_outcome=auc_outcome,
+        corr_value=correlation(guess[:, 1], truth[:, 1]),
+        corr_advantage=correlation(guess[:, 1] - guess[:, 0], truth[:, 1] - truth[:, 0]),
+        reliability=reliability(single, right.reshape(-1)),
+        judged_steps=len(steps),
+    )
+    exact = exact_values(task, tokenizer, starts, cfg.prover_strength)
+    if exact is not None:
+        exact = best_of_k_value(exact.view(-1, 2), verifier.k)
+        quality["corr_value_exact"] = correlation(guess[:, 1], exact[:, 1])
+        quality["corr_advantage_exact"] = correlation(guess[:, 1] - guess[:, 0], exact[:, 1] - exact[:, 0])
+    return quality
+
+
+def exact_values(task, tokenizer, starts, strength):
+    """[N] value of the demonstrator of that strength at each start (problem, tokens, prompt length), or None."""
+    if strength < 0:
+        return None
+    values = [task.exact_value(problem, tokenizer.decode(tokens[start:]), strength) for problem, tokens, start in starts]
+    return None if None in values else torch.tensor(values)

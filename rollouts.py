@@ -1,0 +1,177 @@
+"""Rollouts, the currency of this code base: completions as token ids, where their steps end, how they were graded.
+
+    rolled = generate(model, prompts, ...)                       # sample.py -> Rollouts
+    ends = step_ends(task, rolled, tokenizer)                    # [B,S+1]
+    outcome = grades(task, problems, rolled, tokenizer)          # [B]
+    rolled, outcome, spent = continue_and_grade(...)             # Monte-Carlo continuations of prefixes, graded
+
+Everything that trains, judges or searches is a function of these tensors. Token in, token out: text is decoded to be
+graded, and never encoded again.
+
+Legend: P prompts, G samples per prompt, B = P*G rows, T tokens, S steps.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from infra import parallel
+from infra.cli import UserError
+from infra.runs import with_progress_bar
+
+
+@dataclass
+class Rollouts:
+    """Completions as token ids, with everything a trainer needs to know about them.
+
+    tokens [B,T] int64: prompt, completion (its EOS included), then zeros; prompt_len [B], length [B]
+    int64 (length counts prompt and completion); logprob [B,T] float32, the sampler's, 0 outside the
+    completion; finish_reason: "stop" (a stop id was drawn) or "length"; seconds: time spent generating.
+    """
+
+    tokens: torch.Tensor
+    prompt_len: torch.Tensor
+    length: torch.Tensor
+    logprob: torch.Tensor
+    finish_reason: list
+    seconds: float = 0.0
+
+    def __len__(self):
+        return len(self.finish_reason)
+
+    def mask(self):
+        """[B,T] bool: True on completion tokens, EOS included."""
+        t = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (t >= self.prompt_len[:, None]) & (t < self.length[:, None])
+
+    def completion(self, b):
+        """Token ids of row b's completion."""
+        return self.tokens[b, self.prompt_len[b] : self.length[b]].tolist()
+
+    def completions(self):
+        """Token ids of every completion."""
+        rows = zip(self.tokens.tolist(), self.prompt_len.tolist(), self.length.tolist())
+        return [tokens[start:end] for tokens, start, end in rows]
+
+    def num_tokens(self):
+        """Tokens of all completions together."""
+        return int((self.length - self.prompt_len).sum())
+
+
+def take(rollouts, rows):
+    """Some rows (a list of indices) of Rollouts, as Rollouts."""
+    reasons = [rollouts.finish_reason[b] for b in rows]
+    return Rollouts(rollouts.tokens[rows], rollouts.prompt_len[rows], rollouts.length[rows],
+                    rollouts.logprob[rows], reasons, rollouts.seconds)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Steps and grades.
+
+
+def step_ends(task, rollouts, tokenizer, credit=False):
+    """Where the steps of every row end: [B,S+1] int64, exclusive token positions. Column 0 is the prompt's length; rows
+    are padded by repeating their last end (an empty step, whose progress is 0), so no mask is needed.
+
+    These are the places of labels, and where a search cuts. credit=True: for training, where an EOS alone belongs to
+    the step before it.
+    """
+    ends_of = task.credit_ends if credit else task.step_ends
+    rows = []
+    for b in range(len(rollouts)):
+        start = int(rollouts.prompt_len[b])
+        length = int(rollouts.length[b])
+        tokens = rollouts.tokens[b, :length].tolist()
+        rows.append([start, *ends_of(tokens, start, length, tokenizer)])
+    return pad_ends(rows)
+
+
+def pad_ends(rows):
+    """Lists of ends of different lengths -> [B,S+1] int64, padded by repeating the last."""
+    width = max(map(len, rows))
+    return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
+
+
+def distinct(ends):
+    """One row of step ends without its padding, as a list."""
+    return list(dict.fromkeys(ends.tolist()))
+
+
+def grades(task, problems, rollouts, tokenizer):
+    """[B] float: the task's grade of every row's completion; problems: one a row."""
+    texts = map(tokenizer.decode, rollouts.completions())
+    return torch.tensor([task.grade(problem, text) for problem, text in zip(problems, texts)])
+
+
+def continue_and_grade(complete, task, tokenizer, starts, n, limit, seed):
+    """n continuations of each prefix, graded as whole solutions: the Monte-Carlo estimate of V^mu.
+
+    complete(prompts, max_new_tokens=[...], seed=...) -> Rollouts: generate() with the prover mu and its options.
+    starts: P times (problem, prefix token ids, the prompt's length). limit: tokens of a completion, prefix included.
+    Returns Rollouts of P*n rows (prompt_len is the problem's, so prefix and continuation are one solution),
+    outcome [P,n] float, and the tokens sampled.
+    """
+    rows = [start for start in starts for _ in range(n)]
+    room = [limit - (len(prefix) - prompt_len) for _, prefix, prompt_len in rows]
+    rolled = complete([prefix for _, prefix, _ in rows], max_new_tokens=room, seed=seed)
+    spent = rolled.num_tokens()
+    rolled = dataclasses.replace(rolled, prompt_len=torch.tensor([start for *_, start in rows]))
+    outcome = grades(task, [problem for problem, *_ in rows], rolled, tokenizer)
+    return rolled, outcome.view(-1, n), spent
+
+
+def pass_at_k(num_samples, num_correct, k):
+    """Probability that k of num_samples, drawn without replacement, hold a correct one: 1 - C(n-c,k)/C(n,k)
+    (Chen et al. 2021, unbiased; k <= n). With step counts it is Q under the Best-of-k prover."""
+    n = num_samples
+    if not 1 <= k <= n:
+        raise UserError(f"pass@{k} needs 1 <= k <= {n} samples; take more samples or a smaller k")
+    if n - num_correct < k:
+        return 1.0
+    miss = 1.0
+    for i in range(k):
+        miss *= (n - num_correct - i) / (n - i)
+    return 1.0 - miss
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files of rollouts: a killed run does not sample twice.
+
+
+def shards(folder, name, problems, size, make, label):
+    """Dicts of tensors, one a shard of `size` problems; each is made once and then read from folder/name_00000.safetensors.
+
+    make(shard, its problems) -> {name: tensor}. A file appears by one rename; under torchrun rank 0 writes it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".tmp-*") if parallel.rank() == 0 else ():
+        leftover.unlink()
+    for shard in with_progress_bar(range(-(-len(problems) // size)), label):
+        path = folder / f"{name}_{shard:05d}.safetensors"
+        if not parallel.agreed(path.exists()):
+            tensors = make(shard, problems[shard * size : (shard + 1) * size])
+            if parallel.rank() == 0:
+                temporary = path.with_name(f".tmp-{path.name}")
+                save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+                temporary.replace(path)
+            parallel.barrier()
+        yield load_file(path)
+
+
+def widen(tensor, width, last=None):
+    """[N,w] -> [N,width]: padded with zeros on the right, or with the row's own last column (last="repeat")."""
+    missing = width - tensor.shape[1]
+    if last == "repeat":
+        return torch.cat([tensor, tensor[:, -1:].expand(len(tensor), missing)], 1)
+    return F.pad(tensor, (0, missing))
+
+
+def stack(parts, last=None):
+    """2-D tensors of different widths -> one; see widen."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([widen(part, width, last) for part in parts])
