@@ -1,62 +1,59 @@
 r"""Find the answer in a text and compare it with the right one, without evaluating anything.
 
-Two stages: extract_answer(text) -> str | None, answers_equal(prediction, gold) -> bool. Completions are hostile text:
-`9**9**9**9` is a string here, and every number is bounded before it is made. The comparison is strict on purpose: a
-reward that accepts too much is farmed, one that misses a few right answers only learns a little slower. So
-    numbers       exact fractions; a decimal equals a fraction to 1e-12 (0.333 is not 1/3); % and $ are dropped, 50% is 50
-    7 apples      one unit after a number is dropped; against another unit it stays; a number word (7 tenths) is none
-    (1,2] {1,2}   element by element; the order counts except in sets and unions; the kind of bracket counts
-    x + 1         as a formula (formula.py); but a number is asked for as a number: 2+2 is no answer where 4 is
+Two stages: extract_answer(text) -> str | None, answers_equal(prediction, gold) -> bool. Completions
+are hostile text. The comparison is strict on purpose: a reward that accepts too much is farmed, one
+that misses a few right answers only learns a little slower. So
+    numbers       exactly; a decimal equals a fraction to 1e-12; % and $ are dropped, 50% is 50
+    7 apples      one unit after a number is dropped, against another unit it stays; 7 tenths has none
+    (1,2] {1,2}   element by element; the order counts but for sets and unions; the brackets count
+    x + 1         as a formula (formula.py); but where 4 is asked for, 2+2 is no answer
     the rest      as text, after spellings of LaTeX are made one (canonical)
-Left out: +-, flipped inequalities, identities of functions, decimal commas. symbolic.py asks math-verify about those.
+Left out, and asked of math-verify (symbolic.py): +-, flipped inequalities, identities of functions.
 """
 
 import re
 import unicodedata
-from fractions import Fraction
+from decimal import Decimal
 from itertools import accumulate
 
 from tasks import formula
 
 MAX_ANSWER = 2000  # characters; beyond it nobody answers, somebody attacks
 MAX_PARTS = 50  # elements of a list; the rest stays in one piece
-MAX_NESTING = 50  # hand-written LaTeX stays below 10; recursion must end long before Python's own limit
+MAX_NESTING = 50  # hand-written LaTeX stays below 10
 TAIL = 100_000  # characters at the end of a text in which the answer is looked for
-RELATIVE_TOLERANCE = Fraction(1, 10**12)  # decimal against fraction: 0.333 is not 1/3
+TOLERANCE = Decimal(10) ** -12  # decimal against fraction, relative: 0.333 is not 1/3
 
-# ----------------------------------------------------------------------------------------------------
+
 # 1. Extraction
 
-_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.S)  # \{ is one token, and no brace
-_SENTENCE_GOES_ON = re.compile(r"\.(?:\s|$)|,? \(?(?:because|since|so|as|which|where|when|for)\b"
-                               r"|(?<=[0-9A-Za-z}$)%]), (?!(?:and|or) \W*[0-9])[a-z]{2,} ")
+_GOES_ON = re.compile(r"\.(?:\s|$)|,? \(?(?:because|since|so|as|which|where|when)\b|"
+                      r"(?<=[0-9A-Za-z}$)%]), (?!(?:and|or) \W*(?:[0-9]|[A-Za-z]\b|\\))[a-z]{2,} ")
 
 
 def without_thought(text):
-    """What follows the last closed thought; None where a thought is open at the end: it was cut off."""
+    """What follows the last closed thought; "" where a thought is open at the end: it was cut off."""
     after = text.rpartition("</think>")[2]
-    return None if "<think>" in after else after
+    return "" if "<think>" in after else after
 
 
 def _box(text):
-    r"""Content of the \boxed{...}, \fbox{...} or "\boxed 7" that text begins with; None if it is cut off, too long or deep."""
+    r"""What the \boxed{...}, \fbox{...} or "\boxed 7" at the beginning holds; None if it is cut off."""
     space, rest = re.match(r"\\[a-z]+( *)(.*)", text[: MAX_ANSWER + 9], re.S).groups()
     if not rest.startswith("{"):
         return re.match(r"[^\s$]*", rest)[0] if space else None
-    depth = at = 0
-    for token in _TOKEN.findall(rest):
-        depth += (token == "{") - (token == "}")
-        at += len(token)
-        if depth in (0, MAX_NESTING + 2):
-            return rest[1 : at - 1].strip() if depth == 0 else None
-    return None
+    tokens = re.findall(r"(?s)\\.|.", rest)  # \{ is no brace
+    depths = list(accumulate((t == "{") - (t == "}") for t in tokens))
+    end = depths.index(0) if 0 in depths else 0
+    return "".join(tokens[1:end]).strip() if max(depths[: end + 1]) <= MAX_NESTING + 1 else None
 
 
 def extract_answer(text):
-    r"""What the last mark in the text holds: a line "#### x", or \boxed{x} or \fbox{x}; without any of them the last
-    "answer is x". None if there is no mark, and also if nothing readable follows the last one: an earlier one does not
-    count. What stands in <think> is no answer, and a line "####" between a box and more text is a heading."""
-    text = (without_thought(text) or "")[-TAIL:]
+    r"""What the last mark in the text holds: a line "#### x", or \boxed{x} or \fbox{x}; without any of
+    them the last "answer is x". None if there is no mark, and also if nothing readable follows the
+    last one: an earlier one does not count. What stands in <think> is no answer, and a line "####"
+    between a box and more text is a heading."""
+    text = without_thought(text)[-TAIL:]
     box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     sentence = max(text.rfind("answer is"), text.rfind("Answer is"))
     line = max((m.start() for m in re.finditer(r"^[^\S\n]*####", text, re.M)), default=-1)
@@ -66,20 +63,17 @@ def extract_answer(text):
     elif box >= 0:
         answer = _box(text[box:])
     elif sentence >= 0:
-        answer = text[sentence + len("answer is") :][: MAX_ANSWER + 1].lstrip(" :*\n").split("\n")[0]
-        answer = _SENTENCE_GOES_ON.split(answer)[0].strip()
-    else:
-        return None
-    return answer if answer and len(answer) <= MAX_ANSWER else None
+        answer = text[sentence + 9 :][: MAX_ANSWER + 1].lstrip(" :*\n").split("\n")[0]
+        answer = _GOES_ON.split(answer)[0].strip()
+    return answer if answer and max(line, box, sentence) >= 0 and len(answer) <= MAX_ANSWER else None
 
 
 def last_number(text):
-    """The last number in the text, or None: a lenient second opinion for evaluation, never a reward."""
+    """The last number in the text, or None: a second opinion for evaluation, never a reward."""
     found = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-TAIL:])
     return found[-1].rstrip(",") if found else None
 
 
-# ----------------------------------------------------------------------------------------------------
 # 2. One spelling
 
 _SIGNS = str.maketrans(dict.fromkeys("−–‐‑‒﹣－", "-") | dict.fromkeys("\u00a0\u2009\u202f", " ") | {
@@ -89,11 +83,11 @@ _SIGNS = str.maketrans(dict.fromkeys("−–‐‑‒﹣－", "-") | dict.fromke
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
 _COMMANDS = {"\\" + c: new for new, old in {
     "\\frac": "dfrac tfrac cfrac", "\\binom": "dbinom tbinom", "\\le ": "leq leqslant", "<": "lt",
-    "\\ge ": "geq geqslant", ">": "gt", "\\ne ": "neq", "*": "times ast cdot", "/": "div", ":": "colon",
-    " degrees ": "degree", "\\emptyset ": "varnothing", "\\rightarrow ": "to", " or ": "lor vee",
+    "\\ge ": "geq geqslant", ">": "gt", "\\ne ": "neq", "*": "times ast cdot", "/": "div",
+    " degrees ": "degree", "\\emptyset ": "varnothing", "\\to ": "rightarrow", " or ": "lor vee",
     "⦃": "{ lbrace", "⦄": "} rbrace", "": "left right big Big bigl bigr Bigl Bigr mathbf mathbb "
-    "mathcal mathit mathsf boldsymbol bm underline boxed fbox displaystyle textstyle large Large bf rm",
-    " ": "quad qquad ! , ; : > $ % ( ) [ ]", "¶": "\\"}.items() for c in old.split()} | {"\\ ": " "}
+    "mathcal mathit mathsf boldsymbol bm underline boxed fbox displaystyle textstyle large Large",
+    ":": "colon", " ": "quad qquad ! , ; : > $ % ( ) [ ]", "¶": "\\"}.items() for c in old.split()}
 _UNITS = dict(m="meters", g="grams", s="seconds", h="hours", L="liters", N="newtons", V="volts")
 _ROMAN = r"\\(?:text(?:bf|it|rm|normal)?|mbox|hbox|mathrm|operatorname|emph) ?\{"
 _ONE = r"(\\[A-Za-z]+|[^\\{}\s(\[])"  # an argument without braces
@@ -106,15 +100,16 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in [  # in this order
     ("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}"),
     ("[₀-₉]+", lambda m: f"_{{{m[0].translate(_RAISED)}}}"),
     ("[α-ω]", lambda m: f"\\{unicodedata.name(m[0]).split()[-1].lower()} "),
-    (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"^\*\*|\*\*$|[⦃⦄¶]", ""),
-    (r"(?<!\\)sqrt ?([0-9]+)", r"\\sqrt{\1}"), (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1 "),
+    (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"^\*\*|\*\*$|[⦃⦄⦅⦆¶]", ""),
+    (r"(?<!\\)sqrt ?([0-9]+)", r"\\sqrt{\1}"),
+    (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1 "),  # plain pi
     (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{, ?\}|,\\! ?|\\[,!;: ]|[ ~])[0-9]{3})+(?![0-9])",
      lambda m: re.sub("[^0-9]", "", m[0])),  # signs that part thousands
     (rf"(?:(?:\\[,;: ]|[ ~]){_ROMAN}|{_ROMAN}(?:\\,|[ ~]))([mgshLNV])\}}",
      lambda m: f" {_UNITS[m[1]]} "),  # 5\,\mathrm{m}; without the distance it is a letter
     (r"(\\(?:right|left))\.|(\\\\)\[[^\]]*\]|\\(?:text)?color ?\{[^{}]*\}", r"\1\2"),
     (r"\\(begin|end)\{?([pbv]?matrix|array)\}?(?:\{[lcr| ]*\})?", r"⦅\1 \2⦆"),
-    (r"\\(?:[A-Za-z]+|.)", lambda m: _COMMANDS.get(m[0], m[0])), (r"[$%€£~]|\{\}|\\text\{\}", " "),
+    (r"\\(?:[A-Za-z]+|.)", lambda m: _COMMANDS.get(m[0], m[0])), (r"[$%€£~]|\\ |\{\}", " "),
     (rf"{_ROMAN}([^{{}}]*)\}}", lambda m: m[1] if len(m[1]) == 1 else
         f"\\{m[1]} " if m[1] in formula.FUNCTIONS else f" {m[1]} "),
     (r"\^ ?\{? ?(?:\\circ|degrees) ?\}?", " degrees "), (r"\^ ?\{? ?th ?\}?", ""),
@@ -125,7 +120,7 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in [  # in this order
     (r"(?<=[0-9]) ?\b([apAP])\.? ?[mM]\b\.?", lambda m: f" {m[1].lower()}m"),  # 9:05 p.m.
     (r"\s+", " "), (r",? (?:and|or) |, | ?; ?", ";"),  # 7, 125 is a list, 7,125 may be a number
     (r"(?<![\w}\])]) | (?!\w|\([A-Za-z]{2})", ""),
-    (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"), (r"(?<= )\\|(?:¶|[ .])+$", lambda m: m[0].strip(" .¶")),
+    (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"), (r"(?:¶|[ .])+$", ""),
     (r"(?<![^(\[;,])\+(?=\\infty)", ""), (r"^⦃⦄$", r"\\emptyset"),
     (r"(?<![\w)}\]!'])\(([0-9.]+)\)(?![\w(){}\[\]^!.])", r"\1"),  # (5)/(6)
 ]]
@@ -147,47 +142,35 @@ def canonical(answer):
     return None if max(_depths(answer), default=0) > MAX_NESTING else answer
 
 
-# ----------------------------------------------------------------------------------------------------
 # 3. Numbers and units
 
-_D = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?"
-_DECIMAL = re.compile(rf"([+-]?)({_D})(?:[eE]([+-]?[0-9]+)|"
-                      r"(?:(?<=[0-9.])[*x]|(?<![0-9.]))10\^\{([+-]?[0-9]+)\})?")
-_FRACTION = re.compile(rf"([+-]?)(?:([0-9]*) )?([+-]?{_D})/([+-]?{_D})")
-_LATEX_FRACTION = re.compile(r"([+-]?)([0-9]*)\\frac\{([^{}]*)\}\{([^{}]*)\}")
+_INTEGER = "(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)"
+_DECIMAL = rf"(?=\.?[0-9]){_INTEGER}?(?:\.[0-9]*)?"
+_NUMBER = re.compile(
+    rf"([+-]?)(?:({_DECIMAL})(?:[eE]([+-]?[0-9]+)|[*x]10\^\{{([+-]?[0-9]+)\}})?|10\^\{{([+-]?[0-9]+)\}}|"
+    rf"(?:([0-9]+) ?)?\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}|"
+    rf"(?:([0-9]+) )?([+-]?{_DECIMAL})/([+-]?{_DECIMAL}))")
 _WORD = (r"(?:(?=[A-Za-z]+[aeiou])[A-Za-z]{3,}|inch|[mckd]m|[mk]g|m[lL]|ft|in|mi|yd|hrs?|lbs?|oz|mph"
          r"|pct|cc|sq)(?:\^\{[23]\})?")
 _UNIT = re.compile(rf"(.*(?:[0-9)}}\]]|\\pi)) ?(\()?((?:{_WORD}|[mg](?=/s))(?: {_WORD}|/(?:{_WORD}|"
                    r"[hsmgL](?:\^\{[23]\})?)){0,3}(?:(?<=degrees) [CF])?)(?(2)\))", re.S)
-_TENS = "(?:thir|for|four|fif|six|seven|eigh|nine|twen)t(?:een|y|ie)"
 _NO_UNIT = re.compile(
-    r"(?i)\b(?:(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand"
-    rf"|\w*illion|lakh|crore|dozen|score|gross|half|halve|quarter|third|fifth|eighth|ninth|twelfth|{_TENS})"
-    r"(?:th)?s?|squared|cubed|factorial|over|plus|minus|times|divided|not|choose|mod|point|nor|versus"
-    r"|vs|if|out|but|except|root|base|prime|than)\b")
-
-
-def _exact(digits, exponent=""):
-    """ "1,234.5", "3" -> Fraction; None beyond the bounds or without a digit before the exponent."""
-    n = sum(c.isdigit() for c in digits)
-    if not 1 <= n <= formula.MAX_DIGITS or abs(int(exponent[:5] or 0)) > formula.MAX_EXPONENT:
-        return None
-    return Fraction(digits.replace(",", "").removesuffix(".")) * Fraction(10) ** int(exponent or 0)
+    r"(?i)\b(?:(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand|half"
+    r"|\w*illion|lakh|crore|dozen|score|gross|halve|quarter|third|fifth|eighth|ninth|twelfth|(?:thir|for"
+    r"|four|fif|six|seven|eigh|nine|twen)t(?:een|y|ie))(?:th)?s?|squared|cubed|factorial|over|plus|minus"
+    r"|times|divided|not|choose|mod|point|nor|versus|vs|if|out|but|except|root|base|prime|than)\b")
 
 
 def parse_number(text):
-    """Canonical answer -> (Fraction, is it written as a fraction), or None. [0-9] only, no eval."""
-    if match := _DECIMAL.fullmatch(text):
-        sign, digits, e, power = (g or "" for g in match.groups())
-        value = _exact(digits or "1" * bool(power), e or power)
-        return None if value is None else (-value if sign == "-" else value, False)
-    match = _LATEX_FRACTION.fullmatch(text)
-    match = _FRACTION.fullmatch("{}{} {}/{}".format(*match.groups()) if match else text)
-    sign, whole, top, bottom = (g or "" for g in match.groups()) if match else "    "
-    signs, parts = sign + top[:1] + bottom[:1], [_exact(p.strip("+-")) for p in (top, bottom)]
-    if None in parts or not parts[1] or (whole and not 0 < parts[0] < parts[1]):
+    """Canonical answer -> (Decimal, is it written as a fraction), or None: it is no plain number."""
+    if not (match := _NUMBER.fullmatch(text)):
         return None
-    return ((_exact(whole or "0") or 0) + parts[0] / parts[1]) * (-1) ** signs.count("-"), True
+    sign, digits, *powers, whole, top, bottom, first, over, under = (g or "" for g in match.groups())
+    text = f"{digits or 1}*10^{{{''.join(powers) or 0}}}"
+    if top or over:
+        text = f"{whole or first}\\frac{{{top or over}}}{{{bottom or under}}}"
+    number = formula.value(sign.strip("+") + text.replace(",", ""))
+    return None if number is None else (number, bool(top or over))
 
 
 def _without_unit(text):
@@ -198,7 +181,6 @@ def _without_unit(text):
     return match[1], " ".join(w.removesuffix("s") for w in match[3].lower().split())
 
 
-# ----------------------------------------------------------------------------------------------------
 # 4. Comparison
 
 _LETTER = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{\w+\})?'?"
@@ -217,12 +199,6 @@ def _split(text, separator):
     return [text[i:j].strip() for i, j in zip(starts, [*cuts[:MAX_PARTS], len(text)])]
 
 
-def _list(text):
-    """Elements of a list. Where ";" parts them (canonical), 1,234 is one of them."""
-    parts = _split(text, ";")
-    return [q for p in parts for q in ([p] if parts[1:] and parse_number(p) else _split(p, ","))]
-
-
 def _parts(text):
     """-> (kind, elements): "cup" of a union, "(]" of an interval, "," of a list, the shape of a
     matrix; "" of one thing, without the brackets around it."""
@@ -231,33 +207,32 @@ def _parts(text):
         return str([len(row) for row in rows]), [cell.strip() for row in rows for cell in row]
     if (union := _split(text, "\\cup"))[1:]:
         return "cup", union
+    kind, inner = ",", text
     if (match := _BRACKETS.fullmatch(text)) and min([0, *_depths(match[2])]) == 0:
-        kind, parts = match[1] + match[3], _list(match[2])
-        if kind == "⦃⦄" or (parts[1:] and kind != "{}"):
-            return kind, parts
-        return _parts(match[2]) if kind in ("()", "{}") else ("", [text])
-    parts = [text] if parse_number(text) else _list(text)
-    return "," if parts[1:] else "", parts
+        kind, inner = match[1] + match[3], match[2]
+    parts = _split(inner, ";")  # where ";" parts them (canonical), 1,234 is one of them
+    parts = [q for p in parts for q in ([p] if parts[1:] and parse_number(p) else _split(p, ","))]
+    if kind == "⦃⦄" or (parts[1:] and kind != "{}" and not (kind == "," and parse_number(text))):
+        return kind, parts
+    return _parts(inner) if kind in ("()", "{}") else ("", [text])
 
 
 def _all_equal(a, b, ordered, ask):
-    if len(a) != len(b) or ordered:
-        return len(a) == len(b) and all(_equal(x, y, ask, inner=True) for x, y in zip(a, b))
-    left = list(b)
+    left = list(b) if len(a) == len(b) else []
     for x in a:
-        match = [i for i, y in enumerate(left) if _equal(x, y, None, inner=True)][:1]
-        if not match:
+        choices = left[:1] if ordered else left
+        match = next((y for y in choices if _equal(x, y, ask if ordered else None, inner=True)), None)
+        if match is None:
             return False
-        del left[match[0]]
+        left.remove(match)
     return True
 
 
-def _same_equation(a, b):
-    """One is the other, or its negative, and neither holds whatever its letters are."""
-    x, y = ("({})-({})".format(*e.split("=")) for e in (a, b))
-    ends = formula.value(x, 1), formula.value(x, 100)
-    depends = None not in ends and abs(ends[0] - ends[1]) * 10**40 > 1
-    return depends and (formula.same(x, y) or formula.same(x, f"-({y})"))
+def _difference(equation):
+    """Left minus right side; "" if that does not depend on the letters: 3=3 says nothing."""
+    text = "({})-({})".format(*equation.split("=")) if equation.count("=") == 1 else ""
+    ends = formula.value(text, 1), formula.value(text, 100)
+    return text if None not in ends and abs(ends[0] - ends[1]) > TOLERANCE else ""
 
 
 def _equal(a, b, ask, inner=False):
@@ -267,23 +242,23 @@ def _equal(a, b, ask, inner=False):
     if kind_a and kind_b:
         ordered = inner or kind_a not in ("cup", "⦃⦄")
         return kind_a == kind_b and _all_equal(parts_a, parts_b, ordered, ask)
-    a, b = (p if kind else parts[0] for p, kind, parts in ((a, kind_a, parts_a), (b, kind_b, parts_b)))
+    a, b = a if kind_a else parts_a[0], b if kind_b else parts_b[0]
     number_a, number_b = parse_number(a), parse_number(b)
     if number_a and number_b:
-        tolerance = RELATIVE_TOLERANCE * abs(number_b[0]) if number_a[1] != number_b[1] else 0
+        tolerance = TOLERANCE * abs(number_b[0]) if number_a[1] != number_b[1] else 0
         return abs(number_a[0] - number_b[0]) <= tolerance
     if a == b:
         return a != ""
-    equations = a.count("="), b.count("=")
-    if equations == (1, 1) and _same_equation(a, b):
+    x, y = _difference(a), _difference(b)
+    if x and y and (formula.same(x, y) or formula.same(x, f"-({y})")):
         return True
-    (name_a, rest_a), (name_b, rest_b) = _NAME.fullmatch(a).groups(), _NAME.fullmatch(b).groups()
+    (name_a, rest_a), (name_b, rest_b) = _NAME.fullmatch(a).groups(""), _NAME.fullmatch(b).groups("")
     if name_a or name_b:
         other = name_a and name_b and name_a != name_b and "(" not in name_a + name_b
         return not other and _equal(rest_a, rest_b, ask, inner)
-    (plain_a, unit_a), (plain_b, unit_b) = _without_unit(a), _without_unit(b)
+    (rest_a, unit_a), (rest_b, unit_b) = _without_unit(a), _without_unit(b)
     if unit_a or unit_b:
-        return ("" in (unit_a, unit_b) or unit_a == unit_b) and _equal(plain_a, plain_b, ask, inner)
+        return ("" in (unit_a, unit_b) or unit_a == unit_b) and _equal(rest_a, rest_b, ask, inner)
     if number_a or number_b:
         return False
     if re.fullmatch(r"[A-Za-z ]*[A-Za-z][AEIOUaeiou][A-Za-z ]*", a):
@@ -292,7 +267,7 @@ def _equal(a, b, ask, inner=False):
     if sides_a[1:] and sides_a[1::2] == sides_b[1::2]:
         if _all_equal(sides_a[::2], sides_b[::2], True, None):
             return True
-    return formula.same(a, b) or bool(ask and max(equations) < 2 and ask(a, b))
+    return formula.same(a, b) or bool(ask and ("=" not in a + b or x and y) and ask(a, b))
 
 
 def answers_equal(prediction, gold, ask=None):
