@@ -27,7 +27,7 @@ TOLERANCE = Decimal(10) ** -12  # decimal against fraction, relative: 0.333 is n
 
 # 1. Extraction
 
-_GOES_ON = re.compile(r"\.(?:\s|$)|,? \(?(?:because|since|so|as|which|where|when)\b|"
+_GOES_ON = re.compile(r"\.(?:\s|$)|,? \(?(?:because|since|so|as|which|where|when|therefore|thus)\b|"
                       r"(?<=[0-9A-Za-z}$)%]), (?!(?:and|or) \W*(?:[0-9]|[A-Za-z]\b|\\))[a-z]{2,} ")
 
 
@@ -122,7 +122,7 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in [  # in this order
     (r"(?<![\w}\])]) | (?!\w|\([A-Za-z]{2})", ""),
     (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"), (r"(?:¶|[ .])+$", ""),
     (r"(?<![^(\[;,])\+(?=\\infty)", ""), (r"^⦃⦄$", r"\\emptyset"),
-    (r"(?<![\w)}\]!'])\(([0-9.]+)\)(?![\w(){}\[\]^!.])", r"\1"),  # (5)/(6)
+    (r"(?<![\w)}\]!'])\(([0-9.]+)\)(?![\w({\[^!.])", r"\1"),  # (5)/(6)
 ]]
 
 
@@ -147,12 +147,12 @@ def canonical(answer):
 _INTEGER = "(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?=\.?[0-9]){_INTEGER}?(?:\.[0-9]*)?"
 _NUMBER = re.compile(
-    rf"([+-]?)(?:({_DECIMAL})(?:[eE]([+-]?[0-9]+)|[*x]10\^\{{([+-]?[0-9]+)\}})?|10\^\{{([+-]?[0-9]+)\}}|"
+    rf"([+-]?)(?:({_DECIMAL})(?:[eE]([+-]?[0-9]+)| ?[*x] ?10\^\{{([+-]?[0-9]+)\}})?|10\^\{{([+-]?[0-9]+)\}}|"
     rf"(?:([0-9]+) ?)?\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}|"
     rf"(?:([0-9]+) )?([+-]?{_DECIMAL})/([+-]?{_DECIMAL}))")
-_WORD = (r"(?:(?=[A-Za-z]+[aeiou])[A-Za-z]{3,}|inch|[mckd]m|[mk]g|m[lL]|ft|in|mi|yd|hrs?|lbs?|oz|mph"
+_WORD = (r"(?:(?=[A-Za-z]+[aeiou])[A-Za-z]{3,}|inch|eggs?|[mckd]m|[mk]g|m[lL]|ft|in|mi|yd|hrs?|lbs?|oz|mph"
          r"|pct|cc|sq)(?:\^\{[23]\})?")
-_UNIT = re.compile(rf"(.*(?:[0-9)}}\]]|\\pi)) ?(\()?((?:{_WORD}|[mg](?=/s))(?: {_WORD}|/(?:{_WORD}|"
+_UNIT = re.compile(rf"((?:[^\\]|\\(?:frac|sqrt|pi))*(?:(?<=[0-9)}}\]])|(?<=\\pi))) ?(\()?((?:{_WORD}|[mg](?=/s))(?: {_WORD}|/(?:{_WORD}|"
                    r"[hsmgL](?:\^\{[23]\})?)){0,3}(?:(?<=degrees) [CF])?)(?(2)\))", re.S)
 _NO_UNIT = re.compile(
     r"(?i)\b(?:(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand|half"
@@ -238,6 +238,8 @@ def _difference(equation):
 def _equal(a, b, ask, inner=False):
     """Two canonical answers. ask: whom to ask about formulas that differ for all that is known here.
     inner: they stand in a list; sets within sets keep their order, or the cost would be a power."""
+    if a == b:
+        return a != ""
     (kind_a, parts_a), (kind_b, parts_b) = _parts(a), _parts(b)
     if kind_a and kind_b:
         ordered = inner or kind_a not in ("cup", "⦃⦄")

@@ -24,7 +24,7 @@ FUNCTIONS = set("sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arcta
 CLOSE = {"(": ")", "{": "}", "[": "]"}
 LEVEL = {"+": 0, "-": 0, "^": 2, ")": -1, "}": -1, "]": -1, ";": -1}  # the rest is a product: 1
 TOKEN = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_\{\w+\})?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[-+*/^(){}\[\]]")
-NO_PRODUCT = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3}|[A-Z]{2})|[fghFGHP](?:_\{\w*\})?\(")  # east, f(2)
+NO_PRODUCT = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3}|[A-Z]{2}|[fghFGHP](?:_\{\w*\})?\()")  # east, f(2)
 
 
 def _unknown(*name):
@@ -39,7 +39,7 @@ def _power(base, exponent):
     odd = ratio.denominator % 2 and abs(exponent * ratio.denominator - ratio.numerator) < AGREE
     if abs(exponent) > MAX_EXPONENT or (not base and exponent <= 0) or (base < 0 and not odd):
         raise ValueError
-    return abs(base) ** exponent * ((-1) ** ratio.numerator if base < 0 else 1)
+    return abs(base) ** exponent * (-1 if base < 0 and ratio.numerator % 2 else 1)
 
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "/": operator.truediv, "^": _power}
