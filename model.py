@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.cli import UserError
 from infra.seeds import generator
-from open_weights.families import Config
 from kernels import Linear, linear_logprob, linear_logprob_loss
-from open_weights.tokenizer import load_tokenizer
+from open_weights.families import Config
 from open_weights.files import load_weights, resolve, save_model, write_model
+from open_weights.tokenizer import load_tokenizer
 
 __all__ = ["Config", "KVCache", "Transformer", "init_weights", "load_model", "load_weights", "pad_right", "resolve",
            "save_model", "token_logprobs", "token_loss", "write_model"]

@@ -36,7 +36,7 @@ from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_prog
 from infra.seeds import derive, shuffled
 from model import load_model, load_weights
 from report.judge import judge
-from rollouts import continue_and_grade, distinct, grades, shards, stack, step_ends
+from rollouts import continue_and_grade, grades, shards, stack, step_ends
 from sample import generate
 from tasks import TaskFlags, get_task
 from verifier import Verifier, load_head, save_verifier

@@ -47,7 +47,8 @@ def with_flags(config):
 
 def fields_of(cfg, cls):
     """The settings of cfg that cls has too, as a dict."""
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)}
+    names = [f.name for f in dataclasses.fields(cls)]
+    return {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
 
 
 def typed(argv):

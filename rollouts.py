@@ -119,9 +119,9 @@ def continue_and_grade(complete, task, tokenizer, starts, n, limit, seed):
     room = [limit - (len(prefix) - prompt_len) for _, prefix, prompt_len in rows]
     rolled = complete([prefix for _, prefix, _ in rows], max_new_tokens=room, seed=seed)
     spent = rolled.num_tokens()
-    rolled = dataclasses.replace(rolled, prompt_len=torch.tensor([start for *_, start in rows]))
+    rolled = dataclasses.replace(rolled, prompt_len=torch.tensor([start for *_, start in rows], dtype=torch.int64))
     outcome = grades(task, [problem for problem, *_ in rows], rolled, tokenizer)
-    return rolled, outcome.view(-1, n), spent
+    return rolled, outcome.view(len(starts), n), spent
 
 
 def pass_at_k(num_samples, num_correct, k):
@@ -142,6 +142,15 @@ def pass_at_k(num_samples, num_correct, k):
 # Files of rollouts: a killed run does not sample twice.
 
 
+def write_tensors(path, tensors):
+    """One safetensors file by one rename; under torchrun rank 0's, for which the others wait."""
+    if parallel.rank() == 0:
+        temporary = path.with_name(f".tmp-{path.name}")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+        temporary.replace(path)
+    parallel.barrier()
+
+
 def shards(folder, name, problems, size, make, label):
     """Dicts of tensors, one a shard of `size` problems; each is made once and then read from folder/name_00000.safetensors.
 
@@ -154,12 +163,7 @@ def shards(folder, name, problems, size, make, label):
     for shard in with_progress_bar(range(-(-len(problems) // size)), label):
         path = folder / f"{name}_{shard:05d}.safetensors"
         if not parallel.agreed(path.exists()):
-            tensors = make(shard, problems[shard * size : (shard + 1) * size])
-            if parallel.rank() == 0:
-                temporary = path.with_name(f".tmp-{path.name}")
-                save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-                temporary.replace(path)
-            parallel.barrier()
+            write_tensors(path, make(shard, problems[shard * size : (shard + 1) * size]))
         yield load_file(path)
 
 

@@ -280,11 +280,8 @@ def answer_task(cfg, task, model, tokenizer, options):
     print_speed(rolled)
 
 
-MOVED = {"search": "python search.py --method ...", "eval": "python -m report.evaluate", "show": "python -m report.show"}
-
-
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__, moved=MOVED)
+    cfg = parse(Config, argv, __doc__)
     if cfg.smoke:
         cfg.task = cfg.task or "planted"
         cfg.num_problems = 16

@@ -5,10 +5,10 @@
         --num-problems 20000 --run-dir runs/p4/q                                                 # Q^pi, a minute
     python pav.py --task planted --planted-length 4 --policy runs/p4/sft --label outcome \\
         --num-problems 20000 --run-dir runs/p4/orm                                               # an ORM, a minute
-    python sample.py --task planted --planted-length 4 --model runs/p4/sft --search beam --n 12 \\
+    python search.py --task planted --planted-length 4 --model runs/p4/sft --method beam --n 12 \\
         --verifier runs/p4/q --alpha 0.5 --prover-k 4                                            # 5 s
-    python sample.py --task planted --planted-length 4 --model runs/p4/sft --search best-of-n --n 12 --verifier runs/p4/orm
-    python sample.py --task jsonl --data q.jsonl --model smollm2 --search beam --n 12 --verifier runs/q --alpha 0.5
+    python search.py --task planted --planted-length 4 --model runs/p4/sft --method best-of-n --n 12 --verifier runs/p4/orm
+    python search.py --task jsonl --data q.jsonl --model smollm2 --method beam --n 12 --verifier runs/q --alpha 0.5
 
 The three verifiers (PAV, arXiv 2410.08146, sections 4 and 5; pav.py trains each):
     --verifier         Q^pi of the policy that is searched (`--label q --prover base`); for best-of-n also an ORM
@@ -29,20 +29,33 @@ tasks/base.py has it, or after task.step_tokens tokens.
 Left out: look-ahead rollouts, a schedule of widths, keeping the cache of the survivors.
 """
 
-import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from infra.cli import UserError
-from infra.runs import derive, mean
+from infra.cli import UserError, opt, parse, script
+from infra.runs import mean, read_json
+from infra.seeds import derive
 from kernels import packed_weights
 from model import pad_right, resolve
-from pav import load_verifier, prover_transform, step_values
-from sample import generate, pass_at_k
-from tasks import get_task
+from report.show import write_rows
+from report.statistics import interval, vote
+from rollouts import pass_at_k
+from sample import SampleFlags, generate, start
+from verifier import best_of_k_value, load_verifier, step_values
+
+
+@dataclass
+class Config(SampleFlags):
+    method: str = opt("beam", "spend --n samples a problem on one answer", "search",
+                      choices=["beam", "best-of-n", "majority"])
+    verifier: str = opt("", "Q^pi that ranks (pav.py --label q --prover base); best-of-n: also --label outcome", "search")
+    alpha: float = opt(0.5, "beam: rank by Q^pi + alpha * A^mu", "search", low=0)
+    prover_k: int = opt(0, "A^mu of the Best-of-K prover (0: the verifier's own K)", "search", low=0)
+    prover_verifier: str = opt("", "A^mu of another prover (default: Best-of-K of --verifier)", "search")
+    width: int = opt(0, "beam: elements kept a step; must divide --n (0: n/3)", "search", low=0)
+    out: str = opt("", "write the chosen completions to this jsonl file", "search")
 
 
 @dataclass
@@ -89,20 +102,14 @@ def select(scores, keys, width):
     return sorted(first.values(), key=lambda i: (-scores[i], i))[:width]
 
 
-def majority(answers):
-    """Index of the first sample that gives the commonest answer (ties: the answer that came first); None votes for
-    nothing unless there is nothing else."""
-    votes = [a for a in answers if a is not None] or list(answers)
-    return answers.index(max(votes, key=lambda a: (votes.count(a), -votes.index(a))))
-
-
 def step_stops(task, tokenizer):
     """(ids that may end a step, tokens of a step or 0 for any number, ids that end a completion): a step is a line, up to
     a token that holds a newline, or a fixed number of tokens."""
-    eos = frozenset(task.stop_ids(tokenizer) if hasattr(task, "stop_ids") else tokenizer.eos_ids)
-    if fixed := getattr(task, "step_tokens", 0):
-        return frozenset(), fixed, eos
-    return frozenset(t for t in range(tokenizer.n_vocab) if b"\n" in tokenizer.token_bytes(t)) - eos, 0, eos
+    eos = frozenset(task.stop_ids(tokenizer))
+    if task.step_tokens:
+        return frozenset(), task.step_tokens, eos
+    newline = frozenset(t for t in range(tokenizer.n_vocab) if b"\n" in tokenizer.token_bytes(t))
+    return newline - eos, 0, eos
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -142,7 +149,7 @@ def learned_values(q_verifier, mu_verifier=None, k=1):
         tokens, length = pad_right(rows)
         q = step_values(q_verifier, tokens, length[:, None])[:, 0]
         mu = step_values(mu_verifier, tokens, length[:, None])[:, 0] if mu_verifier is not None else q
-        return q.tolist(), prover_transform(mu, k).tolist(), int(length.sum()) * (1 + (mu_verifier is not None))
+        return q.tolist(), best_of_k_value(mu, k).tolist(), int(length.sum()) * (1 + (mu_verifier is not None))
 
     return values
 
@@ -205,100 +212,118 @@ def best_of_n(model, tokenizer, task, problems, values, *, n, limit, seed, probl
                    stop_ids=step_stops(task, tokenizer)[2], sequence_ids=[i * n + j for i in ids for j in range(n)], **options)
     results = []
     for p, prompt in enumerate(prompts):
-        own = [Element(prompt + out.completion(i), [len(prompt), int(out.length[i])], finished=True)
-               for i in range(p * n, (p + 1) * n)]
+        candidates = [Element(prompt + out.completion(i), [len(prompt), int(out.length[i])], finished=True)
+                      for i in range(p * n, (p + 1) * n)]
         read = 0
         if values is not None:
-            q, _, read = values(problems[p], [e.tokens for e in own])
-            for e, e.q in zip(own, q):
+            q, _, read = values(problems[p], [e.tokens for e in candidates])
+            for e, e.q in zip(candidates, q):
                 e.score = e.q
-        made = sum(len(e.completion()) for e in own)
-        results.append(Found(max(own, key=lambda e: e.q), own, made, len(prompt), read, 1))
+        generated = sum(len(e.completion()) for e in candidates)
+        best = max(candidates, key=lambda e: e.q)
+        results.append(Found(best, candidates, generated, len(prompt), read, 1))
     return results
 
 
 # ----------------------------------------------------------------------------------------------------
-# The road from sample.py's flags.
+# Command line.
 
 
 def load_values(cfg, tokenizer, device):
     """Verifiers from the flags -> (values, words that say what was loaded). Refuses what cannot mean anything."""
     q = load_verifier(cfg.verifier, tokenizer, device)
-    info = json.loads((resolve(cfg.verifier) / "verifier.json").read_text())
-    if info.get("label") == "outcome" and cfg.search == "beam":
-        raise UserError(f"{cfg.verifier} is an outcome model: it was never asked about an unfinished solution; train one with "
-                        "pav.py --label q, or use --search best-of-n")
-    k, q.k = cfg.prover_k or q.k, 1  # Q^pi is the value of one sample; Best-of-k belongs to the prover
-    said = f"Q^pi: {cfg.verifier}"
+    info = read_json(resolve(cfg.verifier) / "verifier.json")
+    if info.get("label") == "outcome" and cfg.method == "beam":
+        raise UserError(f"{cfg.verifier} is an outcome model: it was never asked about an unfinished solution; train one "
+                        "with pav.py --label q, or use --method best-of-n")
+    k = cfg.prover_k or q.k
+    q.k = 1  # Q^pi is the value of one sample; Best-of-k belongs to the prover
+    description = f"Q^pi: {cfg.verifier}"
     if info.get("prover", "base") != "base" and info.get("label") != "outcome":
-        said += f" (it values the prover {info['prover']}, not this policy; --prover base would be Q^pi)"
+        description += f" (it values the prover {info['prover']}, not this policy; --prover base would be Q^pi)"
     if not cfg.prover_verifier:
-        return learned_values(q, None, k), said + (f"; mu: Best-of-{k} of it" if cfg.search == "beam" and cfg.alpha else "")
+        best_of_k = f"; mu: Best-of-{k} of it" if cfg.method == "beam" and cfg.alpha else ""
+        return learned_values(q, None, k), description + best_of_k
     mu = load_verifier(cfg.prover_verifier, tokenizer, device)
-    k, mu.k = cfg.prover_k or mu.k, 1
-    return learned_values(q, mu, k), said + f"; mu: Best-of-{k} of {cfg.prover_verifier}"
+    k = cfg.prover_k or mu.k
+    mu.k = 1
+    return learned_values(q, mu, k), f"{description}; mu: Best-of-{k} of {cfg.prover_verifier}"
 
 
-def check(cfg, temperature):
+def check(cfg):
     """-> width. UserError: flags that contradict one another."""
     if not cfg.task:
-        raise UserError("--search needs --task: steps and answers are a task's")
-    if temperature == 0 and cfg.n > 1:
-        raise UserError(f"--search with --n {cfg.n} needs candidates that differ: give --temperature above 0, not --greedy")
-    if cfg.search != "majority" and not cfg.verifier:
-        raise UserError(f"--search {cfg.search} needs --verifier (pav.py trains one; search.py's header says how)")
+        raise UserError("--task is missing: steps and answers are a task's")
+    if (cfg.greedy or cfg.temperature == 0) and cfg.n > 1:
+        raise UserError(f"a search with --n {cfg.n} needs candidates that differ: give --temperature above 0, not --greedy")
+    if cfg.method != "majority" and not cfg.verifier:
+        raise UserError(f"--method {cfg.method} needs --verifier (pav.py trains one; the header of search.py says how)")
     width = cfg.width or cfg.n // 3
-    if cfg.search == "beam" and (width < 1 or cfg.n % width):
-        raise UserError(f"--n {cfg.n} candidates a step cannot be shared by {width} elements: give --n as a multiple of 3, "
-                        "or a --width that divides it")
-    if cfg.search == "beam" and not cfg.width and cfg.n % 3:
+    if cfg.method == "beam" and (width < 1 or cfg.n % width):
+        raise UserError(f"--n {cfg.n} candidates a step cannot be shared by {width} elements: give --n as a multiple of "
+                        "3, or a --width that divides it")
+    if cfg.method == "beam" and not cfg.width and cfg.n % 3:
         raise UserError(f"--n {cfg.n} is no multiple of 3 (every element draws three steps); give another --n or a --width")
     return width
 
 
-def answer(cfg, model, tokenizer, options):
-    """Search --num-problems problems; print accuracy beside what it cost. Called by sample.py."""
-    clock, width = time.time(), check(cfg, options["temperature"])
-    task = get_task(cfg)
-    values, said = load_values(cfg, tokenizer, model.head.device) if cfg.search != "majority" else (None, "no verifier")
+def search(cfg, task, model, tokenizer, options, width):
+    """Search --num-problems problems; print accuracy beside what it cost. -> rows, one a problem."""
+    clock = time.time()
+    values, description = None, "no verifier"
+    if cfg.method != "majority":
+        values, description = load_values(cfg, tokenizer, model.head.device)
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
-    shared = {k: v for k, v in options.items() if k != "stop_ids"}
-    shared |= dict(n=cfg.n, limit=cfg.max_new_tokens or task.max_new_tokens)
+    shared = {k: v for k, v in options.items() if k not in ("stop_ids", "max_new_tokens")}
+    shared |= dict(n=cfg.n, limit=options["max_new_tokens"])
     with torch.no_grad(), packed_weights(model.parameters(), min(options["slots"], cfg.n * len(problems))):
-        if cfg.search == "beam":
+        if cfg.method == "beam":
             found = beam(model, tokenizer, task, problems, values, width=width, alpha=cfg.alpha, **shared)
         else:
             found = best_of_n(model, tokenizer, task, problems, values, **shared)
-    text = [[tokenizer.decode(e.completion()) for e in f.candidates] for f in found]
-    right = [[task.grade(p, t) for t in texts] for p, texts in zip(problems, text)]
-    said_by = getattr(task, "answer", lambda problem, text: text)  # a vote is for the final answer, or else for the text
-    votes = [majority([said_by(p, t) for t in texts]) for p, texts in zip(problems, text)]
-    pick = votes if cfg.search == "majority" else [next(i for i, e in enumerate(f.candidates) if e is f.best) for f in found]
-    report(cfg, problems, found, text, right, votes, pick, width, said)
-    print(f"{time.time() - clock:.1f} s")
-
-
-def report(cfg, problems, found, text, right, votes, pick, width, said):
-    """Lines for a person, and --out."""
+    texts = [[tokenizer.decode(e.completion()) for e in f.candidates] for f in found]
+    right = [[task.grade(p, t) for t in of_problem] for p, of_problem in zip(problems, texts)]
+    # A vote is for the final answer, where the task has one, or else for the whole text; nobody votes: the first stands.
+    votes = [vote([task.final_answer(p, t) for t in of_problem]) or 0 for p, of_problem in zip(problems, texts)]
+    pick = votes
+    if cfg.method != "majority":
+        pick = [next(i for i, e in enumerate(f.candidates) if e is f.best) for f in found]
     rows = [dict(key=p.key, prompt=p.prompt, answer=p.answer, completion=t[i], reward=r[i], q=f.candidates[i].q,
                  generated_tokens=f.generated, prefilled_tokens=f.prefilled, scored_tokens=f.scored)
-            for p, f, t, r, i in zip(problems, found, text, right, pick)]
+            for p, f, t, r, i in zip(problems, found, texts, right, pick)]
     if cfg.out:
-        Path(cfg.out).write_text("".join(json.dumps(r) + "\n" for r in rows))
+        write_rows(cfg.out, rows)
         print(f"chosen completions: {cfg.out}")
+    print_result(cfg, rows, found, right, votes, width, description)
+    print(f"{time.time() - clock:.1f} s")
+    return rows
+
+
+def print_result(cfg, rows, found, right, votes, width, description):
+    """Lines for a person."""
     for r in rows[:3]:
         verdict = "right" if r["reward"] else "wrong"
         print(f"[{verdict}] {r['prompt'].strip()!r} -> {r['completion'].strip()!r} (gold {r['answer']!r})")
-    accuracy = mean(r["reward"] for r in rows)
-    error = 1.96 * (accuracy * (1 - accuracy) / len(rows)) ** 0.5
-    what = f"beam of {width}, {cfg.n} candidates a step, alpha {cfg.alpha}"
-    what = what if cfg.search == "beam" else f"{cfg.search}, n {cfg.n}"
-    print(f"{what}; {said}")
-    print(f"accuracy {accuracy:.3f} +- {error:.3f} (95%, {len(rows)} problems)")
-    if cfg.search != "beam":
-        print(f"of the same samples: majority vote {mean(r[i] for r, i in zip(right, votes)):.3f}, one sample "
-              f"{mean(mean(r) for r in right):.3f}, pass@{cfg.n} {mean(pass_at_k(cfg.n, int(sum(r)), cfg.n) for r in right):.3f}")
-    else:
+    beam_words = f"beam of {width}, {cfg.n} candidates a step, alpha {cfg.alpha}"
+    print(f"{beam_words if cfg.method == 'beam' else f'{cfg.method}, n {cfg.n}'}; {description}")
+    accuracy, low, high = interval([r["reward"] for r in rows])
+    print(f"accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}] (95%, {len(rows)} problems)")
+    if cfg.method == "beam":
         print(f"some element of the last beam right: {mean(max(r) for r in right):.3f}")
-    print("tokens a problem: " + ", ".join(f"{mean(getattr(f, k) for f in found):.0f} {k}"
-                                           for k in ("generated", "prefilled", "scored")))
+    else:
+        majority = mean(r[i] for r, i in zip(right, votes))
+        one = mean(mean(r) for r in right)
+        some = mean(pass_at_k(cfg.n, int(sum(r)), cfg.n) for r in right)
+        print(f"of the same samples: majority vote {majority:.3f}, one sample {one:.3f}, pass@{cfg.n} {some:.3f}")
+    costs = {k: mean(getattr(f, k) for f in found) for k in ("generated", "prefilled", "scored")}
+    print("tokens a problem: " + ", ".join(f"{tokens:.0f} {name}" for name, tokens in costs.items()))
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    width = check(cfg)
+    return search(cfg, *start(cfg), width)
+
+
+if __name__ == "__main__":
+    script(main)

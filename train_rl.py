@@ -31,16 +31,7 @@ import torch
 from engines import server
 from infra import parallel
 from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
-from infra.runs import (
-    Run,
-    Timer,
-    mean,
-    one_thread_if_tiny,
-    read_metrics,
-    require_finite,
-    setup,
-    with_progress_bar,
-)
+from infra.runs import Run, Timer, mean, one_thread_if_tiny, read_metrics, require_finite, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, token_logprobs, token_loss, write_model
 from report.show import write_solutions
@@ -221,9 +212,10 @@ def k2_loss(logprob, ref_logprob, weight):
     return ((logprob - ref_logprob).square() / 2 * weight).sum()
 
 
-def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device, timer):
+def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device, timer=None):
     """num_iterations optimizer steps on one batch of rollouts. adv [B,T]; reference: a frozen model or None; limit:
     tokens a completion may have. Returns what to log."""
+    timer = timer or Timer()
     mask = rollouts.mask()
     weight = token_weights(mask, cfg.loss_type, limit)
     rows = torch.tensor(parallel.share(len(mask)))  # in order: samples of a prompt share a micro-batch
@@ -440,7 +432,7 @@ def main(argv=None):
     import pipeline  # which builds the stages before this one
 
     argv = sys.argv[1:] if argv is None else argv
-    cfg = parse(pipeline.with_flags(Config), argv, __doc__, moved=MOVED)
+    cfg = parse(pipeline.with_flags(Config), argv, __doc__)
     if cfg.reward == "mrt":
         raise UserError("--reward mrt has a loop of its own: python -m papers.mrt")
     if cfg.policy and cfg.run_dir and (cfg.verifier or cfg.reward == "outcome"):
@@ -455,20 +447,6 @@ def main(argv=None):
                         "them), then give --policy, --verifier and --run-dir")
     return pipeline.run(cfg, {"": (["train_rl.py"], Config)}, given=pipeline.typed(argv))
 
-
-MOVED = {
-    "gate": "--guards anchor center legal (or outcome)",
-    "anchor": "--guards, which lists what is on",
-    "center-bonus": "--guards, which lists what is on",
-    "credit": "--reward pav-to-go or q-to-go",
-    "constant-value": "--verifier constant",
-    "kl-estimator": "--beta alone (k2, in the loss)",
-    "length-penalty": "python -m papers.mrt --length-penalty",
-    "mu-samples": "python -m papers.mrt",
-    "mrt-credit": "python -m papers.mrt",
-    "slots": "nothing: as many sequences are decoded at once as memory holds",
-    "tensorboard": "python -m report.tensorboard RUN_DIR, after or during the run",
-}
 
 if __name__ == "__main__":
     script(main)

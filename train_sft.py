@@ -256,7 +256,7 @@ def smoke(cfg):
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__, moved=MOVED)
+    cfg = parse(Config, argv, __doc__)
     if cfg.smoke:
         smoke(cfg)
     summary = train(cfg)
@@ -264,9 +264,6 @@ def main(argv=None):
                        ("a verifier of its steps", ["pav.py", "--policy", cfg.run_dir]))
     return summary
 
-
-MOVED = {"rft": "python -m papers.rft", "track-memorization": "python -m papers.memorization",
-         "curate": "python -m papers.memorization"}
 
 if __name__ == "__main__":
     script(main)

@@ -24,14 +24,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from engines import cuda as decode_cuda
 from bench import timing
+from engines import cuda as decode_cuda
+from engines.batch import draw_tokens
 from infra.cli import opt, parse, script
-from infra.runs import generator
-from open_weights.families import Config as Shape
+from infra.seeds import generator
 from kernels import linear_draw, packed_weights, philox_uniform
 from model import KVCache, Transformer, init_weights
-from sample import draw_tokens
+from open_weights.families import Config as Shape
 
 SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                num_key_value_heads=3, head_dim=64)  # fmt: skip

@@ -34,12 +34,12 @@ import torch
 
 from bench import timing
 from infra.cli import UserError, opt, parse, script
-from infra.runs import generator
+from infra.seeds import generator
 from kernels import packed_weights
 from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, resolve, save_model
-from sample import generate
 from open_weights.tokenizer import alphabet_tokenizer
+from sample import generate
 
 
 @dataclass

@@ -32,11 +32,12 @@ from bench.rl_step import Config as StepConfig
 from bench.rl_step import Ours, starting_model
 from infra.cli import opt, parse, script
 from infra.runs import generator
-from open_weights.families import Config as Shape
 from kernels import linear_logprob
 from model import Transformer, init_weights
-from pav import Verifier, step_values
-from sample import Rollouts, generate
+from open_weights.families import Config as Shape
+from rollouts import Rollouts
+from sample import generate
+from verifier import Verifier, step_values
 
 
 @dataclass

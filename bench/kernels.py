@@ -55,7 +55,7 @@ from bench.peers import (
     loss_sides,
 )
 from infra.cli import UserError, opt, parse, script
-from infra.runs import generator
+from infra.seeds import generator
 from kernels import decode_attention, linear_draw, packed_weights, philox_uniform
 
 # V, D of the head

@@ -23,7 +23,7 @@ import torch
 
 from bench import timing
 from infra.cli import opt, parse, script
-from infra.runs import generator
+from infra.seeds import generator
 from kernels import linear_draw, linear_logprob, packed_weights, philox_uniform
 from kernels.product import matmul_nt
 

@@ -42,7 +42,8 @@ import train_rl
 import train_sft
 from bench import timing
 from infra.cli import opt, parse, script
-from infra.runs import derive, mean
+from infra.runs import mean
+from infra.seeds import derive
 from kernels.product import matmul_nt
 from model import load_model, resolve, save_model
 from sample import generate

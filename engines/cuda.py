@@ -23,9 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
+from engines.batch import begin_batch, draw_tokens, prefill
 from kernels import add_rmsnorm, decode_attention, philox_uniform, rope_write, swiglu
 from model import KVCache
-from sample import draw_tokens, prefill, start
 
 CHECK_EVERY = 8  # steps between two looks: a row that has ended rests for half as many on average
 
@@ -143,7 +143,7 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
                top_p=1.0, min_p=0.0):
     """The contract of sample.decode_all."""
     begin, B, device = time.time(), len(prompts), model.head.device
-    out, limit, ids, stops, queue = start(model, prompts, max_new_tokens, sequence_ids, stop_ids)
+    out, limit, ids, stops, queue = begin_batch(model, prompts, max_new_tokens, sequence_ids, stop_ids)
     places, T = min(slots, B), out.tokens.shape[1]
     longest_draw = int((limit - out.prompt_len).max()) if B else 1
     rows = rows_of_graph(places)

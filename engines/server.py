@@ -4,11 +4,11 @@
     python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/big --rollout-url http://HOST:8000
 
 Before each batch rank 0 writes the policy to RUN_DIR/rollout_weights (a transformers folder; the server must see it by the same
-path) and posts --rollout-reload-body to --rollout-reload. Then each sequence is one POST to /v1/completions with a seed of its
-own: token ids in, token ids and log-probs out; text is never read. Evaluations (and --reward mrt's answers) stay with sample.py.
+path) and posts reload_body to reload. Then each sequence is one POST to /v1/completions with a seed of its
+own: token ids in, token ids and log-probs out; text is never read. Evaluations stay with sample.py.
 
 A server that answers 200 may still hold old weights. So the mean difference of its log-probs to the trainer's ends the run above
---rollout-tolerance. A step at a small learning rate moves less than bfloat16 rounds: what is seen is a server that stays
+tolerance (nats). A step at a small learning rate moves less than bfloat16 rounds: what is seen is a server that stays
 behind, not one that is a step late. What of vLLM this relies on, and since which version: docs/scale.md.
 
 Left out: an importance weight for a stale sampler, API keys, streaming, several servers. Requests go to the given URL alone, past
@@ -21,33 +21,37 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 
+from engines.batch import begin_batch
 from infra import parallel
-import sample
-from infra.cli import UserError, opt
-from infra.runs import derive
+from infra.cli import UserError, key_values, opt
+from infra.seeds import derive
 from open_weights.files import save_model
 
 MAX_BYTES = 1 << 26  # of one answer: room for 100,000 tokens and their names many times over
-flag = partial(opt, group="rollout server")
-
 
 @dataclass
 class RolloutFlags:
-    rollout_url: str = flag("", "let this server complete the prompts, e.g. http://HOST:8000 (vLLM: remote.py)")
-    rollout_model: str = flag("", "the name that it serves the policy under (default: whatever it serves)")
-    rollout_reload: str = flag("/collective_rpc", "path on the server that loads new weights")
-    rollout_reload_body: str = flag('{"method": "reload_weights", "kwargs": {"weights_path": "FOLDER"}}',
-                                    "JSON to post there; FOLDER becomes the path of RUN_DIR/rollout_weights")
-    rollout_concurrency: int = flag(256, "requests under way at once (of each process)", low=1)
-    rollout_timeout: float = flag(600.0, "seconds that one request, or a reload, may take", above=0)
-    rollout_retries: int = flag(2, "times a request is sent again after a lost connection or HTTP 5xx", low=0)
-    rollout_tolerance: float = flag(0.1, "mean |log-prob of the server - of the trainer| that ends the run (0: never)", low=0)
+    rollout_url: str = opt("", "let this server complete the prompts, e.g. http://HOST:8000 (vLLM: engines/server.py)",
+                           "rollout server")
+    rollout_args: list = opt([], "KEY=VALUE ...: model, reload, reload_body, concurrency, timeout, retries, tolerance "
+                             "(engines/server.py)", "rollout server")
+
+
+ARGS = dict(
+    model="",  # the name that the server has for the policy (empty: whatever it serves)
+    reload="/collective_rpc",  # path on the server that loads new weights
+    # JSON to post there; FOLDER becomes the path of RUN_DIR/rollout_weights
+    reload_body='{"method": "reload_weights", "kwargs": {"weights_path": "FOLDER"}}',
+    concurrency=256,  # requests under way at once, of each process
+    timeout=600.0,  # seconds that one request, or a reload, may take
+    retries=2,  # times a request is sent again after a lost connection or HTTP 5xx
+    tolerance=0.1,  # mean |log-prob of the server - of the trainer| in nats that ends the run (0: never)
+)
 
 
 class _AsIs(urllib.request.HTTPErrorProcessor):
@@ -90,7 +94,7 @@ def post(url, body, timeout, retries=0, hint=""):
             problem, again = f"HTTP {status} {one_line(text)}".strip(), status >= 500
         except (OSError, http.client.HTTPException) as e:
             again = not isinstance(getattr(e, "reason", e), TimeoutError)
-            problem = f"connection lost: {one_line(e)}" if again else f"no answer within {timeout:g} s (--rollout-timeout)"
+            problem = f"connection lost: {one_line(e)}" if again else f"no answer within {timeout:g} s (--rollout-args timeout=)"
         except UserError:
             raise
         except (ValueError, RecursionError):
@@ -134,7 +138,7 @@ def generate(url, model_name, prompts, *, model, max_new_tokens, temperature, se
     salt: new with each version of the policy, so that no KV of an older one is used. UserError: the first request that fails.
     """
     begin, stops = time.time(), {int(i) for i in stop_ids}
-    out, limit, ids, _, _ = sample.start(model, prompts, max_new_tokens, sequence_ids, stop_ids)
+    out, limit, ids, _, _ = begin_batch(model, prompts, max_new_tokens, sequence_ids, stop_ids)
     budget = (limit - out.prompt_len).tolist()
 
     def ask(b):  # all that a server's generation_config could set to cut or bend the distribution is set here
@@ -164,36 +168,43 @@ def generate(url, model_name, prompts, *, model, max_new_tokens, temperature, se
 
 
 def connect(cfg, tokenizer):
-    """--rollout-url -> a function with the signature of sample.generate() that hands the policy over first. Collective under
-    torchrun: rank 0 writes and asks for the reload, then each process asks for its share. UserError: flags that cannot be."""
-    url, reload = cfg.rollout_url.rstrip("/").removesuffix("/v1"), cfg.rollout_reload
-    folder, body = Path(cfg.run_dir).resolve() / "rollout_weights", cfg.rollout_reload_body
+    """--rollout-url -> an engine for sample.generate() that hands the policy over first. Collective under torchrun: rank 0
+    writes and asks for the reload, then each process asks for its share. UserError: flags that cannot be."""
+    args = key_values(cfg.rollout_args, ARGS, "--rollout-args")
+    url = cfg.rollout_url.rstrip("/").removesuffix("/v1")
+    folder = Path(cfg.run_dir).resolve() / "rollout_weights"
     try:
-        parts, body = urlsplit(url), json.loads(body.replace("FOLDER", json.dumps(str(folder))[1:-1]))
-        good = parts.scheme in ("http", "https") and parts.hostname and not parts.query and reload.startswith("/")
+        parts = urlsplit(url)
+        body = json.loads(args["reload_body"].replace("FOLDER", json.dumps(str(folder))[1:-1]))
     except ValueError as e:
-        raise UserError(f"--rollout-url or --rollout-reload-body cannot be read: {e}") from None
-    if not good:
-        raise UserError(f"--rollout-url {url!r} must be like http://HOST:8000, --rollout-reload {reload!r} like /PATH")
-    patience = dict(timeout=cfg.rollout_timeout, retries=cfg.rollout_retries)
+        raise UserError(f"--rollout-url or --rollout-args reload_body cannot be read: {e}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or not args["reload"].startswith("/"):
+        raise UserError(f"--rollout-url {url!r} must be like http://HOST:8000, reload {args['reload']!r} like /PATH")
+    if args["concurrency"] < 1 or args["timeout"] <= 0 or args["retries"] < 0:
+        raise UserError("--rollout-args: concurrency is at least 1, timeout above 0, retries at least 0")
+    patience = dict(timeout=args["timeout"], retries=args["retries"])
 
-    def from_server(model, prompts, **options):
-        plain = parallel.whole(model)
+    def hand_over(model):
+        save_model(folder, model, tokenizer)
+        hint = "; the policy was not loaded (vLLM needs VLLM_SERVER_DEV_MODE=1)"
+        answer = post(url + args["reload"], body, **patience, hint=hint)
+        if isinstance(answer, dict) and (answer.get("success") is False or "error" in answer):
+            raise UserError(f"{url + args['reload']}: the policy was not loaded: {one_line(json.dumps(answer))}")
+
+    def engine(model, prompts, **options):
         if parallel.rank() == 0:
-            save_model(folder, plain, tokenizer)
-            answer = post(url + reload, body, **patience, hint="; the policy was not loaded (vLLM needs VLLM_SERVER_DEV_MODE=1)")
-            if isinstance(answer, dict) and (answer.get("success") is False or "error" in answer):
-                raise UserError(f"{url + reload}: the policy was not loaded: {one_line(json.dumps(answer))}")
+            hand_over(model)
         parallel.barrier()
-        ask = partial(generate, url, cfg.rollout_model, salt=str(time.time_ns()), concurrency=cfg.rollout_concurrency, **patience)
-        return sample.generate(plain, prompts, engine=lambda m, p, slots, **o: ask(p, model=m, **o), **options)
+        return generate(url, args["model"], prompts, model=model, salt=str(time.time_ns()),
+                        concurrency=args["concurrency"], **patience, **options)
 
-    return from_server
+    return engine
 
 
 def require_agreement(cfg, step, difference):
     """Stop where the server drew from another distribution. difference: mean |its log-probs - the trainer's|, in nats."""
-    if cfg.rollout_tolerance and not difference <= cfg.rollout_tolerance:
+    tolerance = key_values(cfg.rollout_args, ARGS, "--rollout-args")["tolerance"]
+    if tolerance and not difference <= tolerance:
         raise UserError(f"step {step}: the log-probs of {cfg.rollout_url} differ from the trainer's by {difference:.3g} in the "
                         "mean: it has other or older weights, or leaves the temperature out (vLLM needs --logprobs-mode "
-                        "processed_logprobs); --rollout-tolerance is the limit, the last checkpoint is intact")
+                        "processed_logprobs); --rollout-args tolerance= is the limit, the last checkpoint is intact")

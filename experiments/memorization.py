@@ -30,7 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_sft  # noqa: E402
 from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import derive, write_json  # noqa: E402
+from infra.runs import write_json  # noqa: E402
+from infra.seeds import derive  # noqa: E402
 from papers.memorization import (  # noqa: E402
     choose_threshold,
     held_out_r_squared,

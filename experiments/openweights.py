@@ -47,7 +47,8 @@ import sample  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import derive, mean, read_metrics, setup, write_json  # noqa: E402
+from infra.runs import mean, read_metrics, setup, write_json  # noqa: E402
+from infra.seeds import derive  # noqa: E402
 from report.statistics import Z, interval, vote  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402

@@ -69,7 +69,8 @@ import pav  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import derive, mean, read_metrics, write_json  # noqa: E402
+from infra.runs import mean, read_metrics, write_json  # noqa: E402
+from infra.seeds import derive  # noqa: E402
 from labels import boundaries  # noqa: E402
 from model import load_model  # noqa: E402
 from report.figures import machine, print_results, spread  # noqa: E402

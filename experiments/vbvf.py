@@ -55,7 +55,8 @@ from vbvf_report import BUDGETS, MIXTURES, claims, figure, tables  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import derive, generator, shuffled, write_json  # noqa: E402
+from infra.runs import write_json  # noqa: E402
+from infra.seeds import derive, generator, shuffled  # noqa: E402
 from tasks.contextual import Contextual  # noqa: E402
 from model import load_model, token_logprobs, write_model  # noqa: E402
 from pav import Verifier, value_loss  # noqa: E402

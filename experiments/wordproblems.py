@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tasks.answers import extract_answer
 from infra.cli import UserError
-from infra.runs import derive
+from infra.seeds import derive
 from tasks.files import read_rows
 
 PARTS = ("demonstrated", "first", "second", "val", "test")  # demonstrated: those of first with a solution

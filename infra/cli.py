@@ -13,7 +13,9 @@ import argparse
 import dataclasses
 import errno
 import math
+import os
 import shlex
+import signal
 import sys
 
 from safetensors import SafetensorError
@@ -52,14 +54,52 @@ def _brief(doc):
     return "\n".join([first, "", *commands])
 
 
+def _formatter(prog):
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)
+
+
+def _depth(cls, name):
+    """How far up its family a config class has this field: what a script is about comes first in --help."""
+    return max(i for i, base in enumerate(cls.__mro__) if name in base.__dict__.get("__annotations__", {}))
+
+
+# Flags that earlier versions had -> what to type now. Recorded commands and old notes meet them.
+MOVED = {
+    "search": "python search.py --method ...",
+    "eval": "python -m report.evaluate",
+    "show": "python -m report.show",
+    "rft": "python -m papers.rft",
+    "track-memorization": "python -m papers.memorization --snapshots N",
+    "gate": "--guards anchor center legal (or outcome)",
+    "anchor": "--guards, which lists the guards that are on",
+    "center-bonus": "--guards, which lists the guards that are on",
+    "credit": "--reward pav-to-go or q-to-go",
+    "constant-value": "--verifier constant",
+    "kl-estimator": "--beta alone (k2, in the loss)",
+    "length-penalty": "python -m papers.mrt --length-penalty X",
+    "mu-samples": "python -m papers.mrt",
+    "mrt-credit": "python -m papers.mrt",
+    "tensorboard": "python -m report.tensorboard RUN_DIR, during or after the run",
+}
+
+
+def _refuse_moved(cls, argv):
+    """UserError: a flag of an earlier version that this config does not have."""
+    names = {f.name.replace("_", "-") for f in dataclasses.fields(cls)}
+    for word in sys.argv[1:] if argv is None else argv:
+        name = word.split("=")[0].removeprefix("--")
+        plain = name.removeprefix("no-")
+        if word.startswith("--") and plain in MOVED and not {name, plain} & names:
+            raise UserError(f"--{name} has moved; use {MOVED[plain]}")
+
+
 def parse(cls, argv=None, description=None):
     """Command line -> config. Unknown flags and impossible values end the program with one line."""
-    formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)  # noqa: E731
-    parser = _Parser(usage="%(prog)s [--flag value ...]", description=_brief(description or ""), formatter_class=formatter,
-                     allow_abbrev=False)
+    _refuse_moved(cls, argv)
+    parser = _Parser(usage="%(prog)s [--flag value ...]", description=_brief(description or ""),
+                     formatter_class=_formatter, allow_abbrev=False)
     groups = {}
-    inherited = {f.name for base in cls.__mro__[1:] if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
-    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name in inherited):  # what the script is about comes first
+    for f in sorted(dataclasses.fields(cls), key=lambda f: _depth(cls, f.name)):
         m = f.metadata
         group = groups.setdefault(m["group"], parser.add_argument_group(m["group"]))
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
@@ -98,48 +138,75 @@ def check_bounds(cfg):
                     raise UserError(f"{flag} must be greater than {m['above']}, got {v}")
 
 
-def flags(cfg, names=None):
-    """The command line that gives this config: for starting another script with the same settings."""
-    out = []
+def key_values(words, defaults, flag):
+    """KEY=VALUE words of a flag -> dict: defaults, with what the words say. A default's type is the value's type.
+    UserError: another key, or a value of another type."""
+    values = dict(defaults)
+    for word in words:
+        key, equals, text = word.partition("=")
+        if key not in defaults or not equals:
+            raise UserError(f"{flag} {word}: write KEY=VALUE with one of {', '.join(defaults) or 'no key at all'}")
+        try:
+            values[key] = type(defaults[key])(text)
+        except ValueError:
+            raise UserError(f"{flag} {key}={text}: a {type(defaults[key]).__name__} is wanted") from None
+    return values
+
+
+def flags(cfg):
+    """The command line that gives this config: for starting another script with the same settings. Defaults are left
+    out, so a recorded command says what was chosen."""
+    words = []
+    plain = type(cfg)()
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
-        if (names is not None and f.name not in names) or value is None:
+        if value == getattr(plain, f.name) or value is None:
             continue
         flag = f.name.replace("_", "-")
         if isinstance(value, bool):
-            out.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
-            out += [f"--{flag}", *map(str, value)] if value else []
+            words += [f"--{flag}", *map(str, value)]
         else:
-            out.append(f"--{flag}={value}")
-    return out
+            words.append(f"--{flag}={value}")
+    return words
 
 
-def say_next(cfg, *commands):
-    """Below a script's summary: what to run now. commands: (what it gives, its argv but for the flags that name the task).
+def print_next_command(cfg, *commands):
+    """Below a script's summary: what to run now. commands: (what it gives, its words but for the flags of the task).
     Called by main() alone: who calls train() from a program wants no advice."""
+    about_the_task = {f.name for f in dataclasses.fields(cfg) if f.metadata["group"] == "problems"} | {"seed"}
     plain = type(cfg)()
-    names = [f.name for f in dataclasses.fields(cfg) if f.metadata["group"] == "problems" or f.name == "seed"]
-    same = [n for n in names if n == "task" or getattr(cfg, n) != getattr(plain, n)]
-    for gives, argv in commands if parallel.rank() == 0 else ():
-        print(f"next, {gives}:\n  python {shlex.join([*map(str, argv), *flags(cfg, same)])}")
+    others = {f.name: getattr(plain, f.name) for f in dataclasses.fields(cfg) if f.name not in about_the_task}
+    same = flags(dataclasses.replace(cfg, **others))
+    same = same if any(word.startswith("--task=") for word in same) else [f"--task={cfg.task}", *same]
+    for gives, words in commands if parallel.rank() == 0 else ():
+        print(f"next, {gives}:\n  python {shlex.join([*map(str, words), *same])}")
 
 
 def script(main):
-    """Run main(); a UserError or a full disk becomes one line and exit code 2."""
+    """Run main(). What a person can mend becomes one line and exit code 2: a UserError, a file or folder that cannot be
+    read or written. SIGTERM ends a script as Ctrl-C does, so that nothing it started is left behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
     except UserError as e:
         parallel.leave(_complain(e))
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parallel.leave(0)
     except (OSError, SafetensorError) as e:
-        mendable = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-        if getattr(e, "errno", None) not in mendable and "(os error " not in str(e):  # safetensors wraps them in text
-            raise
-        parallel.leave(_complain(f"{e}; nothing saved before is lost, mend it and run the same command again"))
+        if not getattr(e, "filename", None) and getattr(e, "errno", None) not in FULL_DISK and "(os error " not in str(e):
+            raise  # no file of anybody's: a fault of ours, whose traceback is wanted
+        parallel.leave(_complain(f"{e}; mend it and run the same command again"))
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on from the last checkpoint, where it writes one", file=sys.stderr)
         parallel.leave(130)
     parallel.leave()
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _complain(message):
@@ -157,7 +224,6 @@ class RunConfig:
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")
     dtype: str = opt("float32", "of weights and activations; log-probs are float32 always", "run",
                      choices=["float32", "bfloat16"])
-    tensorboard: bool = opt(False, "write the metrics for TensorBoard too, to RUN_DIR/tensorboard", "run")
     shard: bool = opt(False, "under torchrun: split weights, gradients and moments over the processes (parallel.py)", "run")
     threads: int = opt(0, "CPU threads (0: torch's choice; 1 is best for the tiny models)", "run", low=0)
     smoke: bool = opt(False, "the same road with few steps, for a look in under a minute", "run")

@@ -83,24 +83,49 @@ def open_run(run_dir, cfg, ignore=()):
     return lock
 
 
-def _enter(run_dir, cfg, ignore):
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(run_dir / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
+def lock_folder(folder):
+    """Lock a folder for this process -> the lock's open file, to be held. UserError: another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
     if not lock_file(lock):
-        raise UserError(f"{run_dir} is in use by another process; wait for it or give another --run-dir")
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ignore}
-    path = run_dir / "run_config.json"
-    if path.exists():
-        old = json.loads(path.read_text())
-        changed = [k for k in settings if old.get(k, settings[k]) != settings[k]]
-        if changed:
-            k = changed[0]
-            raise UserError(f"{run_dir} holds a run with --{k.replace('_', '-')} {old[k]!r}, not {settings[k]!r}: give "
-                            "another --run-dir, or delete that one")
-    write_json(path, settings)
+        raise UserError(f"{folder} is in use by another process; wait for it or give another --run-dir")
+    return lock
+
+
+def _enter(run_dir, cfg, ignore):
+    lock = lock_folder(run_dir)
+    for name, old, new in different_settings(run_dir, cfg, ignore):
+        raise UserError(f"{run_dir} holds a run with --{name.replace('_', '-')} {old!r}, not {new!r}: give another --run-dir, "
+                        f"or delete that one: rm -r {run_dir}")
+    write_json(run_dir / "run_config.json", dataclasses.asdict(cfg))
     for leftover in run_dir.glob(".tmp-*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
+
+
+PATHS = ("policy", "prover", "verifier")  # settings that name other runs
+
+
+def different_settings(run_dir, cfg, ignore=()):
+    """[(name, old, new)] of the settings in run_dir/run_config.json that cfg has otherwise; [] where there is none.
+    Paths of other runs count as seen from the run's folder: a moved experiment is the same."""
+    path = Path(run_dir) / "run_config.json"
+    if not path.exists():
+        return []
+    recorded = read_json(path)
+
+    def seen_from(folder, value):
+        return os.path.relpath(value, folder) if value and folder else value
+
+    different = []
+    for name, new in dataclasses.asdict(cfg).items():
+        old = recorded.get(name, new)
+        same = old == new
+        if name in PATHS and not same:
+            same = seen_from(recorded.get("run_dir"), old) == seen_from(cfg.run_dir, new)
+        if name not in (*ignore, "run_dir") and not same:
+            different.append((name, old, new))
+    return different
 
 
 def finite(value):
@@ -110,6 +135,14 @@ def finite(value):
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path):
+    """The content of a JSON file. UserError: it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}); delete its folder and run that stage again") from None
 
 
 def write_json(path, value):

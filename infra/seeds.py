@@ -29,10 +29,10 @@ def shuffled(n, seed, *purpose):
 
 @functools.lru_cache(maxsize=4)
 def _epoch_order(n, seed, purpose, epoch):
-    return shuffled(n, seed, purpose, epoch)
+    return shuffled(n, seed, *purpose, epoch)
 
 
-def batch_indices(n, size, step, seed, purpose):
+def batch_indices(n, size, step, seed, *purpose):
     """Which of n examples the 1-based step takes: every epoch in an order of its own, epochs joined without a gap.
 
     The order of an epoch is drawn once, not once an example (a shuffle of 100,000 takes as long as a tiny RL step).

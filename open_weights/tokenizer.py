@@ -32,8 +32,8 @@ from pathlib import Path
 
 import tiktoken
 
-from open_weights import chat
 from infra.cli import UserError
+from open_weights import chat
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits cut out first, then GPT2_SPLIT on what lies between (SmolLM2, StarCoder), as one pattern. The trap: a

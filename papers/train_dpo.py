@@ -1,8 +1,8 @@
 """Learn from wrong solutions: DPO on pairs that are cut at the first pit (per-step DPO).
 
     python train_sft.py --task chain --num-problems 256 --num-examples 256 --run-dir runs/sft
-    python train_dpo.py --task chain --num-problems 256 --policy runs/sft --run-dir runs/dpo                # CPU, 20 s
-    python train_dpo.py --task chain --num-problems 256 --policy runs/sft --run-dir runs/whole --pairs whole
+    python -m papers.train_dpo --task chain --num-problems 256 --policy runs/sft --run-dir runs/dpo                # CPU, 20 s
+    python -m papers.train_dpo --task chain --num-problems 256 --policy runs/sft --run-dir runs/whole --pairs whole
 
 "RL on Incorrect Synthetic Data" (Setlur et al. 2024, arXiv 2406.14532): a wrong solution is not wrong everywhere.
 
@@ -23,38 +23,23 @@ What is left out: length normalisation (the loss needs sums), label smoothing, a
 a reference that follows the policy. Log-probs of the reference are computed once, before training.
 """
 
-import json
 import math
-import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from infra.cli import RunConfig, UserError, opt, parse, say_next, script
-from infra.runs import (
-    Metrics,
-    derive,
-    latest_checkpoint,
-    load_state,
-    mean,
-    open_run,
-    progress,
-    require_finite,
-    save_checkpoint,
-    setup,
-    shuffled,
-    spare_threads,
-    write_json,
-)
-from model import load_model, load_weights, pad_right, shared_prefixes, token_logprobs, write_model
-from pav import boundaries
-from sample import generate, pass_at_k
-from papers.rft import count, first_problems, keep_correct, sample_solutions, shards, write_shard
+from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.runs import Run, mean, one_thread_if_tiny, read_json, require_finite, setup, with_progress_bar, write_json
+from infra.seeds import derive, shuffled
+from model import load_model, load_weights, pad_right, token_logprobs, write_model
+from papers.rft import count, keep_correct, sample_solutions
+from rollouts import continue_and_grade, distinct, pass_at_k, shards, step_ends, write_tensors
+from sample import generate
 from tasks import TaskFlags, get_task
-from train_sft import accuracy, adamw
+from train_sft import accuracy, adamw, encode_solution, first_problems, strength_of
 
 
 @dataclass
@@ -141,8 +126,7 @@ def completion_logps(model, rows, device, temperature=1.0):
     prompt_len = torch.tensor([len(p) for p, _ in rows])
     t = torch.arange(tokens.shape[1])
     targets = ((t >= prompt_len[:, None]) & (t < length[:, None])).to(device)
-    share = shared_prefixes(tokens[:, :-1], length - 1, device)  # a pair begins alike
-    logprob, _ = token_logprobs(model, tokens.to(device), targets, temperature, share)
+    logprob, _ = token_logprobs(model, tokens.to(device), targets, temperature, length)  # a pair begins alike
     table = torch.zeros(targets.shape, device=device).masked_scatter(targets, logprob)
     return table.sum(1)
 
@@ -155,13 +139,13 @@ def choose_negatives(solutions, ends, cap):
     """[[(row, step ends relative to the completion)]]: distinct wrong solutions of each problem, at most cap."""
     chosen = []
     for i in range(len(solutions.problems)):
-        mine = {}
+        negatives = {}
         for b in solutions.rows(i):
-            start, length = int(solutions.rollouts.prompt_len[b]), int(solutions.rollouts.length[b])
-            if not solutions.correct[b] and length > start:
-                own = [e - start for e in sorted(set(ends[b, 1:].tolist()))]
-                mine.setdefault(tuple(solutions.rollouts.completion(b)), (b, own))
-        chosen.append(list(mine.values())[:cap])
+            start, *later = distinct(ends[b])
+            if not solutions.correct[b] and later:
+                relative = [e - start for e in later]
+                negatives.setdefault(tuple(solutions.rollouts.completion(b)), (b, relative))
+        chosen.append(list(negatives.values())[:cap])
     return chosen
 
 
@@ -169,39 +153,41 @@ def value_prefixes(policy, tokenizer, task, solutions, negatives, cfg, folder):
     """n_mc continuations of every distinct step prefix of the negatives -> {(problem, prefix ids): (successes, a right
     completion that begins with it or None)}, tokens sampled. Two negatives that share a prefix share its rollouts."""
     limit = cfg.max_completion_length or task.max_new_tokens
-    out = solutions.rollouts
+    complete = partial(generate, policy, stop_ids=task.stop_ids(tokenizer), temperature=cfg.temperature, slots=cfg.slots)
 
     def make(shard, indices):
-        found = []  # (problem, prompt length, ids of prompt and prefix)
+        prefixes = []  # (problem, ids of prompt and prefix, prompt length)
         for i in indices:
-            mine = {}
+            of_problem = {}
             for b, ends in negatives[i]:
-                start = int(out.prompt_len[b])
+                start = int(solutions.rollouts.prompt_len[b])
                 for e in ends[:-1]:
                     if e < limit:
-                        mine[tuple(out.tokens[b, : start + e].tolist())] = start
-            found += [(i, start, list(ids)) for ids, start in mine.items()]
-        m = cfg.n_mc
-        rolled = generate(policy, [ids for _, _, ids in found for _ in range(m)], stop_ids=tokenizer.eos_ids,
-                          max_new_tokens=[limit - (len(ids) - start) for _, start, ids in found for _ in range(m)] or 1,
-                          temperature=cfg.temperature, seed=derive(cfg.seed, "prefixes", shard), slots=cfg.slots)
-        successes, bridges = [], []
-        for j, (i, start, _) in enumerate(found):
-            right = []
-            for b in range(j * m, (j + 1) * m):
-                completion = rolled.tokens[b, start : rolled.length[b]].tolist()
-                if task.grade(solutions.problems[i], tokenizer.decode(completion)) > 0.5:
-                    right.append((rolled.finish_reason[b] == "stop" or not task.ends_with_eos, completion))
-            successes.append(len(right))
-            bridges.append(next((c for finished, c in right if finished), []))
-        tokens, length = pad_right([ids for *_, ids in found]) if found else (torch.zeros(0, 1).long(), torch.zeros(0).long())
-        bridge, bridge_len = pad_right([[0], *bridges])  # a first row, so that it is never empty
-        return dict(problem=torch.tensor([f[0] for f in found], dtype=torch.int64), tokens=tokens, length=length,
-                    prompt_len=torch.tensor([f[1] for f in found], dtype=torch.int64),
-                    successes=torch.tensor(successes, dtype=torch.int64), bridge=bridge[1:], bridge_len=bridge_len[1:],
-                    spent=(rolled.length - rolled.prompt_len).sum())
+                        of_problem[tuple(solutions.rollouts.tokens[b, : start + e].tolist())] = start
+            prefixes += [(i, list(ids), start) for ids, start in of_problem.items()]
+        starts = [(solutions.problems[i], ids, start) for i, ids, start in prefixes]
+        seed = derive(cfg.seed, "prefixes", shard)
+        rolled, right, spent = continue_and_grade(complete, task, tokenizer, starts, cfg.n_mc, limit, seed)
+        bridges = []  # the first right continuation that ended by itself
+        for j in range(len(prefixes)):
+            rows = [j * cfg.n_mc + m for m in range(cfg.n_mc) if right[j, m] > 0.5]
+            ended = [b for b in rows if rolled.finish_reason[b] == "stop" or not task.ends_with_eos]
+            bridges.append(rolled.completion(ended[0]) if ended else [])
+        tokens, length = pad_right([[0], *(ids for _, ids, _ in prefixes)])  # a first row, so that it is never empty
+        bridge, bridge_len = pad_right([[0], *bridges])
+        return dict(
+            problem=torch.tensor([i for i, _, _ in prefixes], dtype=torch.int64),
+            tokens=tokens[1:],
+            length=length[1:],
+            prompt_len=torch.tensor([start for _, _, start in prefixes], dtype=torch.int64),
+            successes=(right > 0.5).sum(1),
+            bridge=bridge[1:],
+            bridge_len=bridge_len[1:],
+            spent=torch.tensor(spent),
+        )
 
-    values, spent = {}, 0
+    values = {}
+    spent = 0
     indices = list(range(len(solutions.problems)))
     for part in shards(folder, "prefixes", indices, cfg.shard_problems, make, "prefixes"):
         spent += int(part["spent"])
@@ -216,18 +202,17 @@ def value_prefixes(policy, tokenizer, task, solutions, negatives, cfg, folder):
 # 3-4. Pairs.
 
 
-def positives_of(task, tokenizer, problems, kept, cfg):
-    """Right completions of each problem. Demonstrations are those that SFT saw (same seed), and are graded too."""
-    strength = cfg.strength if cfg.strength >= 0 or not task.strengths else task.strengths["base"]
-    out = []
+def positives_of(task, tokenizer, problems, sampled, cfg):
+    """Right completions of each problem; sampled: the policy's own. Demonstrations are those that SFT saw (same seed), and
+    are graded too."""
+    positives = []
     for i, problem in enumerate(problems):
-        if cfg.positives == "sampled" or (cfg.positives == "either" and kept[i]):
-            out.append(kept[i])
+        if cfg.positives == "sampled" or (cfg.positives == "either" and sampled[i]):
+            positives.append(sampled[i])
             continue
-        text = task.demonstration(problem, strength, derive(cfg.seed, "demonstration", i))
-        ids = tokenizer.encode(text) + ([tokenizer.eos_ids[0]] if task.ends_with_eos else [])
-        out.append([ids] if task.grade(problem, text) > 0.5 else [])
-    return out
+        text = task.demonstration(problem, strength_of(cfg, task), derive(cfg.seed, "demonstration", i))
+        positives.append([encode_solution(task, tokenizer, text)] if task.grade(problem, text) > 0.5 else [])
+    return positives
 
 
 def make_pairs(solutions, negatives, values, positives, cfg, prompts):
@@ -254,17 +239,18 @@ def make_pairs(solutions, negatives, values, positives, cfg, prompts):
     return pairs, notes
 
 
-def build_pairs(policy, tokenizer, task, cfg, run, device):
-    """Stages 1-4 and the reference's log-probs, once -> run/pairs.safetensors (ids, log-probs) and pairs.json."""
+def build_pairs(policy, tokenizer, task, cfg, folder, device):
+    """Stages 1-4 and the reference's log-probs, once -> folder/pairs.safetensors (ids, log-probs) and pairs.json."""
     problems = first_problems(task, cfg.num_problems, cfg.seed)
-    solutions = sample_solutions(policy, tokenizer, task, problems, cfg.num_generations, cfg, run / "rollouts")
-    kept = keep_correct(solutions, 0)
-    counts = count(solutions, kept)
-    negatives = choose_negatives(solutions, boundaries(task, solutions.rollouts, tokenizer), cfg.num_negatives)
+    solutions = sample_solutions(policy, tokenizer, task, problems, cfg.num_generations, cfg, folder / "rollouts")
+    right = keep_correct(solutions, 0)
+    counts = count(solutions, right)
+    ends = step_ends(task, solutions.rollouts, tokenizer, credit=True)
+    negatives = choose_negatives(solutions, ends, cfg.num_negatives)
     values, spent = {}, 0
     if cfg.pairs == "per_step":
-        values, spent = value_prefixes(policy, tokenizer, task, solutions, negatives, cfg, run / "rollouts")
-    positives = positives_of(task, tokenizer, problems, kept, cfg)
+        values, spent = value_prefixes(policy, tokenizer, task, solutions, negatives, cfg, folder / "rollouts")
+    positives = positives_of(task, tokenizer, problems, right, cfg)
     prompts = [task.prompt_tokens(p, tokenizer) for p in problems]
     pairs, notes = make_pairs(solutions, negatives, values, positives, cfg, prompts)
     if not pairs:
@@ -278,25 +264,31 @@ def build_pairs(policy, tokenizer, task, cfg, run, device):
                    prefix_rollouts=len(values) * cfg.n_mc, sampled_tokens=counts["sampled_tokens"] + spent,
                    problems_without_pair=len(problems) - len({n["index"] for n in notes}),
                    pit_share=mean((n["pit"] + 1) / n["steps"] for n in notes))
-    size = cfg.micro_batch_size or cfg.batch_size
-    with torch.no_grad():
-        reference = [torch.cat([completion_logps(policy, [(p[0], p[side]) for p in pairs[i : i + size]], device).cpu()
-                                for i in range(0, len(pairs), size)]) for side in (1, 2)]
+    write_json(folder / "pairs.json", dict(counts=counts, pairs=notes))
+    columns = reference_logps(policy, pairs, cfg.micro_batch_size or cfg.batch_size, device)
+    for side, name in enumerate(("prompt", "chosen", "rejected")):
+        columns[name], columns[name + "_len"] = pad_right([pair[side] for pair in pairs])
+    write_tensors(folder / "pairs.safetensors", columns)
+
+
+@torch.no_grad()
+def reference_logps(policy, pairs, size, device):
+    """-> {"ref_chosen": [N], "ref_rejected": [N]} summed log-probs under the frozen policy."""
     columns = {}
-    for name, rows in (("prompt", [p for p, _, _ in pairs]), ("chosen", [c for _, c, _ in pairs]),
-                       ("rejected", [r for _, _, r in pairs])):
-        columns[name], columns[name + "_len"] = pad_right(rows)
-    write_json(run / "pairs.json", dict(counts=counts, pairs=notes))
-    write_shard(run / "pairs.safetensors", columns | dict(ref_chosen=reference[0], ref_rejected=reference[1]))
+    for side, name in ((1, "ref_chosen"), (2, "ref_rejected")):
+        rows = [(pair[0], pair[side]) for pair in pairs]
+        parts = [completion_logps(policy, rows[i : i + size], device).cpu() for i in range(0, len(rows), size)]
+        columns[name] = torch.cat(parts)
+    return columns
 
 
-def load_pairs(run):
+def load_pairs(folder):
     """-> [(prompt ids, chosen ids, rejected ids)], reference log-probs [N] and [N], counts."""
-    columns = load_file(run / "pairs.safetensors")
-    parts = [[ids[:n].tolist() for ids, n in zip(columns[k], columns[k + "_len"].tolist())]
-             for k in ("prompt", "chosen", "rejected")]
-    return list(zip(*parts)), columns["ref_chosen"], columns["ref_rejected"], \
-        json.loads((run / "pairs.json").read_text())["counts"]
+    columns = load_file(folder / "pairs.safetensors")
+    sides = []
+    for name in ("prompt", "chosen", "rejected"):
+        sides.append([ids[:n].tolist() for ids, n in zip(columns[name], columns[name + "_len"].tolist())])
+    return list(zip(*sides)), columns["ref_chosen"], columns["ref_rejected"], read_json(folder / "pairs.json")["counts"]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -324,13 +316,10 @@ def dpo_step(model, batch, reference, cfg, device):
     return total
 
 
-def train(cfg):
-    device = setup(cfg.device, cfg.threads)
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/dpo"
-    run = Path(cfg.run_dir)
-    task = get_task(cfg)
+def check(cfg, task):
+    """UserError: what cannot work, before anything is sampled."""
     for split in ("train", "val"):
-        task.problems(split, 1, cfg.seed)  # an empty split is said now, not after the work
+        task.problems(split, 1, cfg.seed)  # fail early on an empty split
     if not cfg.policy:
         raise UserError("--policy is missing: give the folder of the SFT policy (train_sft.py makes one)")
     if cfg.pairs == "per_step" and cfg.n_mc < cfg.best_of_k:
@@ -338,55 +327,54 @@ def train(cfg):
                         "--best-of-k")
     if cfg.pairs != "per_step" and cfg.positive == "shared_prefix":
         raise UserError("--positive shared_prefix needs a pit: use it with --pairs per_step")
-    lock = open_run(run, cfg, ignore=("run_dir", "device", "logging_steps"))  # noqa: F841 (held until the end)
-    if (run / "summary.json").exists():
-        print(f"{run} is complete")
-        return json.loads((run / "summary.json").read_text())
+
+
+def train(cfg):
+    """Sample, value, cut, pair, train -> a checkpoint in --run-dir. Resumes by itself. -> summary."""
+    device = setup(cfg.device, cfg.threads)
+    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/dpo"
+    task = get_task(cfg)
+    check(cfg, task)
+    run = Run(cfg, ignore=("run_dir", "device", "logging_steps"))
+    if run.summary:
+        return run.summary
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
-    spare_threads(model, cfg.threads)
-    clock = time.time()
-    if not (run / "pairs.safetensors").exists():
-        build_pairs(model, tokenizer, task, cfg, run, device)
-    pairs, ref_chosen, ref_rejected, counts = load_pairs(run)
-    print("pairs: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}"
-                                for k, v in counts.items()), flush=True)
-    optimizer, params = adamw(model, cfg)
+    one_thread_if_tiny(model, cfg.threads)
+    if not (run.folder / "pairs.safetensors").exists():
+        build_pairs(model, tokenizer, task, cfg, run.folder, device)
+    pairs, ref_chosen, ref_rejected, counts = load_pairs(run.folder)
+    words = {k.replace("_", " "): f"{v:.2f}" if isinstance(v, float) else v for k, v in counts.items()}
+    print("pairs: " + ", ".join(f"{k} {v}" for k, v in words.items()), flush=True)
     per_epoch = math.ceil(len(pairs) / cfg.batch_size)
-    steps, start = cfg.max_steps or per_epoch * cfg.epochs, 0
-    if folder := latest_checkpoint(run):
-        load_weights(model, folder)
-        state = load_state(folder, optimizer, params)
-        start, clock = state["step"], clock - state["seconds"]
-        print(f"resuming {run} at step {start}")
-    metrics, order, epoch = Metrics(run, start, cfg.tensorboard), None, -1
-    for step in progress(range(start + 1, steps + 1), "dpo"):
-        if (step - 1) // per_epoch != epoch:
-            epoch = (step - 1) // per_epoch
+    steps = cfg.max_steps or per_epoch * cfg.epochs
+    start = run.resume(model, partial(load_weights, model), lambda params: adamw(params, cfg))["step"]
+    for step in with_progress_bar(range(start + 1, steps + 1), "dpo"):
+        epoch, at = divmod(step - 1, per_epoch)
+        if at == 0 or step == start + 1:
             order = shuffled(len(pairs), cfg.seed, "epoch", epoch)
-        at = (step - 1) % per_epoch * cfg.batch_size
-        rows = order[at : at + cfg.batch_size]
-        rate = cfg.learning_rate * min(1.0, step / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
+        rows = order[at * cfg.batch_size : (at + 1) * cfg.batch_size]
+        warm = min(1.0, step / max(1, steps // 20))
+        rate = cfg.learning_rate * warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        for group in run.optimizer.param_groups:
             group["lr"] = rate
         logs = dpo_step(model, [pairs[i] for i in rows], (ref_chosen[rows], ref_rejected[rows]), cfg, device)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.params, cfg.max_grad_norm).item()
         if not math.isfinite(grad_norm):
-            bad = [list(p) + list(c) for i in rows for p, c in ((pairs[i][0], pairs[i][1]), (pairs[i][0], pairs[i][2]))]
-            tokens, length = pad_right(bad)  # chosen, rejected, chosen, ...
-            require_finite(run, step, grad_norm, dict(tokens=tokens, length=length), cfg.learning_rate)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            sequences = [list(pairs[i][0]) + list(pairs[i][side]) for i in rows for side in (1, 2)]
+            tokens, length = pad_right(sequences)  # chosen, rejected, chosen, ...
+            require_finite(run.folder, step, grad_norm, dict(tokens=tokens, length=length), cfg.learning_rate)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
         if step == 1 or step % cfg.logging_steps == 0 or step == steps:
-            metrics.write(step, **logs, grad_norm=grad_norm, learning_rate=rate, epoch=step / per_epoch)
+            run.log(step, **logs, grad_norm=grad_norm, learning_rate=rate, epoch=step / per_epoch)
         if step % cfg.save_steps == 0 or step == steps:
-            save_checkpoint(run, step, lambda f: write_model(f, model, tokenizer), optimizer, params,
-                            dict(seconds=time.time() - clock))
-    held_out = task.problems("val", cfg.eval_problems, cfg.seed)
-    score, clipped = accuracy(model, tokenizer, task, held_out, cfg.max_completion_length or task.max_new_tokens, cfg.seed)
-    summary = counts | dict(accuracy=score, clipped_ratio=clipped, steps=steps, seconds=round(time.time() - clock, 1))
-    write_json(run / "summary.json", summary)
-    print(f"dpo ({cfg.pairs}): {steps} steps on {len(pairs)} pairs, sampled accuracy {score:.3f} (val, n={len(held_out)}), "
-          f"{summary['seconds']:.0f} s -> {run}")
+            run.save(step, lambda folder, whole: write_model(folder, whole, tokenizer))
+    problems = task.problems("val", cfg.eval_problems, cfg.seed)
+    limit = cfg.max_completion_length or task.max_new_tokens
+    score, clipped = accuracy(model, tokenizer, task, problems, limit, cfg.seed)
+    summary = run.finish(**counts, accuracy=score, clipped_ratio=clipped, steps=steps)
+    print(f"dpo ({cfg.pairs}): {steps} steps on {len(pairs)} pairs, sampled accuracy {score:.3f} (val, n={len(problems)}), "
+          f"{summary['seconds']:.0f} s -> {run.folder}")
     return summary
 
 
@@ -396,7 +384,7 @@ def main(argv=None):
         cfg.num_generations, cfg.n_mc, cfg.epochs, cfg.eval_problems = 8, max(2, cfg.best_of_k), 1, 32
         cfg.num_problems = min(cfg.num_problems or 32, 32)
     summary = train(cfg)
-    say_next(cfg, ("how often it is right on test problems", ["sample.py", "--model", cfg.run_dir, "--eval"]))
+    print_next_command(cfg, ("how often it is right on test problems", ["-m", "report.evaluate", "--model", cfg.run_dir]))
     return summary
 
 

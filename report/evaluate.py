@@ -1,7 +1,7 @@
-"""Evaluation: answer a split of a task, grade, and say how sure one can be. `python sample.py --task ... --eval` calls it.
+"""Evaluation: answer a split of a task, grade, keep every completion, and say how sure one can be.
 
-    python sample.py --task gsm8k --data gsm8k_test.jsonl --model smollm2 --eval --num-problems 64 --greedy
-    python sample.py --task gsm8k --data gsm8k_train.jsonl gsm8k_test.jsonl --model DIR --eval --template fewshot --n 8
+    python -m report.evaluate --task gsm8k --data gsm8k_test.jsonl --model smollm2 --num-problems 64 --greedy
+    python -m report.evaluate --task planted --model runs/planted/seed0/rl_pav --n 8
 
 Every completion is a line of OUT.jsonl, written chunk by chunk; OUT.json beside it holds the settings, and in the end the
 results. Killed? The same command goes on behind the last whole line; as a draw depends on (seed, problem, sample, token)
@@ -15,16 +15,24 @@ import json
 import os
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from infra.cli import UserError, say_next
+from infra.cli import UserError, opt, parse, print_next_command, script
 from infra.runs import lock_file, mean, write_json
 from report.statistics import interval, vote
-from sample import generate, pass_at_k
+from rollouts import pass_at_k
+from sample import SampleFlags, generate, start
 from tasks.symbolic import available
 
+
+@dataclass
+class Config(SampleFlags):
+    out: str = opt("", "keep the completions in this jsonl file (default: a name made of the settings, in runs/eval)", "what")
+
+
 CHUNK_SECONDS = 60  # chunks grow until they take about this long: what a kill can lose
-NO_MATTER = ("out", "slots", "device", "threads", "eval", "smoke", "prompt", "raw")  # flags that do not change a completion
+NO_MATTER = ("out", "slots", "device", "threads")  # flags that do not change a completion
 
 
 def summarize(rows, n, task, problems):
@@ -35,12 +43,12 @@ def summarize(rows, n, task, problems):
     accuracy, low, high = interval([c / n for c in right], n)
     out = dict(accuracy=accuracy, low=low, high=high, problems=len(groups), n=n,
                truncated=mean(r["finish_reason"] == "length" for r in rows), mean_length=mean(r["tokens"] for r in rows))
-    if hasattr(task, "answer"):
-        out["unparsable"] = mean(r["said"] is None for r in rows)
+    if task.has_final_answer:
+        out["unparsable"] = mean(r["final_answer"] is None for r in rows)
         out["lenient"] = mean(task.grade_leniently(problems[r["problem"]], r["completion"]) for r in rows)
         out["lenient_asked_math_verify"] = available()
         if n > 1:
-            chosen = [vote([r["said"] for r in g]) for g in groups]
+            chosen = [vote([r["final_answer"] for r in g]) for g in groups]
             out["majority"], out["majority_low"], out["majority_high"] = interval(
                 [0.0 if i is None else g[i]["reward"] for g, i in zip(groups, chosen)])
     for k in (2, 4, 8, 16, 32, 64, 128, 256):
@@ -88,7 +96,7 @@ def open_rows(path, settings):
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".json")
     if path.exists() and path.stat().st_size and not beside.exists():
-        raise UserError(f"{path} exists and is not an evaluation of mine ({beside.name} is missing); give another --out")
+        raise UserError(f"{path} exists and is not the file of an evaluation ({beside.name} is missing); give another --out")
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
     if not lock_file(file):
         raise UserError(f"{path} is being written by another process; wait for it or give another --out")
@@ -112,59 +120,75 @@ def open_rows(path, settings):
     return file, rows
 
 
-def evaluate(cfg, model, tokenizer, options):
-    """Grade --n samples of --num-problems problems; accuracy, pass@k, majority, truncated and unparsable shares."""
-    from tasks import get_task
-
-    task = get_task(cfg)
-    problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
-    limit = cfg.max_new_tokens or task.max_new_tokens
-    options = options | dict(stop_ids=task.stop_ids(tokenizer) if hasattr(task, "stop_ids") else options["stop_ids"])
-    file, rows, out = None, [], Path(cfg.out) if cfg.out else default_out(cfg, options["temperature"]) if cfg.eval else None
-    if out:
-        settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_MATTER}
-        settings |= dict(temperature=options["temperature"], max_new_tokens=limit,
-                         fingerprint=fingerprint(model, tokenizer, problems))
-        file, rows = open_rows(out, settings)
-        if rows:
-            print(f"going on behind {len(rows)} completions in {out}")
-    total, resumed, size, seconds = len(problems) * cfg.n, len(rows), cfg.slots, 0.0
+def complete(cfg, task, model, tokenizer, options, problems, rows, file):
+    """Add to rows the completions that are missing, chunk by chunk, each a line of the file. -> seconds of generation."""
+    total = len(problems) * cfg.n
+    size = cfg.slots
+    seconds = 0.0
     while len(rows) < total:
-        ids = range(len(rows), min(total, len(rows) + size))
         began = time.time()
-        some = generate(model, [task.prompt_tokens(problems[i // cfg.n], tokenizer) for i in ids], max_new_tokens=limit,
-                        sequence_ids=list(ids), **options)
-        new = [row_of(task, problems[i // cfg.n], i, cfg.n, tokenizer.decode(some.completion(b)), len(some.completion(b)),
-                      some.finish_reason[b]) for b, i in enumerate(ids)]
+        ids = range(len(rows), min(total, len(rows) + size))
+        prompts = [task.prompt_tokens(problems[i // cfg.n], tokenizer) for i in ids]
+        rolled = generate(model, prompts, sequence_ids=list(ids), **options)
+        new = []
+        for i, completion, reason in zip(ids, rolled.completions(), rolled.finish_reason):
+            text = tokenizer.decode(completion)
+            new.append(row_of(task, problems[i // cfg.n], i, cfg.n, text, len(completion), reason))
         rows += new
-        if file:
-            file.write("".join(json.dumps(r) + "\n" for r in new))
-            file.flush()
-            os.fsync(file.fileno())
-        seconds += some.seconds
+        file.write("".join(json.dumps(r) + "\n" for r in new))
+        file.flush()
+        os.fsync(file.fileno())
+        seconds += rolled.seconds
         if len(rows) < total:
-            print(f"  {len(rows)}/{total} completions, accuracy so far {mean(r['reward'] for r in rows):.3f}", flush=True)
+            so_far = mean(r["reward"] for r in rows)
+            print(f"  {len(rows)}/{total} completions, accuracy so far {so_far:.3f}", flush=True)
             if time.time() - began < CHUNK_SECONDS / 2:
                 size *= 2
+    return seconds
+
+
+def evaluate(cfg, task, model, tokenizer, options):
+    """Grade --n samples of --num-problems problems; accuracy, pass@k, majority, truncated and unparsable shares."""
+    problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
+    out = Path(cfg.out) if cfg.out else default_out(cfg, options["temperature"])
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_MATTER}
+    settings |= dict(temperature=options["temperature"], max_new_tokens=options["max_new_tokens"],
+                     fingerprint=fingerprint(model, tokenizer, problems))
+    file, rows = open_rows(out, settings)
+    if rows:
+        print(f"going on behind {len(rows)} completions in {out}")
+    resumed = len(rows)
+    seconds = complete(cfg, task, model, tokenizer, options, problems, rows, file)
+    file.close()
     result = summarize(rows, cfg.n, task, problems)
+    write_json(out.with_suffix(".json"), dict(settings=settings, results=result))
     for r in rows[: 3 * cfg.n : cfg.n]:
         verdict = "right" if r["reward"] else "wrong"
         print(f"[{verdict}] {problems[r['problem']].prompt.strip()!r} -> {r['completion'].strip()!r} (gold {r['gold']!r})")
     print(*report(result), sep="\n")
-    new = sum(r["tokens"] for r in rows[resumed:])
-    if new:
-        print(f"{new / seconds:.0f} tokens/s ({new} tokens in {seconds:.1f} s)")
-    if out:
-        write_json(out.with_suffix(".json"), dict(settings=settings, results=result))
-        print(f"completions: {out}, settings and results: {out.with_suffix('.json')}")
-        file.close()
-        say_next(cfg, ("a vote of eight", ["sample.py", "--model", cfg.model, "--search", "majority", "--n", 8]))
+    tokens = sum(r["tokens"] for r in rows[resumed:])
+    if tokens:
+        print(f"{tokens / seconds:.0f} tokens/s ({tokens} tokens in {seconds:.1f} s)")
+    print(f"completions: {out}, settings and results: {out.with_suffix('.json')}")
     return result
 
 
 def row_of(task, problem, i, n, text, tokens, finish_reason):
     """One line of the file: sample i % n of problem i // n."""
     row = dict(problem=i // n, sample=i % n, key=problem.key, gold=problem.answer, completion=text)
-    if hasattr(task, "answer"):
-        row["said"] = task.answer(problem, text)
+    if task.has_final_answer:
+        row["final_answer"] = task.final_answer(problem, text)
     return row | dict(reward=task.grade(problem, text), tokens=tokens, finish_reason=finish_reason)
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    if not cfg.task:
+        raise UserError("--task is missing: an evaluation needs problems with known answers")
+    result = evaluate(cfg, *start(cfg))
+    print_next_command(cfg, ("a vote of eight", ["search.py", "--model", cfg.model, "--method", "majority", "--n", 8]))
+    return result
+
+
+if __name__ == "__main__":
+    script(main)

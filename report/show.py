@@ -1,28 +1,38 @@
 """Solutions step by step: what each step is worth to a verifier, and what it gained or lost.
 
-    python sample.py --model runs/planted/seed0/rl_pav --task planted --verifier runs/planted/seed0/verifier --show
-    python sample.py --model smollm2 --prompt "..." --verifier runs/q --show
+    python -m report.show --model runs/planted/seed0/rl_pav --task planted --verifier runs/planted/seed0/verifier
+    python -m report.show --model smollm2 --prompt "..." --verifier runs/q
 
 Printed for each step: the progress A = V after - V before as a bar (right of the bar's middle: a gain), V after it, its
 text. Blue and orange tell gains from losses for colour-blind readers too; NO_COLOR, or a pipe, leaves the colours out.
-train_rl.py keeps the solutions of its first and last evaluation as rows of the same kind (solutions_*.jsonl), which
-report.py shows in a browser. Text of a model is untrusted: control characters never reach the terminal.
+train_rl.py writes the solutions of its first and last evaluation as rows of the same kind (solutions_*.jsonl), which
+`python -m report` shows in a browser. Text of a model is untrusted: control characters never reach the terminal.
 """
 
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from infra import parallel
-from infra.cli import UserError
-from labels import boundaries
-from pav import load_verifier, step_values
-from sample import generate
+from infra.cli import UserError, opt, parse, script
+from rollouts import distinct, grades, step_ends, take
+from sample import SampleFlags, generate, prompt_ids, start
+from tasks.base import Problem, Task
+from verifier import load_verifier, step_values
 
 HALF = 10  # characters on either side of a bar's middle
 GAIN, LOSS, FAINT, RESET = "\x1b[38;5;32m", "\x1b[38;5;208m", "\x1b[2m", "\x1b[0m"
-KEPT = 64  # solutions that an evaluation keeps
+WRITTEN = 64  # solutions of an evaluation that are written
+
+
+@dataclass
+class Config(SampleFlags):
+    verifier: str = opt("", "run directory of pav.py, with whose values the steps are shown", "what")
+    prompt: str = opt("", "text to answer (in the model's chat format where it has one)", "what")
+    raw: bool = opt(False, "continue --prompt as plain text, without the chat format", "what")
+    out: str = opt("", "write the solutions to this jsonl file too", "what")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -30,14 +40,14 @@ KEPT = 64  # solutions that an evaluation keeps
 
 
 def solution_rows(problems, rollouts, ends, values, rewards, tokenizer):
-    """ends [B,S+1] and values [B,S+1] as labels.boundaries and pav.step_values give them, rewards: B numbers or None
+    """ends [B,S+1] and values [B,S+1] as rollouts.step_ends and verifier.step_values give them, rewards: B numbers or None
     -> [{prompt, steps: [text], values: [V before the first step, after each], reward, finish_reason}]."""
     rows = []
     for b, problem in enumerate(problems):
-        own = sorted(set(ends[b].tolist()))  # without the padding, which repeats the last end
+        row = distinct(ends[b])
         tokens = rollouts.tokens[b].tolist()
-        rows.append(dict(prompt=problem.prompt, steps=[tokenizer.decode(tokens[i:j]) for i, j in zip(own, own[1:])],
-                         values=[round(v, 4) for v in values[b, : len(own)].tolist()],
+        rows.append(dict(prompt=problem.prompt, steps=[tokenizer.decode(tokens[i:j]) for i, j in zip(row, row[1:])],
+                         values=[round(v, 4) for v in values[b, : len(row)].tolist()],
                          reward=None if rewards is None else float(rewards[b]), finish_reason=rollouts.finish_reason[b]))
     return rows
 
@@ -47,6 +57,7 @@ def write_rows(path, rows):
     if parallel.rank():
         return
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
     temporary.replace(path)
@@ -98,59 +109,48 @@ def wants_colour(stream):
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-class Question:
-    """--prompt as a problem: no answer is known, so nothing is graded."""
-
-    def __init__(self, prompt):
-        self.prompt = prompt
-
-
-def show(cfg, model, tokenizer, options):
-    """sample.py --show: sample, score every step, print. UserError: no verifier, or one of another tokenizer."""
-    from tasks import get_task
-    from tasks.base import Task
-
-    if not cfg.verifier:
-        raise UserError("--show needs --verifier: a run directory of pav.py, whose values the steps are shown with")
+def show(cfg, task, model, tokenizer, options):
+    """Sample, score every step, print. UserError: no verifier, or one of another tokenizer."""
     verifier = load_verifier(cfg.verifier, tokenizer, model.head.device)
-    if cfg.task:
-        task = get_task(cfg)
+    if task:
         problems = [p for p in task.problems(cfg.split, cfg.num_problems or None, cfg.seed) for _ in range(cfg.n)]
         prompts = [task.prompt_tokens(p, tokenizer) for p in problems]
-        options |= dict(stop_ids=task.stop_ids(tokenizer)) if hasattr(task, "stop_ids") else {}
-        limit = cfg.max_new_tokens or task.max_new_tokens
     else:
-        chat = tokenizer.chat_format and not cfg.raw
-        ids = tokenizer.chat([dict(role="user", content=cfg.prompt)]) if chat else tokenizer.encode(cfg.prompt)
-        problems, prompts, limit = [Question(cfg.prompt)] * cfg.n, [ids] * cfg.n, cfg.max_new_tokens or 256
-        task = Task()  # steps are lines
-    out = generate(model, prompts, max_new_tokens=limit, **options)
-    ends = boundaries(task, out, tokenizer)
-    rewards = [task.grade(p, tokenizer.decode(out.completion(i))) for i, p in enumerate(problems)] if cfg.task else None
-    rows = solution_rows(problems, out, ends, step_values(verifier, out.tokens, ends), rewards, tokenizer)
+        problems = [Problem("", cfg.prompt, "")] * cfg.n
+        prompts = [prompt_ids(cfg, tokenizer)] * cfg.n
+    rolled = generate(model, prompts, **options)
+    ends = step_ends(task or Task(), rolled, tokenizer)  # without a task a step is a line
+    rewards = grades(task, problems, rolled, tokenizer).tolist() if task else None
+    rows = solution_rows(problems, rolled, ends, step_values(verifier, rolled.tokens, ends), rewards, tokenizer)
+    if cfg.out:
+        write_rows(cfg.out, rows)
     colour = wants_colour(sys.stdout)
     for row in rows:
         print(*show_row(row, colour), "", sep="\n")
     if cfg.out:
-        write_rows(cfg.out, rows)
         print(f"rows: {cfg.out}")
     return rows
 
 
-def keep_solutions(path, tokenizer, problems, rollouts, rewards, values, ends):
-    """The first KEPT solutions of an evaluation, one of each (prompt, completion): a sharp policy repeats itself."""
-    seen, keep = set(), []
+def write_solutions(path, tokenizer, problems, rollouts, rewards, values, ends):
+    """The first solutions of an evaluation, one of each (prompt, completion): a sharp policy repeats itself."""
+    rows = {}
     for b, problem in enumerate(problems):
-        key = (problem.prompt, *rollouts.completion(b))
-        if key not in seen and len(keep) < KEPT:
-            seen.add(key)
-            keep.append(b)
-    rows = solution_rows([problems[b] for b in keep], pick(rollouts, keep), ends[keep], values[keep], [rewards[b] for b in keep],
-                         tokenizer)
-    write_rows(path, rows)
+        rows.setdefault((problem.prompt, *rollouts.completion(b)), b)
+    rows = list(rows.values())[:WRITTEN]
+    some = solution_rows([problems[b] for b in rows], take(rollouts, rows), ends[rows], values[rows],
+                         [rewards[b] for b in rows], tokenizer)
+    write_rows(path, some)
 
 
-def pick(rollouts, rows):
-    """Some rows of Rollouts, as Rollouts."""
-    return type(rollouts)(rollouts.tokens[rows], rollouts.prompt_len[rows], rollouts.length[rows], rollouts.logprob[rows],
-                          [rollouts.finish_reason[b] for b in rows], rollouts.seconds)
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    if not cfg.verifier:
+        raise UserError("--verifier is missing: a run directory of pav.py, whose values the steps are shown with")
+    if not cfg.prompt and not cfg.task:
+        raise UserError("nothing to show: give --prompt TEXT, or --task NAME")
+    return show(cfg, *start(cfg))
+
+
+if __name__ == "__main__":
+    script(main)

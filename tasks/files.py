@@ -9,8 +9,8 @@ import json
 import re
 from pathlib import Path
 
-from tasks.answers import MAX_ANSWER, answers_equal, canonical, extract_answer, last_number, parse_number
 from infra.cli import UserError
+from tasks.answers import MAX_ANSWER, answers_equal, canonical, extract_answer, last_number, parse_number
 from tasks.base import Problem, Task, split_of, task_seed
 from tasks.symbolic import symbolically_equal
 

@@ -27,7 +27,7 @@ from test_resume import TINY, command, outcome, stage  # noqa: E402
 from toy import ToyTask, tiny_model  # noqa: E402
 
 from model import save_model  # noqa: E402
-from pav import Verifier, save_verifier  # noqa: E402
+from verifier import Verifier, save_verifier  # noqa: E402
 
 
 def run(context, script, argv, log, **kill):

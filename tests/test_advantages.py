@@ -6,12 +6,13 @@ import pytest
 import torch
 from toy import EOS, ToyTask, make_rollouts
 
-import train_rl
+from rollouts import grades, step_ends
 from train_rl import (
     Config,
     advantages,
     center_by_step,
     credit_tokens,
+    first_illegal,
     k2_loss,
     outcome_advantage,
     policy_loss,
@@ -52,9 +53,9 @@ def test_return_to_go_over_progress_is_outcome_minus_a_baseline():
     values between, so no step is told apart from the ones after it. Step credit leaves the bonus alone."""
     values = torch.tensor([[0.2, 0.5, 0.4, 1.0, 1.0], [0.5, 0.3, 0.0, 0.0, 0.0]])  # padded by repeating
     progress = step_bonus(values, "pav")
-    assert spread_credit(progress, "step") is progress
-    close(spread_credit(progress, "return-to-go"), values[:, -1:] - values[:, :-1])
-    close(spread_credit(step_bonus(values, "q"), "return-to-go")[0], torch.tensor([2.9, 2.4, 2.0, 1.0]))  # pays for staying
+    assert spread_credit(progress, "pav") is progress
+    close(spread_credit(progress, "pav-to-go"), values[:, -1:] - values[:, :-1])
+    close(spread_credit(step_bonus(values, "q-to-go"), "q-to-go")[0], torch.tensor([2.9, 2.4, 2.0, 1.0]))  # pays for staying
 
 
 def test_centring_leaves_the_sample_itself_out():
@@ -100,17 +101,19 @@ def test_token_weights_of_the_three_losses():
 VALUES = torch.tensor([[0.2, 0.5, 0.6, 0.6], [0.2, 0.1, 0.1, 0.1], [0.3, 0.7, 0.7, 0.7], [0.3, 0.4, 0.9, 0.9]])
 
 
-def toy_advantages(monkeypatch, kl=None, **options):
+def toy_advantages(values=VALUES, **options):
     """Two prompts, two samples each; right, wrong, right, right but illegal in its first step."""
-    task, values = ToyTask(), VALUES.clone()
-    problems = [p for p in task.problems("train", None, 0) if p.prompt in ("13=", "22=")]
+    task = ToyTask()
+    problems = [p for p in task.problems("train", None, 0) if p.prompt in ("13=", "22=") for _ in range(2)]
     prompts = [[1, 3, 10]] * 2 + [[2, 2, 10]] * 2
     rollouts = make_rollouts(prompts, [[3, 0, 0, 0, EOS], [5, EOS], [2, EOS], [4, 10, 2, EOS]])
-    monkeypatch.setattr(train_rl, "step_values", lambda *_: values)
-    cfg = Config(**(dict(num_generations=2, center_bonus=False, anchor=False, reward="pav", alpha=2.0) | options))
-    pairs = [p for p in problems for _ in range(2)]
-    verifier = None if cfg.reward == "outcome" else object()
-    adv, logs = advantages(cfg, task, pairs, rollouts, task.tokenizer(), verifier, kl)
+    cfg = Config(**(dict(num_generations=2, guards=[], reward="pav", alpha=2.0) | options))
+    tokenizer = task.tokenizer()
+    outcome = grades(task, problems, rollouts, tokenizer)
+    ends = step_ends(task, rollouts, tokenizer)
+    illegal = first_illegal(task, problems, rollouts, tokenizer, ends.shape[1])
+    paid = (None, None) if cfg.reward == "outcome" else (ends, values)
+    adv, logs = advantages(cfg, rollouts.mask(), outcome, *paid, illegal)
     assert logs["rewards/outcome/mean"] == 0.75 and logs["frac_reward_zero_std"] == 0.5
     assert (adv[~rollouts.mask()] == 0).all()
     steps = [adv[b, 3 : int(n)].tolist() for b, n in enumerate(rollouts.length)]
@@ -123,27 +126,19 @@ def toy_advantages(monkeypatch, kl=None, **options):
     (dict(alpha=0.0), [[0.5, 0.5, 0.5], [-0.5], [0], [0, 0]]),
     (dict(), [[0.5 + 0.6, 0.5 + 0.2, 0.5], [-0.5 - 0.2], [0.8], [0.2, 1.0]]),
     (dict(reward="q"), [[0.5 + 1, 0.5 + 1.2, 0.5 + 1.2], [-0.5 + 0.2], [1.4], [0.8, 1.8]]),
-    (dict(anchor=True), [[0.5 + 0.6, 0.5 + 0.2, 0.5 + 0.8], [-0.5 - 0.4], [1.4], [0.2, 1.2]]),
-    (dict(gate="outcome"), [[0.5 + 0.6, 0.5 + 0.2, 0.5], [-0.5], [0.8], [0.2, 1.0]]),
-    (dict(gate="legal"), [[0.5 + 0.6, 0.5 + 0.2, 0.5], [-0.5 - 0.2], [0.8], [-0.6, 0]]),
-    (dict(gate="legal", anchor=True), [[0.5 + 0.6, 0.5 + 0.2, 0.5 + 0.8], [-0.5 - 0.4], [1.4], [-0.6, 0]]),
-    (dict(constant_value=True), [[0.5, 0.5, 0.5], [-0.5], [0], [0, 0]]),
-    (dict(constant_value=True, anchor=True), [[0.5, 0.5, 1.5], [-1.5], [1], [0, 1]]),
+    (dict(guards=["anchor"]), [[0.5 + 0.6, 0.5 + 0.2, 0.5 + 0.8], [-0.5 - 0.4], [1.4], [0.2, 1.2]]),
+    (dict(guards=["outcome"]), [[0.5 + 0.6, 0.5 + 0.2, 0.5], [-0.5], [0.8], [0.2, 1.0]]),
+    (dict(guards=["legal"]), [[0.5 + 0.6, 0.5 + 0.2, 0.5], [-0.5 - 0.2], [0.8], [-0.6, 0]]),
+    (dict(guards=["legal", "anchor"]), [[0.5 + 0.6, 0.5 + 0.2, 0.5 + 0.8], [-0.5 - 0.4], [1.4], [-0.6, 0]]),
+    (dict(values=torch.full((4, 4), 0.5)), [[0.5, 0.5, 0.5], [-0.5], [0], [0, 0]]),
+    (dict(values=torch.full((4, 4), 0.5), guards=["anchor"]), [[0.5, 0.5, 1.5], [-1.5], [1], [0, 1]]),
     (dict(reward="orm"), [[0.25] * 3, [-0.25], [-0.1], [0.1, 0.1]]),
-    (dict(center_bonus=True), [[0.5 + 2 * (0.3 - 0.4 / 3), 0.5 + 2 * (0.1 - 0.5), 0.5], [-0.5 + 2 * (-0.1 - 0.8 / 3)],
+    (dict(guards=["center"]), [[0.5 + 2 * (0.3 - 0.4 / 3), 0.5 + 2 * (0.1 - 0.5), 0.5], [-0.5 + 2 * (-0.1 - 0.8 / 3)],
                                [2 * (0.4 - 0.3 / 3)], [2 * (0.1 - 0.6 / 3), 2 * (0.5 - 0.1)]]),
 ])
-def test_advantages_written_out(monkeypatch, options, expected):
-    for row, want in zip(toy_advantages(monkeypatch, **options), expected):
+def test_advantages_written_out(options, expected):
+    for row, want in zip(toy_advantages(**options), expected):
         assert row == pytest.approx(want, abs=1e-5)
-
-
-def test_k1_goes_into_the_reward_before_the_baseline(monkeypatch):
-    kl = torch.tensor([1.0, 3.0, 0.0, 4.0])
-    rows = toy_advantages(monkeypatch, kl, reward="outcome", beta=0.1, kl_estimator="k1")
-    assert [r[0] for r in rows] == pytest.approx([0.5 + 0.1, -0.5 - 0.1, 0.2, -0.2], abs=1e-6)
-    rows = toy_advantages(monkeypatch, kl, reward="outcome", beta=0.1, kl_estimator="k2")  # not counted twice
-    assert [r[0] for r in rows] == pytest.approx([0.5, -0.5, 0, 0], abs=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -186,5 +181,5 @@ def test_k2_has_the_gradient_of_kl_and_k1_in_a_loss_has_none():
     assert exact.abs().max() > 0.1
     close(gradient(k2_loss(logp, ref, weight)), exact, atol=1e-12)
     assert gradient((weight * (theta.log_softmax(0) - ref)).sum()).abs().max() < 1e-12
-    logp = theta.log_softmax(0)  # k1 as a reward of REINFORCE, which is what --kl-estimator k1 does
+    logp = theta.log_softmax(0)  # k1 as a reward of REINFORCE is the third way
     close(gradient((weight * (logp.detach() - ref) * logp).sum()), exact, atol=1e-12)

@@ -77,7 +77,7 @@ def test_a_missing_peer_is_one_clear_line():
 def test_products_logprob_sides_compute_the_same():
     """A comparison of speed is worth nothing if the two sides compute different things."""
     from bench import products
-    from infra.runs import generator
+    from infra.seeds import generator
 
     inputs = products.head_inputs(products.Config(tiny=True), generator(0, "test"), 8)
     losses = {side: products.logprob_step(side, *inputs) for side in ("ours", "plain", "entropy")}

@@ -5,8 +5,8 @@ import json
 import pytest
 from test_tokenizer import CONFIG, MERGES, library, load, make_spec
 
-from open_weights import chat
 from infra.cli import UserError
+from open_weights import chat
 
 CALL = [dict(role="user", content=" 2 + 2? "), dict(role="assistant", content="4"), dict(role="user", content="Sure?")]
 SYSTEM = [dict(role="system", content="Be brief.")]

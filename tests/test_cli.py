@@ -17,9 +17,9 @@ from toy import tiny_model
 from infra import cli
 from infra import runs as common
 from model import save_model
-from pav import Verifier, save_verifier
-from tasks import get_task
 from open_weights.tokenizer import alphabet_tokenizer
+from tasks import get_task
+from verifier import Verifier, save_verifier
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_sft", "train_dpo", "pav", "train_rl", "sample"]

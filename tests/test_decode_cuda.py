@@ -8,11 +8,11 @@ import torch
 from test_sample import OPTIONS, ragged_prompts, same
 from toy import EOS, tiny_model
 
-from engines import cuda as decode_cuda
 import sample
+from engines import cuda as decode_cuda
 from infra.cli import UserError
-from open_weights.families import FAMILIES, Config
 from model import KVCache, Transformer
+from open_weights.families import FAMILIES, Config
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

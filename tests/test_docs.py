@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import tasks
-from papers import train_dpo
 import train_rl
 import train_sft
+from papers import train_dpo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from toy import EOS, ToyTask, make_rollouts, tiny_model
 
-from papers import rft as solutions_module
-from papers import train_dpo
 import train_sft
 from infra.cli import UserError
 from infra.runs import read_metrics
-from tasks.chain import Chain
-from tasks.stargraph import StarGraph
 from model import load_model, save_model
+from papers import rft as solutions_module
+from papers import train_dpo
 from papers.rft import Solutions, count, keep_correct, sample_solutions
 from papers.train_dpo import (
     Config,
@@ -31,6 +29,8 @@ from papers.train_dpo import (
     step_q,
     value_prefixes,
 )
+from tasks.chain import Chain
+from tasks.stargraph import StarGraph
 
 # ----------------------------------------------------------------------------------------------------
 # The first pit, and the cut

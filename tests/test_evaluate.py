@@ -7,12 +7,13 @@ import random
 import pytest
 from toy import tiny_model
 
-from report import evaluate
 from infra.cli import UserError
-from report.evaluate import interval, summarize, vote
+from open_weights.tokenizer import alphabet_tokenizer
+from report import evaluate
+from report.evaluate import summarize
+from report.statistics import interval, vote
 from sample import Config, main
 from tasks import get_task
-from open_weights.tokenizer import alphabet_tokenizer
 
 
 def test_wilson_interval_against_its_definition():

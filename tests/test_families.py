@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from infra.cli import UserError
-from open_weights.families import FAMILIES, Config, file_names
 from model import load_model, save_model, shared_prefixes, token_logprobs
+from open_weights.families import FAMILIES, Config, file_names
 from sample import generate
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)

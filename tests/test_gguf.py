@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from open_weights import gguf as gguf_import
 from infra.cli import UserError
+from open_weights import gguf as gguf_import
 from open_weights.gguf import convert_gguf, find_smollm2, unpermute
 from open_weights.tokenizer import ALPHABET, load_tokenizer
 

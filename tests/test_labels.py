@@ -1,15 +1,15 @@
-"""labels.py: first pits. The prover is a script, so that every value is known."""
+"""pav.py: first pits. The prover is a script, so that every value is known."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from toy import EOS, ToyTask, make_rollouts
 
-import labels
+import pav
 from infra.cli import UserError
-from labels import collect, collect_all, walk_to_pits, wrong_walks
-from pav import Config
+from pav import Config, check, collect, walk_to_pits, wrong_walks
 
 
 class Steps(ToyTask):
@@ -38,12 +38,12 @@ def scripted(calls, fail_every=0):
     return generate
 
 
-def test_a_walk_ends_with_the_first_prefix_that_nobody_survives(monkeypatch, tokenizer):
+def test_a_walk_ends_with_the_first_prefix_that_nobody_survives(tokenizer):
     calls = []
-    monkeypatch.setattr(labels, "generate", scripted(calls))
+    complete = partial(scripted(calls), None)
     task, problem = Steps(), SimpleNamespace(prompt="37=", answer="7")
     tokens = [3, 7, 10, 1, 1, 9, 1, 1, EOS]  # the pit is the step that ends at 6
-    found, spent = walk_to_pits(None, tokenizer, task, [(problem, tokens, 3, [4, 5, 6, 7, 8])], 4, 6, 0, {})
+    found, spent = walk_to_pits(complete, task, tokenizer, [(problem, tokens, 3, [4, 5, 6, 7, 8])], 4, 6, 0)
     assert [c[0] for c in calls] == [tokens[:4], tokens[:5], tokens[:6]]  # nothing beyond the pit is sampled
     assert all(len(c) == 4 for c in calls)
     at_cut = [float(d["target"][0][d["ends"][0] == 4 + i][0]) for i, d in enumerate(found)]
@@ -57,14 +57,15 @@ def test_walks_start_from_good_states_that_can_fail_and_go_past_the_cut():
     ends = torch.tensor([[3, 4, 5, 6, 7]] * 6)
     starts = [("a", [3, 7, 10, 1], 3), ("b", [3, 7, 10, 1], 3), ("c", [3, 7, 10, 1], 3)]
     outcome = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
-    walks = wrong_walks(starts, rolled, ends, outcome, 0.25)
+    data = dict(tokens=rolled.tokens, ends=ends)
+    walks = wrong_walks(starts, data, outcome, 0.25)
     assert [w[0] for w in walks] == ["a"]  # b is no good state, c has no wrong continuation
     assert walks[0][1:] == ([3, 7, 10, 1, 9, 1, EOS], 3, [5, 6])  # the finished solution is no prefix to continue
-    assert [w[0] for w in wrong_walks(starts, rolled, ends, outcome, 0.6)] == []
+    assert [w[0] for w in wrong_walks(starts, data, outcome, 0.6)] == []
 
 
 def test_first_pit_keeps_the_uniform_data_and_adds_the_walks(monkeypatch, tokenizer):
-    monkeypatch.setattr(labels, "generate", scripted([], fail_every=2))
+    monkeypatch.setattr(pav, "generate", scripted([], fail_every=2))
     task = Steps()
     problems = task.problems("train", 4, 0)
     plain, cost = collect(None, None, tokenizer, task, problems, Config(n_mc=2, cuts=2), 0)
@@ -78,6 +79,12 @@ def test_first_pit_keeps_the_uniform_data_and_adds_the_walks(monkeypatch, tokeni
 
 
 @pytest.mark.parametrize("flags", [dict(n_mc=1), dict(n_mc=2, label="outcome")])
-def test_first_pit_without_siblings_or_steps_is_refused(tokenizer, task, tmp_path, flags):
+def test_first_pit_without_siblings_or_steps_is_refused(task, flags):
     with pytest.raises(UserError, match="n-mc of at least 2"):
-        collect_all(None, None, tokenizer, task, Config(coverage="first-pit", **flags), tmp_path)
+        check(Config(policy="p", coverage="first-pit", **flags), task)
+
+
+def test_an_outcome_model_has_no_prover(task):
+    """Best-of-K of a finished solution means nothing: its value would be 1 - (1-p)^K."""
+    with pytest.raises(UserError, match="leave out --prover-k"):
+        check(Config(policy="p", label="outcome", prover_k=4), task)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from toy import tiny_model
 
-from papers import memorization
 import train_sft
 from infra.cli import UserError
-from papers.memorization import choose_threshold, curate, held_out_r_squared, load_run, pre_memorization, r_squared, solution_nll
 from model import resolve
+from papers import memorization
+from papers.memorization import choose_threshold, curate, held_out_r_squared, load_run, pre_memorization, r_squared, solution_nll
 from tasks.worded import Worded
 
 

@@ -8,30 +8,26 @@ import pytest
 import torch
 from toy import make_rollouts, tiny_model
 
-from papers import mrt
 import tasks
 import train_rl
 from infra.cli import UserError
-from labels import boundaries
 from model import save_model
+from papers import mrt
 from papers.mrt import (
     Config,
     answer_now,
-    best_prefix,
-    choose,
-    curve,
     episode_ends,
-    measure,
     merge_episodes,
     meta_values,
     pooled,
     prefixes,
     random_cuts,
-    regret,
     split_episodes,
 )
-from tasks.probe import CANDIDATES, FUNCTION, TEST, Probe
+from papers.mrt_star import best_prefix, choose, curve, measure, regret
+from rollouts import step_ends
 from tasks.base import split_of
+from tasks.probe import CANDIDATES, FUNCTION, TEST, Probe
 
 PROBE = Probe()
 TOKENS = PROBE.tokenizer()
@@ -90,7 +86,7 @@ def test_episode_ends_are_step_ends_with_the_answer_apart():
     p = PROBE.problems("train", 1)[0]
     out = rollouts_of([p] * 3, ["~~,A=3n~~,B=4n!C", "!A", "~~,~~,~~,~~,~~,!B"])
     plain = episode_ends(PROBE, out, TOKENS, Config())
-    assert torch.equal(plain, boundaries(PROBE, out, TOKENS))
+    assert torch.equal(plain, step_ends(PROBE, out, TOKENS))
     assert (plain - plain[:, :1]).tolist() == [[0, 3, 6, 9, 12, 15, 15], [0, 3, 3, 3, 3, 3, 3], [0, 3, 6, 9, 12, 15, 18]]
     merged = episode_ends(PROBE, out, TOKENS, Config(max_episodes=2))
     assert (merged - merged[:, :1]).tolist() == [[0, 6, 12, 15], [0, 3, 3, 3], [0, 6, 15, 18]]
@@ -190,7 +186,7 @@ def test_sampled_values_are_the_exact_ones(monkeypatch):
     out = rollouts_of([p] * 3, texts)
     cfg = train_rl.Config(reward="mrt", task="probe", mu_samples=60)  # 60 answers go round 6, 5, 4 candidates evenly
     ends, values, spent = meta_values(None, TOKENS, PROBE, cfg, 1, [p] * 3, out)
-    assert torch.equal(ends, boundaries(PROBE, out, TOKENS))
+    assert torch.equal(ends, step_ends(PROBE, out, TOKENS))
     expected = [[1 / 6, 1 / 5, 1 / 4, 1, 1], [1 / 6, 1 / 5, 1 / 5, 0, 0], [1 / 6, 1, 1, 1, 1]]
     torch.testing.assert_close(values, torch.tensor(expected))
     prompts, options = seen[0]
@@ -232,7 +228,7 @@ def test_the_scalar_form_credits_what_follows_the_cut(monkeypatch):
         assert values[b, 0] == values[b, 1] and values[b, 1].item() == pytest.approx(table[int(ends[b, 1]) - 7])
         assert values[b, 2] == (b < 20) and ends[b, 2] == out.length[b]
     assert set((ends[:20, 1] - 7).tolist()) == {0, 3, 6, 9}  # every place is cut at, the end and the answer never
-    assert torch.equal(ends, random_cuts(boundaries(PROBE, out, TOKENS), mrt.derive(0, "cut", 1)))
+    assert torch.equal(ends, random_cuts(step_ends(PROBE, out, TOKENS), mrt.derive(0, "cut", 1)))
 
 
 def test_the_meta_prover_is_the_policy_and_its_draws_are_fixed(model, task, tokenizer):

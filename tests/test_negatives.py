@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import negatives  # noqa: E402
 
 from model import pad_right  # noqa: E402
-from papers.rft import write_shard  # noqa: E402
+from rollouts import write_tensors  # noqa: E402
 from tasks import get_task  # noqa: E402
 
 
@@ -47,6 +47,6 @@ def test_cuts_are_held_against_the_first_wrong_step(tmp_path):
     columns = {}
     for name, rows in (("prompt", [problem.prompt] * 4), ("chosen", [right] * 4), ("rejected", cut)):
         columns[name], columns[name + "_len"] = pad_right([tokenizer.encode(r) for r in rows])
-    write_shard(tmp_path / "pairs.safetensors", columns | dict(ref_chosen=torch.zeros(4), ref_rejected=torch.zeros(4)))
+    write_tensors(tmp_path / "pairs.safetensors", columns | dict(ref_chosen=torch.zeros(4), ref_rejected=torch.zeros(4)))
     (tmp_path / "pairs.json").write_text('{"counts": {}}')
     assert negatives.pit_quality(tmp_path) == dict(pit_exact=0.5, pit_early=0.25, pit_later=0.25)

@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 import openweights  # noqa: E402
 import wordproblems  # noqa: E402
 
-from tasks.answers import answers_equal, extract_answer  # noqa: E402
 from infra.cli import UserError  # noqa: E402
+from tasks.answers import answers_equal, extract_answer  # noqa: E402
 
 
 @pytest.mark.parametrize("found,goal,lines", [

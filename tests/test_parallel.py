@@ -1,4 +1,4 @@
-"""N processes are one process: rows are dealt and gathered whole, and runs under torchrun (gloo) end as one process ends."""
+"""N processes are one process: rows are padded_share and gathered whole, and runs under torchrun (gloo) end as one process ends."""
 
 import json
 import os
@@ -15,8 +15,9 @@ from toy import tiny_model
 from infra import parallel
 from infra.runs import read_metrics
 from model import save_model
-from pav import Verifier, dealt, save_verifier
+from pav import padded_share
 from tasks import get_task
+from verifier import Verifier, save_verifier
 
 ROOT = Path(__file__).parent.parent
 RL = ["train_rl.py", "--reward", "pav", "--num-prompts", "4", "--num-generations", "4", "--steps", "4", "--save-steps", "2",
@@ -84,7 +85,7 @@ def test_dealt_rows_are_as_many_everywhere_and_each_counts_once(monkeypatch, n):
     found = []
     for r in range(3):
         monkeypatch.setattr(parallel, "rank", lambda r=r: r)
-        found.append(dealt(n))
+        found.append(padded_share(n))
     assert len({len(rows) for rows, _ in found}) == 1
     counted = [int(i) for rows, real in found for i, x in zip(rows, real[:, 0]) if x]
     assert sorted(counted) == list(range(n))

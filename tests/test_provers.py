@@ -101,7 +101,7 @@ def test_time_to_a_level_and_rank_correlation():
 
 
 def test_exact_verifier_says_what_the_task_says():
-    from pav import step_values
+    from verifier import step_values
 
     task = Planted(prompts=2, letters=6, planted=3, length=5)
     tokenizer = task.tokenizer()
@@ -118,9 +118,8 @@ def test_exact_verifier_says_what_the_task_says():
 
 def test_the_solver_as_a_verifier_of_countdown():
     """Right, wrong and illegal solutions, cut anywhere: at the prompt and at each line end the value is exact_value's."""
-    from labels import boundaries
-    from pav import step_values
-    from sample import Rollouts
+    from rollouts import Rollouts, step_ends
+    from verifier import step_values
 
     task = Countdown()
     tokenizer, problems = task.tokenizer(), task.problems("test", 40, 0)
@@ -133,7 +132,7 @@ def test_the_solver_as_a_verifier_of_countdown():
         tokens[b, : len(row)] = torch.tensor(row)
     rolled = Rollouts(tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in rows]),
                       torch.zeros(tokens.shape), ["stop"] * len(rows), 0.0)
-    ends = boundaries(task, rolled, tokenizer)
+    ends = step_ends(task, rolled, tokenizer)
     values = step_values(countdown_exact.ExactVerifier(task, tokenizer, 0.5), tokens, ends)
     expected = [[task.exact_value(p, tokenizer.decode(rows[b][len(prompts[b]) : end]), 0.5) for end in ends[b].tolist()]
                 for b, p in enumerate(problems)]

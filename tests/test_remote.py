@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from toy import EOS, ToyTask, tiny_model
 
-from engines import server as remote
 import train_rl
+from engines import server as remote
 from infra.cli import UserError
-from infra.runs import derive, read_metrics
+from infra.runs import read_metrics
+from infra.seeds import derive
 from model import load_weights, save_model
 from sample import generate
 

@@ -26,7 +26,7 @@ from infra import cli
 from infra.cli import UserError
 from infra.runs import latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
 from model import load_weights, save_model, write_model
-from pav import Verifier, save_verifier
+from verifier import Verifier, save_verifier
 
 ROOT = Path(__file__).parent.parent
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}

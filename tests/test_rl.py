@@ -1,6 +1,7 @@
 """update() and train() of train_rl.py with a tiny policy: what must not depend on how the work is cut up."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from safetensors.torch import load_file
 from toy import EOS, ToyTask, make_rollouts, tiny_model
 
 import train_rl
+from infra import seeds
 from infra.runs import read_metrics
+from infra.seeds import batch_indices
 from model import save_model
-from pav import Verifier, save_verifier
 from sample import generate
-from train_rl import Config, pick_problems, update
+from train_rl import Config, update
+from verifier import Verifier, save_verifier
 
 # ----------------------------------------------------------------------------------------------------
 # One update
@@ -37,7 +40,7 @@ def gradient_of_update(batch, reference=None, **options):
 
 
 @pytest.mark.parametrize("options", [dict(loss_type="dapo"), dict(loss_type="grpo"), dict(loss_type="dr_grpo"),
-                                     dict(entropy_coef=0.1), dict(beta=0.5, kl_estimator="k2")])
+                                     dict(entropy_coef=0.1), dict(beta=0.5)])
 def test_the_gradient_does_not_depend_on_the_micro_batches(batch, options):
     reference = tiny_model(seed=1) if "beta" in options else None
     whole, logs = gradient_of_update(batch, reference, **options)
@@ -117,7 +120,7 @@ def test_alpha_zero_is_the_outcome_run_bit_for_bit(start, tmp_path):
 def test_scoring_a_batch_is_one_forward_pass_of_the_verifier(start, monkeypatch):
     """Every step of every rollout: 3 training batches of 16, and the evaluations before and after."""
     batches, forward = [], Verifier.forward
-    counted = lambda self, tokens, share: batches.append(len(tokens)) or forward(self, tokens, share)  # noqa: E731
+    counted = lambda self, tokens, length: batches.append(len(tokens)) or forward(self, tokens, length)  # noqa: E731
     monkeypatch.setattr(Verifier, "forward", counted)
     start("counted", reward="pav", verifier=start.verifier)
     assert batches == [4, 16, 16, 16, 4]
@@ -130,7 +133,7 @@ def test_adams_epsilon_decides_what_a_small_gradient_is_worth(start, tmp_path, m
 
     def moved(alpha, epsilon):
         weights, _ = start(f"{alpha}_{epsilon}", reward="pav", alpha=alpha, adam_epsilon=epsilon, verifier=start.verifier,
-                           anchor=False)
+                           guards=["center"])
         return float(sum((weights[n] - initial[n]).square().sum() for n in initial)) ** 0.5
 
     assert moved(1e-3, 1e-12) == pytest.approx(moved(1.0, 1e-12), rel=0.3)
@@ -168,8 +171,48 @@ def test_groups_stay_with_their_own_gold(start, monkeypatch):
 
 
 def test_every_epoch_takes_each_problem_once_in_its_own_order():
-    cfg = Config(num_prompts=5, seed=3)
-    steps = [pick_problems(range(10), step, cfg) for step in range(1, 5)]
+    steps = [batch_indices(10, 5, step, 3, "rl epoch") for step in range(1, 5)]
     first, second = steps[0] + steps[1], steps[2] + steps[3]
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
-    assert len(pick_problems(range(3), 1, cfg)) == 5  # fewer problems than prompts: they repeat
+    assert len(batch_indices(3, 5, 1, 3, "rl epoch")) == 5  # fewer problems than prompts: they repeat
+
+
+def test_an_epoch_is_shuffled_once_and_not_once_a_prompt(monkeypatch):
+    calls = []
+    monkeypatch.setattr(seeds, "shuffled", lambda n, *purpose: calls.append(purpose) or list(range(n)))
+    for step in range(1, 4):
+        batch_indices(1000, 64, step, 123456, "rl epoch")
+    assert calls == [(123456, "rl epoch", 0)]
+
+
+def test_a_constant_verifier_needs_no_folder(start):
+    _, rows = start("constant", reward="pav", verifier="constant")
+    assert rows[1]["verifier/final_value"] == 0.5 and "eval/verifier_score" not in rows[-1]
+
+
+def test_best_of_k_values_are_compared_with_accuracy_as_values_of_one_sample(start, tmp_path):
+    """A verifier of Best-of-4: its score of an evaluation is 1 - (1-V)^(1/4), the value of a single sample."""
+    _, plain = start("plain", reward="outcome", verifier=start.verifier)
+    path = tmp_path / "verifier/verifier.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(prover_k=4)))
+    _, best = start("best", reward="outcome", verifier=start.verifier)
+    assert best[0]["eval/verifier_score"] == pytest.approx(plain[0]["eval/verifier_score"], abs=2e-6)
+
+
+def test_rollouts_end_where_evaluations_end(start, monkeypatch):
+    """With worked examples in the prompt a task has stop ids beside EOS; every call of generate() is given them."""
+    stops = []
+    original = train_rl.generate
+    monkeypatch.setattr(ToyTask, "stop_ids", lambda self, tokenizer: [7, EOS], raising=False)
+    monkeypatch.setattr(train_rl, "generate", lambda *a, **o: stops.append(o["stop_ids"]) or original(*a, **o))
+    start("stops", reward="outcome")
+    assert len(stops) == 5 and all(s == [7, EOS] for s in stops)
+
+
+def test_no_script_stops_at_eos_alone():
+    """Everything that completes a task's prompts asks the task where a completion ends."""
+    root = Path(train_rl.__file__).parent
+    files = [p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in ("tests", "bench", ".venv-ci", "runs")]
+    assert len(files) > 40
+    offenders = [p.name for p in files if "stop_ids=tokenizer.eos_ids" in p.read_text()]
+    assert offenders == []

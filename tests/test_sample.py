@@ -11,7 +11,8 @@ import sample
 from infra.cli import UserError
 from kernels import linear_sample
 from model import token_logprobs
-from sample import generate, pass_at_k
+from rollouts import pass_at_k
+from sample import generate
 
 OPTIONS = dict(max_new_tokens=12, temperature=1.0, seed=5, stop_ids=[EOS])
 

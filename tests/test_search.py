@@ -10,11 +10,12 @@ from toy import EOS, Problem, ToyTask, tiny_model
 import search
 from infra.cli import UserError
 from model import save_model
-from pav import Verifier, save_verifier
-from search import beam, best_of_n, effective_score, learned_values, majority, parents, select
+from open_weights.tokenizer import alphabet_tokenizer
+from report.statistics import vote
+from search import beam, best_of_n, effective_score, learned_values, parents, select
 from tasks import get_task
 from tasks.base import line_ends
-from open_weights.tokenizer import alphabet_tokenizer
+from verifier import Verifier, save_verifier
 
 OPTIONS = dict(n=6, limit=6, seed=3, temperature=1.0)
 
@@ -73,10 +74,10 @@ def test_effective_score_is_q_plus_alpha_times_progress():
 
 
 def test_majority_prefers_the_commonest_then_the_earliest_and_ignores_the_unparsed():
-    assert majority(["3", "5", "5"]) == 1
-    assert majority(["3", "5", "5", "3"]) == 0
-    assert majority([None, None, "4"]) == 2
-    assert majority([None, None]) == 0
+    assert vote(["3", "5", "5"]) == 1
+    assert vote(["3", "5", "5", "3"]) == 0
+    assert vote([None, None, "4"]) == 2
+    assert vote([None, None]) == 0
 
 
 def test_draws_are_shared_among_the_living_and_the_finished_keep_their_share():

@@ -9,12 +9,12 @@ import pytest
 
 import train_sft
 from infra.cli import UserError
+from open_weights.tokenizer import alphabet_tokenizer
 from tasks import get_task
 from tasks.base import line_ends, split_of
 from tasks.countdown import Countdown, countdown_moves
 from tasks.files import Jsonl
 from tasks.planted import Planted, kmp_next
-from open_weights.tokenizer import alphabet_tokenizer
 
 PLANTED, COUNTDOWN = Planted(0, planted=5), Countdown()
 

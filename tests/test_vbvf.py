@@ -16,8 +16,8 @@ import vbvf_exact  # noqa: E402
 import vbvf_report  # noqa: E402
 
 from infra.cli import UserError  # noqa: E402
-from tasks.contextual import Contextual, solve_times  # noqa: E402
 from tasks import get_task  # noqa: E402
+from tasks.contextual import Contextual, solve_times  # noqa: E402
 
 TOY = dict(symbols=3, planted=2, letters=3, length=5, mixture=(0.5, 6.0))
 

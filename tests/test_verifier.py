@@ -10,24 +10,12 @@ import torch
 from toy import EOS, ToyTask, make_rollouts, tiny_model
 
 from infra.cli import UserError
-from labels import boundaries, choose_cuts, collect, concatenate
 from model import save_model
-from pav import (
-    Config,
-    Verifier,
-    auc,
-    bce_weights,
-    correlation,
-    judge,
-    load_verifier,
-    prover_transform,
-    reliability,
-    save_verifier,
-    step_values,
-    value_loss,
-)
-from sample import pass_at_k
 from open_weights.tokenizer import alphabet_tokenizer
+from pav import Config, bce_weights, choose_cuts, collect, join, value_loss
+from report.judge import auc, correlation, judge, reliability
+from rollouts import pass_at_k, step_ends
+from verifier import Verifier, best_of_k_value, load_verifier, save_verifier, step_values
 
 
 def close(a, b, atol=1e-6):
@@ -45,7 +33,7 @@ class Position(torch.nn.Module):
         super().__init__()
         self.cfg, self.head, self.calls = SimpleNamespace(hidden_size=1), torch.zeros(1), 0
 
-    def forward(self, tokens, share=None):
+    def forward(self, tokens, length=None):
         self.calls += 1
         return torch.arange(tokens.shape[1]).expand(tokens.shape)[..., None].float()
 
@@ -77,18 +65,18 @@ def test_a_value_does_not_know_what_comes_later():
 def test_boundaries_repeat_the_last_end(task, tokenizer):
     prompts = [[1, 3, 10], [2, 2, 10], [4, 10], [5, 10]]
     rollouts = make_rollouts(prompts, [[3, 0, 0, 0, EOS], [5, EOS], [7], []])
-    ends = boundaries(task, rollouts, tokenizer)
+    ends = step_ends(task, rollouts, tokenizer)
     assert ends.tolist() == [[3, 5, 7, 8], [3, 5, 5, 5], [2, 3, 3, 3], [2, 2, 2, 2]]
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 16])
 def test_best_of_k_is_one_minus_all_k_fail(k):
     q = torch.linspace(0, 1, 11, dtype=torch.float64)
-    close(prover_transform(q, k), 1 - (1 - q) ** k)
-    close(prover_transform(q, 1), q, atol=1e-15)
-    assert (prover_transform(q, k).diff() >= 0).all()
+    close(best_of_k_value(q, k), 1 - (1 - q) ** k)
+    close(best_of_k_value(q, 1), q, atol=1e-15)
+    assert (best_of_k_value(q, k).diff() >= 0).all()
     draws = [pass_at_k(10_000, int(c * 10_000), k) for c in q]  # k draws of many are nearly independent
-    close(prover_transform(q, k), torch.tensor(draws, dtype=torch.float64), atol=2e-3)
+    close(best_of_k_value(q, k), torch.tensor(draws, dtype=torch.float64), atol=2e-3)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -176,7 +164,7 @@ def test_an_outcome_model_is_labelled_at_the_end_only(task, tokenizer, model):
 def test_shards_of_other_widths_are_padded_without_weight():
     shard = lambda T, S: dict(tokens=torch.ones(2, T, dtype=torch.int64), ends=torch.arange(S).expand(2, S) + 1,  # noqa: E731
                               target=torch.ones(2, S), weight=torch.ones(2, S))
-    whole = concatenate([shard(4, 3), shard(6, 5)])
+    whole = join([shard(4, 3), shard(6, 5)])
     assert whole["tokens"][0].tolist() == [1, 1, 1, 1, 0, 0] and whole["ends"][0].tolist() == [1, 2, 3, 3, 3]
     assert whole["weight"].sum(1).tolist() == [3, 3, 5, 5] and whole["tokens"].dtype == torch.int64
 
@@ -208,7 +196,7 @@ def test_a_verifier_that_knows_is_told_from_one_that_does_not(task, tokenizer, m
     class Knows(torch.nn.Module):
         cfg, head = SimpleNamespace(hidden_size=1), torch.zeros(1)
 
-        def forward(self, tokens, share=None):
+        def forward(self, tokens, length=None):
             hit = (tokens == tokens[:, 1:2]) & (torch.arange(tokens.shape[1]) > 2)
             return hit.cumsum(1).clamp(max=1)[..., None] * 12.0 - 6.0
 

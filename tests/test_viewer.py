@@ -8,15 +8,14 @@ import pytest
 import torch
 from toy import EOS, ToyTask, tiny_model
 
-from report import __main__ as report
 import sample
+from model import save_model
+from report import __main__ as report
 from report import show as viewer
 from report import webpage
-from labels import boundaries
-from model import save_model
-from pav import Verifier, save_verifier
-from sample import Rollouts
+from rollouts import Rollouts, step_ends
 from tasks import get_task
+from verifier import Verifier, save_verifier
 
 ROW = dict(prompt="A", steps=["ab", "c"], values=[0.25, 0.75, 0.5], reward=1.0, finish_reason="stop")
 HOSTILE = dict(prompt="<b>", steps=["</span><script>alert(1)</script>", "\x1b[2J\u202e\" onload='x'"], values=[0.1, 0.9, 0.0],
@@ -27,7 +26,7 @@ def test_rows_are_cut_at_the_steps_and_carry_their_values():
     task, tokenizer = ToyTask(), ToyTask().tokenizer()
     tokens = torch.tensor([[3, 7, 10, 1, 2, 7, EOS], [0, 9, 10, 9, EOS, 0, 0]])
     out = Rollouts(tokens, torch.tensor([3, 3]), torch.tensor([7, 5]), torch.zeros(2, 7), ["stop", "stop"])
-    ends = boundaries(task, out, tokenizer)  # two tokens a step
+    ends = step_ends(task, out, tokenizer)  # two tokens a step
     values = torch.tensor([[0.5, 0.25, 1.0], [0.125, 0.75, 0.75]])
     rows = viewer.solution_rows(task.problems("train", 2, 0), out, ends, values, [1.0, 0.0], tokenizer)
     assert rows[0]["steps"] == ["12", "7"] and rows[0]["values"] == [0.5, 0.25, 1.0]
@@ -40,7 +39,7 @@ def test_kept_solutions_are_distinct_and_few(tmp_path, monkeypatch):
     task, tokenizer = ToyTask(), ToyTask().tokenizer()
     tokens = torch.tensor([[3, 7, 10, 7]] * 3 + [[3, 7, 10, 8], [3, 7, 10, 9]])
     out = Rollouts(tokens, torch.full((5,), 3), torch.full((5,), 4), torch.zeros(5, 4), ["length"] * 5)
-    ends = boundaries(task, out, tokenizer)
+    ends = step_ends(task, out, tokenizer)
     viewer.keep_solutions(tmp_path / "s.jsonl", tokenizer, task.problems("train", 1, 0) * 5, out, [1, 1, 1, 0, 0],
                           torch.rand(5, 2), ends)
     rows = viewer.read_rows(tmp_path / "s.jsonl")

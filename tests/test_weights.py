@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import tiny_model
 
-from open_weights import files as weights
 from infra.cli import UserError
 from model import Transformer, load_model, save_model
+from open_weights import files as weights
 from open_weights.files import resolve
 
 

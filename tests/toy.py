@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from infra.runs import generator
+from infra.seeds import generator
 from model import Config, Transformer, init_weights
-from sample import Rollouts
-from tasks.base import Task
 from open_weights.tokenizer import alphabet_tokenizer
+from rollouts import Rollouts
+from tasks.base import Task
 
 EOS = 11  # ids 0..9 are the digits, 10 is "=", 11 ends a completion
 
