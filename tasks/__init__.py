@@ -34,6 +34,8 @@ class TaskFlags:
     template: str = opt("auto", "prompts for problems from files (auto: chat where the model has a format, else plain)",
                         "problems", choices=["auto", "chat", "plain", "fewshot"])
     shots: int = opt(0, "worked examples before each problem, from the training split (0: 4 with fewshot)", "problems", low=0)
+    grader: str = opt("exact", "of answers from files; math-verify knows more formulas, and must be installed", "problems",
+                      choices=["exact", "math-verify"])
     planted_prompts: int = opt(4, "prompts of --task planted, each with a sequence of its own", "problems", low=1, high=26)
     planted_length: int = opt(6, "letters of each hidden sequence: the dial of difficulty", "problems", low=1, high=12)
 
@@ -46,10 +48,11 @@ def task_class(name):
     return getattr(importlib.import_module(module), name)
 
 
-def get_task(task, seed=0, **options):
-    """The task that a script's config describes, or that has this name and seed and is else as the
-    flags' defaults say. options go to its class and win over the flags."""
+def get_task(task, seed=0, data=None, **options):
+    """The task that a script's config describes, or that has this name, seed and data and is else as
+    the flags' defaults say. options go to its class and win over the flags."""
     if isinstance(task, str):
         task_class(task)  # before the flags: an unknown name is an error here
         task = TaskFlags(task=task, task_seed=seed)
+    options |= {} if data is None else dict(data=data)
     return task_class(task.task).from_config(task, **options)

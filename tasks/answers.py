@@ -103,7 +103,7 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in [  # in this order
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"^\*\*|\*\*$|[⦃⦄⦅⦆¶]", ""),
     (r"(?<!\\)sqrt ?([0-9]+)", r"\\sqrt{\1}"),
     (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1 "),  # plain pi
-    (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{, ?\}|,\\! ?|\\[,!;: ]|[ ~])[0-9]{3})+(?![0-9])",
+    (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?: ?\{, ?\} ?|,\\! ?|\\[,!;: ]|[ ~])[0-9]{3})+(?![0-9])",
      lambda m: re.sub("[^0-9]", "", m[0])),  # signs that part thousands
     (rf"(?:(?:\\[,;: ]|[ ~]){_ROMAN}|{_ROMAN}(?:\\,|[ ~]))([mgshLNV])\}}",
      lambda m: f" {_UNITS[m[1]]} "),  # 5\,\mathrm{m}; without the distance it is a letter
@@ -118,7 +118,7 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in [  # in this order
     *[(rf"(\\(?:frac|binom){_GROUP}) ?{_ONE}", r"\1{\2}")] * 3, (r"(?<=[}\w]) ?(?=\{)", ""),
     (r"(?:(\()|\[) *⦅begin array⦆(.*)⦅end array⦆ *(?(1)\)|\])", r"⦅begin pmatrix⦆\2⦅end pmatrix⦆"),
     (r"(?<=[0-9]) ?\b([apAP])\.? ?[mM]\b\.?", lambda m: f" {m[1].lower()}m"),  # 9:05 p.m.
-    (r"\s+", " "), (r",? (?:and|or) |, | ?; ?", ";"),  # 7, 125 is a list, 7,125 may be a number
+    (r"\s+", " "), (r",? ?\b(?:and|or)\b |, | ?; ?", ";"),  # 7, 125 is a list, 7,125 may be a number
     (r"(?<![\w}\])]) | (?!\w|\([A-Za-z]{2})", ""),
     (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"), (r"(?:¶|[ .])+$", ""),
     (r"(?<![^(\[;,])\+(?=\\infty)", ""), (r"^⦃⦄$", r"\\emptyset"),
@@ -183,9 +183,9 @@ def _without_unit(text):
 
 # 4. Comparison
 
-_LETTER = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{\w+\})?'?"
+_LETTER = rf"(?:[A-Za-z]|\\(?:{'|'.join(formula.GREEK)}))(?:_\{{\w+\}})?'?"
 _NAME = re.compile(rf"((?:{_LETTER}(?:\({_LETTER}\))?|[fghpqFGHPS]\([0-9]+\)"
-                   rf"|\({_LETTER}(?:[,;]{_LETTER})+\))(?:=|\\in(?![A-Za-z]) ?))?(.*)", re.S)
+                   rf"|\({_LETTER}(?:[,;]{_LETTER})+\))(?:=(?!\(?[A-Z]\)?$)|\\in(?![A-Za-z]) ?))?(.*)", re.S)
 _MATRIX = re.compile(r"⦅begin [pb]matrix⦆(.*?)¶?⦅end ([pb])matrix⦆", re.S)
 _BRACKETS = re.compile(r"([⦃{(\[])(.*)([⦄})\]])", re.S)
 _RELATION = re.compile(r"(=|<|>|\\(?:le|ge|ne|in)(?![A-Za-z]))")
