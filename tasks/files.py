@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 from infra.cli import UserError
-from tasks.answers import (MAX_ANSWER, answers_equal, canonical, extract_answer, last_number, parse_number,
-                           without_thought)
+from tasks.answers import MAX_ANSWER, answers_equal, canonical, extract_answer, parse_number, without_thought
 from tasks.base import Problem, Task, split_of, task_seed
 from tasks.symbolic import available, symbolically_equal
 
@@ -151,6 +150,12 @@ def load_problems(files, make):
 
 # ----------------------------------------------------------------------------------------------------
 # Tasks
+
+
+def last_number(text):
+    """The last number in the text, or None: a lenient second opinion for evaluation, never a reward."""
+    found = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-100_000:])
+    return found[-1].rstrip(",") if found else None
 
 
 class Jsonl(Task):
