@@ -1,8 +1,7 @@
 r"""Find the answer in a text and compare it with the right one, without evaluating anything.
 
-Two stages: extract_answer(text) -> str | None, answers_equal(prediction, gold) -> bool. Completions
-are hostile text. The comparison is strict on purpose: a reward that accepts too much is farmed, one
-that misses a few right answers only learns a little slower. So
+Completions are hostile text, and the comparison is strict on purpose: a reward that accepts too
+much is farmed, one that misses a few right answers only learns a little slower. So
     numbers       exactly; a decimal equals a fraction to 1e-12; % and $ are dropped, 50% is 50
     7 apples      one unit after a number is dropped, against another it stays; 7 tenths has none
     (1,2] {1,2}   element by element; the order counts but for sets and unions; the brackets count
@@ -45,8 +44,8 @@ def without_thought(text):
 
 
 def extract_answer(text):
-    r"""What the last mark in the text holds: a line "#### x", or \boxed{x} or \fbox{x}; without them
-    the last "answer is x". None: no mark, or nothing readable behind the last, whatever stands above.
+    r"""What the last mark of a text holds: a line "#### x", or \boxed{x} or \fbox{x}; without them
+    the last "answer is x". None: no mark, or nothing readable behind it, whatever stands above it.
     A thought holds no answer, and a line "####" between a box and more text is a heading."""
     text = without_thought(text)[-TAIL:]
     box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
@@ -56,19 +55,21 @@ def extract_answer(text):
     if line > box and not (box >= 0 and below):
         answer = answer.lstrip("#").strip()
     elif box >= 0:
-        inside = re.match(rf"\\\w+(?: *({_GROUP})| +([^\s${{]+))", text[box:][: MAX_ANSWER + 9], re.S)
+        inside = re.match(rf"(?s)\\\w+(?: *({_GROUP})| +([^\s${{]+))", text[box:])
         answer = inside and (inside[2] or inside[1][1:-1].strip())
     elif sentence >= 0:
         answer = text[sentence + 9 :][: MAX_ANSWER + 1].lstrip(" :*\n").split("\n")[0]
         answer = _GOES_ON.split(answer)[0].strip()
-    return answer if answer and max(line, box, sentence) >= 0 and len(answer) <= MAX_ANSWER else None
+    marked = max(line, box, sentence) >= 0
+    return answer if marked and answer and len(answer) <= MAX_ANSWER else None
 
 
 # 2. One spelling
-GREEK = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu
-    nu xi pi rho sigma tau upsilon phi varphi chi psi omega ell
-    Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega""".split())
-FUNCTIONS = set("sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan ln log exp".split())
+GREEK = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda
+    mu nu xi pi rho sigma tau upsilon phi varphi chi psi omega ell
+    Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega""".split())  # noqa: SIM905
+FUNCTIONS = {f + h for f in ("sin", "cos", "tan", "cot") for h in ("", "h")} | {
+    "sec", "csc", "arcsin", "arccos", "arctan", "ln", "log", "exp"}
 _SIGNS = dict.fromkeys("−–‐‑‒﹣－", "-") | dict.fromkeys("\u00a0\u2009\u202f", " ") | {
     "×": "*", "·": "*", "⋅": "*", "÷": "/", "⁄": "/", "，": ",", "√": "\\sqrt ", "°": " degrees ",
     "∞": "\\infty ", "∪": "\\cup ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ",
@@ -87,10 +88,11 @@ _ONE = r"(\\[A-Za-z]+|[^\\{}\s(\[])"  # an argument without braces
 _NAMES = "|".join((GREEK | FUNCTIONS | {"infty", "sqrt"}) - {"xi", "mu", "nu"})
 _SPELLINGS = [(re.compile(pattern), new) for pattern, new in [  # in this order
     ("[¼-¾⅐-⅞]", lambda m: r"\frac{{{}}}{{{}}}".format(*_plain(m[0]).split("⁄"))),
-    ("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: f"^{{{_plain(m[0])}}}"), ("[₀-₉]+", lambda m: f"_{{{_plain(m[0])}}}"),
+    ("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: f"^{{{_plain(m[0])}}}"),
+    ("[₀-₉]+", lambda m: f"_{{{_plain(m[0])}}}"),
     ("[α-ω]", lambda m: f"\\{unicodedata.name(m[0]).split()[-1].lower()} "),
     (r"[^ -~]", lambda m: _SIGNS.get(m[0], m[0])), (r"^\*\*|\*\*$|[⦃⦄⦅⦆¶]", ""),
-    (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"(?<!\\)sqrt ?([0-9]+)", r"\\sqrt{\1}"),
+    (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\bsqrt ?([0-9]+)", r"sqrt{\1}"),
     (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1 "),  # plain pi
     (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?: ?\{, ?\} ?|,\\! ?|\\[,!;: ]|[ ~])[0-9]{3})+(?![0-9])",
      lambda m: re.sub("[^0-9]", "", m[0])),  # signs that part thousands
@@ -107,7 +109,7 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in [  # in this order
     *[(rf"(\\(?:frac|binom){_GROUP}) ?{_ONE}", r"\1{\2}")] * 3, (r"(?<=[}\w]) ?(?=\{)", ""),
     (r"(?:(\()|\[) *⦅begin array⦆(.*)⦅end array⦆ *(?(1)\)|\])", r"⦅begin pmatrix⦆\2⦅end pmatrix⦆"),
     (r"(?<=[0-9]) ?\b([apAP])\.? ?[mM]\b\.?", lambda m: f" {m[1].lower()}m"),  # 9:05 p.m.
-    (r"\s+", " "), (r",? ?\b(?:and|or)\b |, | ?; ?", ";"),  # 7, 125 is a list, 7,125 may be a number
+    (r"\s+", " "), (r",? ?\b(?:and|or)\b ?|, | ?; ?", ";"),  # 7, 125 is a list, 7,125 a number
     (r"(?<![\w}\])]) | (?!\w|\([A-Za-z]{2})", ""),
     (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"), (r"(?:¶|[ .])+$", ""),
     (r"(?<![^(\[;,])\+(?=\\infty)", ""), (r"^⦃⦄$", r"\\emptyset"),
@@ -121,8 +123,8 @@ def _depths(text):
 
 
 def canonical(answer):
-    r"""LaTeX or plain text in one spelling: "$\dfrac12$." and "\frac{1}{2}" are the same. Marks that
-    carry no value go ($, %, \left, spaces, bold, a full stop); None if it is nested too deep."""
+    r"""LaTeX or plain text in one spelling: "$\dfrac12$." and "\frac{1}{2}" are one. What has no
+    value goes ($, %, \left, spaces, bold, a full stop); None if it is nested too deep."""
     if "\\begin" not in answer:  # a doubled backslash ends a row, or was escaped once too often
         answer = re.sub(r"\\\\(?=[A-Za-z])", r"\\", answer)
     for pattern, new in _SPELLINGS:
@@ -130,13 +132,12 @@ def canonical(answer):
     return None if max(_depths(answer), default=0) > MAX_NESTING else answer
 
 
-# 3. Formulas: computed at the same random values of their letters, where two different ones agree with
-# a chance of nothing (Schwartz-Zippel). A function is one more unknown, fixed by its name and the value
-# of its argument; pi, e and i are letters like x.
+# 3. Formulas: computed at the same random values of their letters (Schwartz-Zippel). A function is
+# one more unknown, fixed by its name and the value of its argument; pi, e and i are letters like x.
 CLOSE = {"(": ")", "{": "}", "[": "]"}
 LEVEL = {"+": 0, "-": 0, "^": 2, ")": -1, "}": -1, "]": -1, ";": -1}  # the rest is a product: 1
-TOKEN = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_\{\w+\})?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[-+*/^(){}\[\]]")
-NO_PRODUCT = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3}|[A-Z]{2}|[fghFGHP](?:_\{\w*\})?\()")  # east, f(2)
+TOKEN = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_\{\w+\})?|[0-9]+\.?[0-9]*|\.[0-9]+|[^\w\\ ]")
+NO_PRODUCT = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3}|[A-Z]{2}|[fghFGHP](?:_\{\w*\})?\()")  # east
 
 
 def _unknown(*name):
@@ -153,14 +154,12 @@ def _power(base, exponent):
     return abs(base) ** exponent * (-1 if base < 0 and ratio.numerator % 2 else 1)
 
 
-OPERATORS = {"+": operator.add, "-": operator.sub, "/": operator.truediv, "^": _power}
-
-
 class _Reader:
-    """Precedence climbing over canonical LaTeX. ValueError: not a formula that is understood here."""
+    """Precedence climbing over canonical LaTeX. ValueError: it is not understood."""
+    operators = {"+": operator.add, "-": operator.sub, "/": operator.truediv, "^": _power}
 
     def __init__(self, text, scale):
-        self.rest, self.scale = [";", *TOKEN.findall(text)[::-1]], scale  # the next token is the last
+        self.rest, self.scale = [";", *TOKEN.findall(text)[::-1]], scale  # the next token is last
         if "".join(self.rest[:0:-1]) != text.replace(" ", "") or NO_PRODUCT.search(text):
             raise ValueError
 
@@ -169,12 +168,12 @@ class _Reader:
         sign = self.rest.pop() if level == 0 and self.rest[-1] in ("+", "-") else "+"
         value = self.atom() if sign == "+" else -self.expression(1)
         while (binds := LEVEL.get(token := self.rest[-1], 1)) >= level:
-            if token in OPERATORS or token == "*":
+            if token in self.operators or token == "*":
                 self.rest.pop()
             elif token[0] in ".0123456789":
                 raise ValueError  # x2 and (1)(2)3 are no way to write a product
             right = self.group("{") if token == "^" else self.expression(binds + 1)
-            value = OPERATORS.get(token, operator.mul)(value, right)
+            value = self.operators.get(token, operator.mul)(value, right)
         return value
 
     def group(self, left):
@@ -188,7 +187,7 @@ class _Reader:
             return self.group(token)
         name = self.rest.pop().split("_")[0].removeprefix("\\")
         if token[0] in ".0123456789" and len(token) <= MAX_DIGITS:
-            mixed = re.match(r"\\frac\{[0-9]+\}\{[0-9]+\}", "".join(self.rest[:-8:-1]))  # 1\frac{1}{2}
+            mixed = re.match(r"\\frac\{[0-9]+\}\{[0-9]+\}", "".join(self.rest[:-8:-1]))
             part = self.atom() if mixed else 0
             if part < 1:
                 return Decimal(token) + part
@@ -216,13 +215,12 @@ class _Reader:
         return _power(_unknown(name, str(value.quantize(AGREE) + 0)), power)
 
 
-@functools.lru_cache(maxsize=1024)  # a set of n formulas is compared n^2 times, but computed n times
+@functools.lru_cache(maxsize=1024)  # a set of n formulas is compared n^2 times, computed n times
 def _value(text, scale=1):
     """With letters about as large as scale; None if it is not understood, or not defined there."""
     try:
         with decimal.localcontext(decimal.Context(MAX_DIGITS + 20, Emax=9999, Emin=-9999)):
-            reader = _Reader(text, scale)
-            out = reader.expression()
+            out = (reader := _Reader(text, scale)).expression()
             return out if reader.rest == [";"] else None
     except (ValueError, IndexError, RecursionError, decimal.DecimalException):
         return None
@@ -230,15 +228,14 @@ def _value(text, scale=1):
 
 def _same(a, b):
     """Canonical LaTeX -> are both understood, and equal wherever they are defined? Never raises."""
-    points = [(_value(a, scale), _value(b, scale)) for scale in (1, -1, 100)]
-    gaps = [abs(x - y) <= AGREE * max(abs(x), abs(y), AGREE) for x, y in points if None not in (x, y)]
-    return bool(gaps) and all(gaps) and all((x is None) == (y is None) for x, y in points)
+    pairs = {(_value(a, scale), _value(b, scale)) for scale in (1, -1, 100)} - {(None, None)}
+    return bool(pairs) and all(None not in p and abs(p[0] - p[1]) <= AGREE * abs(p[0]) for p in pairs)
 
 
 # 4. Numbers and units
 _DECIMAL = r"(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?"
 _NUMBER = re.compile(
-    rf"([+-]?)(?:({_DECIMAL})(?:[eE]([+-]?[0-9]+)| ?[*x] ?10\^\{{([+-]?[0-9]+)\}})?|10\^\{{([+-]?[0-9]+)\}}|"
+    rf"([+-]?)(?:({_DECIMAL})(?:[eE]([+-]?\d+)| ?[*x] ?10\^\{{([+-]?\d+)\}})?|10\^\{{([+-]?\d+)\}}|"
     rf"(?:([0-9]+) ?)?\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}|"
     rf"(?:([0-9]+) )?([+-]?{_DECIMAL})/([+-]?{_DECIMAL}))")
 _WORD = (r"(?:(?=[A-Za-z]+[aeiou])[A-Za-z]{3,}|inch|eggs?|[mckd]m|[mk]g|m[lL]|ft|in|mi|yd|hrs?|lbs?"
@@ -248,17 +245,17 @@ _UNIT = re.compile(
     rf"((?:{_WORD}|[mg](?=/s))(?: {_WORD}|/(?:{_WORD}|[hsmgL](?:\^\{{[23]\}})?)){{0,3}}"
     r"(?:(?<=degrees) [CF])?)(?(2)\))", re.S)
 _NO_UNIT = re.compile(
-    r"(?i)\b(?:(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand|half"
-    r"|\w*illion|lakh|crore|dozen|score|gross|halve|quarter|third|fifth|eighth|ninth|twelfth|(?:thir|for"
-    r"|four|fif|six|seven|eigh|nine|twen)t(?:een|y|ie))(?:th)?s?|squared|cubed|factorial|over|plus|minus"
-    r"|times|divided|not|choose|mod|point|nor|versus|vs|if|out|but|except|root|base|prime|than)\b")
+    r"(?i)\b(?:(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand"
+    r"|\w*illion|lakh|crore|dozen|score|gross|hal[fv]e?|quarter|third|fifth|eighth|ninth|twelfth|"
+    r"(?:twen|thir|for|four|fif|six|seven|eigh|nine)t(?:een|y|ie))(?:th)?s?|squared|cubed|factorial"
+    r"|if|over|plus|minus|times|divided|not|choose|mod|point|nor|versus|vs|out|but|root|base|than)\b")
 
 
 def parse_number(text):
-    """Canonical answer -> (Decimal, is it written as a fraction), or None: it is no plain number."""
+    """Canonical answer -> (Decimal, is it written as a fraction), or None: no plain number."""
     if not (match := _NUMBER.fullmatch(text)):
         return None
-    sign, digits, *powers, whole, top, bottom, first, over, under = (g or "" for g in match.groups())
+    sign, digits, *powers, whole, top, bottom, first, over, under = match.groups("")
     fraction = f"{whole or first}\\frac{{{top or over}}}{{{bottom or under}}}"
     text = fraction if top or over else f"{digits or 1}*10^{{{''.join(powers) or 0}}}"
     number = _value(sign.strip("+") + text.replace(",", ""))
@@ -267,8 +264,7 @@ def parse_number(text):
 
 def _without_unit(text):
     """ "7 apples" -> ("7", "apple"); ("7", "") without a unit."""
-    match = _UNIT.fullmatch(text)
-    if not match or _NO_UNIT.search(match[3]):
+    if not (match := _UNIT.fullmatch(text)) or _NO_UNIT.search(match[3]):
         return text, ""
     return match[1], " ".join(w.removesuffix("s") for w in match[3].lower().split())
 
@@ -276,7 +272,7 @@ def _without_unit(text):
 # 5. Comparison
 _LETTER = rf"(?:[A-Za-z]|\\(?:{'|'.join(GREEK)}))(?:_\{{\w+\}})?'?"
 _NAME = re.compile(rf"((?:{_LETTER}(?:\({_LETTER}\))?|[fghpqFGHPS]\([0-9]+\)"
-                   rf"|\({_LETTER}(?:[,;]{_LETTER})+\))(?:=(?!\(?[A-Z]\)?$)|\\in(?![A-Za-z]) ?))?(.*)", re.S)
+                   rf"|\({_LETTER}(?:[,;]{_LETTER})+\))(?:=(?!\(?[A-Z]\)?$)|\\in\b ?))?(.*)", re.S)
 _MATRIX = re.compile(r"⦅begin [pb]matrix⦆(.*?)¶?⦅end ([pb])matrix⦆", re.S)
 _BRACKETS = re.compile(r"([⦃{(\[])(.*)([⦄})\]])", re.S)
 _RELATION = re.compile(r"(=|<|>|\\(?:le|ge|ne|in)(?![A-Za-z]))")
@@ -325,7 +321,7 @@ def _depends(text):
 
 
 def _equal(a, b, ask, inner=False):
-    """Two canonical answers. ask: whom to ask about formulas that differ for all that is known here.
+    """Two canonical answers. ask: whom to ask about formulas that differ for all that is known.
     inner: they stand in a list; sets within sets keep their order, or the cost would be a power."""
     (kind_a, parts_a), (kind_b, parts_b) = _parts(a), _parts(b)
     if kind_a and kind_b:
@@ -343,7 +339,7 @@ def _equal(a, b, ask, inner=False):
         x, y = (f"({left})-({right})" for left, _, right in (sides_a, sides_b))
         if _depends(x) and _depends(y) and (_same(x, y) or _same(x, f"-({y})")):
             return True
-    (name_a, rest_a), (name_b, rest_b) = _NAME.fullmatch(a).groups(""), _NAME.fullmatch(b).groups("")
+    (name_a, rest_a), (name_b, rest_b) = (_NAME.fullmatch(e).groups("") for e in (a, b))
     if (name_a or name_b) and max(len(sides_a), len(sides_b)) < 7:
         other = name_a and name_b and name_a != name_b and "(" not in name_a + name_b
         return not other and _equal(rest_a, rest_b, ask, inner)
@@ -361,7 +357,7 @@ def _equal(a, b, ask, inner=False):
 
 
 def answers_equal(prediction, gold, ask=None):
-    """Do the two say the same? Without ask a pure function of the two texts; None equals nothing."""
+    """Do the two say the same? Without ask a pure function of two texts; None equals nothing."""
     if prediction is None or gold is None or max(len(prediction), len(gold)) > MAX_ANSWER:
         return False
     a, b = canonical(prediction), canonical(gold)

@@ -1,10 +1,9 @@
 r"""A second opinion on formulas: math-verify, where it is installed (pip install math-verify).
 
-It knows inequalities and identities, which answers.py leaves out, and is lenient: alone it takes 3=3
-for 8=8 and "5 thousandths" for 5. So it is asked only about single formulas that ours leaves open: in
-evaluation for a second number, as the reward with --grader math-verify (which a time limit can change:
-not bit for bit). Sympy can take for ever and all memory: it runs in a process of its own, started by
-exec; a question beyond the limit ends it, and the next starts another.
+It knows inequalities and identities, which answers.py leaves out, and is lenient: alone it takes
+3=3 for 8=8. So it is asked about single formulas that ours leaves open: for a second number in
+evaluation, for the reward with --grader math-verify (a time limit can change it: not bit for bit).
+Sympy can take for ever and all memory: it runs in a process of its own, ended at the limit.
 """
 
 import importlib.util
@@ -28,7 +27,6 @@ def available():
 
 class Judge:
     """Asks the process. Safe for threads and after a fork."""
-
     lock, child, owner, timeouts = threading.Lock(), None, 0, 0
 
     def line(self, seconds):
@@ -39,7 +37,7 @@ class Judge:
         """-> equal or not; None: no answer in time."""
         with self.lock:
             if not self.child or self.owner != os.getpid() or self.child.poll() is not None:
-                self.owner, command = os.getpid(), [sys.executable, "-P", __file__]  # it ends with its stdin
+                self.owner, command = os.getpid(), [sys.executable, "-P", __file__]
                 self.child = subprocess.Popen(command, bufsize=0, stdin=-1, stdout=-1, stderr=-3)
                 self.line(START_LIMIT)
             try:
@@ -56,13 +54,13 @@ _judge = Judge()
 
 def symbolically_equal(prediction, gold):
     """answers_equal, but math-verify has a say where two formulas differ for all that it knows."""
-    from tasks.answers import answers_equal  # here: the process that runs this file does not need it
+    from tasks.answers import answers_equal  # here: the process that runs this file needs no torch
 
     return answers_equal(prediction, gold, _judge.ask if available() else None)
 
 
 def serve():
-    """One JSON pair a line in, true or false a line out. Only LaTeX is parsed (a grammar, no eval)."""
+    """One JSON pair a line in, true or false a line out. LaTeX is parsed, nothing evaluated."""
     import resource
     import signal
 
@@ -71,11 +69,11 @@ def serve():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the libraries print goes nowhere
     from math_verify import LatexExtractionConfig, parse, verify
 
-    options = dict(parsing_timeout=None, raise_on_error=True)
+    latex, options = [LatexExtractionConfig()], dict(parsing_timeout=None, raise_on_error=True)
     for line in itertools.chain(['["x+1", "1+x"]'], sys.stdin):  # what is imported late, before all
         signal.alarm(30)  # if the parent is gone before its limit
         try:
-            a, b = (parse(rf"\boxed{{{e}}}", [LatexExtractionConfig()], **options) for e in json.loads(line))
+            a, b = (parse(rf"\boxed{{{e}}}", latex, **options) for e in json.loads(line))
             verdict = bool(verify(b, a, float_rounding=12, timeout_seconds=None))
         except Exception:  # whatever sympy makes of hostile text: not equal
             verdict = False

@@ -33,13 +33,15 @@ pieces = st.sampled_from([
     "\\cup", "####", "#### ", "\\text{", "\\%", "%", "$", "^", "*", "**", "/", "-", "+", "=", ".", "0", "1", "9", "99999999999",
     "1e9", "e308", "\\pi", "x", "!", "\\cdot", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "&", "\n", " ", "The answer is ",
     "\u0663", "\u00b2", "\x00", "9**9**9**9", "__import__('os').system('x')", "\\infty", "inf", "nan", "\\input{/etc/passwd}",
-    "\u202e", "\U0001f600", "i", "^\\circ", "<think>", "</think>", " and ", ", ", "; ", "x=", "f(", "\\in ", "\\{", "\\}", "\u00bd",
-    "\u207b\u00b9", "\u03c0", "\u221a", "\\mathrm{", "\\color{red}", "\\,", "\\quad", "{,}", "000", " tenths", " km/h", "apples ",
-    "\\ln", "\\sin^", "\\log_", "\\begin{array}{c}", "\\end{array}", "\\right.", "\\le", "sqrt(", "10^-4", "e^"])
+    "\u202e", "\U0001f600", "i", "^\\circ", "<think>", "</think>", " and ", ", ", "; ", "x=", "f(", "\\in ", "\\{", "\\}",
+    "\u00bd", "\u207b\u00b9", "\u03c0", "\u221a", "\\mathrm{", "\\color{red}", "\\,", "\\quad", "{,}",
+    "000", " tenths", " km/h", "apples ", "\\ln", "\\sin^", "\\log_", "\\begin{array}{c}", "\\end{array}", "\\right.",
+    "\\le", "sqrt(", "10^-4", "e^"])
 latex = st.lists(pieces, max_size=60).map("".join) | st.text(max_size=200)
 deep = st.tuples(st.sampled_from(
-    ["(", "{", "\\frac{", "\\sqrt{", "[", "\\boxed{", "^{", "-", "2^", "x=", "x\\in ", "\\sin", "\\frac", "\\sqrt", "^", "1 ", "a", "abe ",
-     "3 cm ", "1,", "\\{", "\\text{", "1000 ", "\\begin{pmatrix}", "(\\begin{array}"]), st.integers(1, 3000)).map(
+    ["(", "{", "\\frac{", "\\sqrt{", "[", "\\boxed{", "^{", "-", "2^", "x=", "x\\in ", "\\sin", "\\frac", "\\sqrt", "^", "1 ",
+     "a", "abe ", "3 cm ", "1,", "\\{", "\\text{", "1000 ", "\\begin{pmatrix}",
+     "(\\begin{array}"]), st.integers(1, 3000)).map(
     lambda x: x[0] * x[1])
 
 
