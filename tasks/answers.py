@@ -49,7 +49,7 @@ def extract_answer(text):
     A thought holds no answer, and a line "####" between a box and more text is a heading."""
     text = without_thought(text)[-TAIL:]
     box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    sentence = max(text.rfind("answer is"), text.rfind("Answer is"))
+    phrase = max(text.rfind("answer is"), text.rfind("Answer is"))
     line = max((m.start() for m in re.finditer(r"^[^\S\n]*####", text, re.M)), default=-1)
     answer, _, below = text[line:].strip().partition("\n")
     if line > box and not (box >= 0 and below):
@@ -57,11 +57,10 @@ def extract_answer(text):
     elif box >= 0:
         inside = re.match(rf"(?s)\\\w+(?: *({_GROUP})| +([^\s${{]+))", text[box:])
         answer = inside and (inside[2] or inside[1][1:-1].strip())
-    elif sentence >= 0:
-        answer = text[sentence + 9 :][: MAX_ANSWER + 1].lstrip(" :*\n").split("\n")[0]
+    elif phrase >= 0:
+        answer = text[phrase + 9 :][: MAX_ANSWER + 1].lstrip(" :*\n").split("\n")[0]
         answer = _GOES_ON.split(answer)[0].strip()
-    marked = max(line, box, sentence) >= 0
-    return answer if marked and answer and len(answer) <= MAX_ANSWER else None
+    return answer if answer and max(line, box, phrase) >= 0 and len(answer) <= MAX_ANSWER else None
 
 
 # 2. One spelling
@@ -80,7 +79,7 @@ _COMMANDS = {"\\" + c: new for new, old in {
     "\\ge ": "geq geqslant", ">": "gt", "\\ne ": "neq", "*": "times ast cdot", "/": "div",
     " degrees ": "degree", "\\emptyset ": "varnothing", "\\to ": "rightarrow", " or ": "lor vee",
     "⦃": "{ lbrace", "⦄": "} rbrace", "": "left right big Big bigl bigr Bigl Bigr mathbf mathbb "
-    "mathcal mathit mathsf boldsymbol bm underline boxed fbox displaystyle textstyle large Large",
+    "mathcal mathit mathsf boldsymbol bm underline boxed fbox displaystyle textstyle large bf rm",
     ":": "colon", " ": "quad qquad ! , ; : > $ % ( ) [ ]", "¶": "\\"}.items() for c in old.split()}
 _UNITS = dict(m="meters", g="grams", s="seconds", h="hours", L="liters", N="newtons", V="volts")
 _ROMAN = r"\\(?:text(?:bf|it|rm|normal)?|mbox|hbox|mathrm|operatorname|emph) ?\{"
@@ -88,8 +87,7 @@ _ONE = r"(\\[A-Za-z]+|[^\\{}\s(\[])"  # an argument without braces
 _NAMES = "|".join((GREEK | FUNCTIONS | {"infty", "sqrt"}) - {"xi", "mu", "nu"})
 _SPELLINGS = [(re.compile(pattern), new) for pattern, new in [  # in this order
     ("[¼-¾⅐-⅞]", lambda m: r"\frac{{{}}}{{{}}}".format(*_plain(m[0]).split("⁄"))),
-    ("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: f"^{{{_plain(m[0])}}}"),
-    ("[₀-₉]+", lambda m: f"_{{{_plain(m[0])}}}"),
+    ("[⁰¹²³⁴-⁻]+", lambda m: f"^{{{_plain(m[0])}}}"), ("[₀-₉]+", lambda m: f"_{{{_plain(m[0])}}}"),
     ("[α-ω]", lambda m: f"\\{unicodedata.name(m[0]).split()[-1].lower()} "),
     (r"[^ -~]", lambda m: _SIGNS.get(m[0], m[0])), (r"^\*\*|\*\*$|[⦃⦄⦅⦆¶]", ""),
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\bsqrt ?([0-9]+)", r"sqrt{\1}"),
@@ -98,21 +96,23 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in [  # in this order
      lambda m: re.sub("[^0-9]", "", m[0])),  # signs that part thousands
     (rf"(?:(?:\\[,;: ]|[ ~]){_ROMAN}|{_ROMAN}(?:\\,|[ ~]))([mgshLNV])\}}",
      lambda m: f" {_UNITS[m[1]]} "),  # 5\,\mathrm{m}; without the distance it is a letter
-    (r"(\\(?:right|left))\.|(\\\\)\[[^\]]*\]|\\(?:text)?color ?\{[^{}]*\}", r"\1\2"),
+    (r"(\\(?:right|left))\.|(\\\\)\[[^\]]*\]|\\(?:text)?color(?:box)? ?\{[^{}]*\}", r"\1\2"),
     (r"\\(begin|end)\{?([pbv]?matrix|array)\}?(?:\{[lcr| ]*\})?", r"⦅\1 \2⦆"),
     (r"\\(?:[A-Za-z]+|.)", lambda m: _COMMANDS.get(m[0], m[0])), (r"[$%€£~]|\\ |\{\}", " "),
     (rf"{_ROMAN}([^{{}}]*)\}}", lambda m: m[1] if len(m[1]) == 1 else
         f"\\{m[1]} " if m[1] in FUNCTIONS else f" {m[1]} "),
     (r"\^ ?\{? ?(?:\\circ|degrees) ?\}?", " degrees "), (r"\^ ?\{? ?th ?\}?", ""),
-    (r"\^ ?([+-]?[0-9]+|[+-] ?[A-Za-z])", r"^{\1}"), (r"(\\sqrt|\^) ?\(([^()]*)\)", r"\1{\2}"),
+    (r"\^ ?([+-]?[0-9]+|[+-] ?[A-Za-z])", r"^{\1}"),
+    (r"(\\sqrt|\^) ?\(((?:[^()]|\([^()]*\))*+)\)", r"\1{\2}"),
     (rf"(\\sqrt\[[^\]]*\]|\\sqrt|\\frac|\\binom|\^|_) ?{_ONE}", r"\1{\2}"),
     *[(rf"(\\(?:frac|binom){_GROUP}) ?{_ONE}", r"\1{\2}")] * 3, (r"(?<=[}\w]) ?(?=\{)", ""),
-    (r"(?:(\()|\[) *⦅begin array⦆(.*)⦅end array⦆ *(?(1)\)|\])", r"⦅begin pmatrix⦆\2⦅end pmatrix⦆"),
+    (r"(?:(\()|\[) *⦅begin (?:array|matrix)⦆(.*)⦅end (?:array|matrix)⦆ *(?(1)\)|\])",
+     r"⦅begin pmatrix⦆\2⦅end pmatrix⦆"),
     (r"(?<=[0-9]) ?\b([apAP])\.? ?[mM]\b\.?", lambda m: f" {m[1].lower()}m"),  # 9:05 p.m.
     (r"\s+", " "), (r",? ?\b(?:and|or)\b ?|, | ?; ?", ";"),  # 7, 125 is a list, 7,125 a number
     (r"(?<![\w}\])]) | (?!\w|\([A-Za-z]{2})", ""),
     (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"), (r"(?:¶|[ .])+$", ""),
-    (r"(?<![^(\[;,])\+(?=\\infty)", ""), (r"^⦃⦄$", r"\\emptyset"),
+    (r"(?<![^({\[;,])\+(?=\\infty)", ""), (r"^⦃⦄$", r"\\emptyset"),
     (r"(?<![\w)}\]!'])\(([0-9.]+)\)(?![\w({\[^!.])", r"\1"),  # (5)/(6)
 ]]
 
@@ -228,8 +228,8 @@ def _value(text, scale=1):
 
 def _same(a, b):
     """Canonical LaTeX -> are both understood, and equal wherever they are defined? Never raises."""
-    pairs = {(_value(a, scale), _value(b, scale)) for scale in (1, -1, 100)} - {(None, None)}
-    return bool(pairs) and all(None not in p and abs(p[0] - p[1]) <= AGREE * abs(p[0]) for p in pairs)
+    both = {(_value(a, scale), _value(b, scale)) for scale in (1, -1, 100)} - {(None, None)}
+    return bool(both) and all(None not in p and abs(p[0] - p[1]) <= AGREE * abs(p[0]) for p in both)
 
 
 # 4. Numbers and units
@@ -242,13 +242,13 @@ _WORD = (r"(?:(?=[A-Za-z]+[aeiou])[A-Za-z]{3,}|inch|eggs?|[mckd]m|[mk]g|m[lL]|ft
          r"|oz|mph|pct|cc|sq)(?:\^\{[23]\})?")
 _UNIT = re.compile(
     r"((?:[^\\]|\\(?:frac|sqrt|pi))*(?:(?<=[0-9)}\]])|(?<=\\pi))) ?(\()?"  # no unit behind \sin 30
-    rf"((?:{_WORD}|[mg](?=/s))(?: {_WORD}|/(?:{_WORD}|[hsmgL](?:\^\{{[23]\}})?)){{0,3}}"
+    rf"((?:{_WORD}|[mg](?=/))(?: {_WORD}|/(?:{_WORD}|[hsmgL](?:\^\{{[23]\}})?)){{0,3}}"
     r"(?:(?<=degrees) [CF])?)(?(2)\))", re.S)
 _NO_UNIT = re.compile(
     r"(?i)\b(?:(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand"
     r"|\w*illion|lakh|crore|dozen|score|gross|hal[fv]e?|quarter|third|fifth|eighth|ninth|twelfth|"
     r"(?:twen|thir|for|four|fif|six|seven|eigh|nine)t(?:een|y|ie))(?:th)?s?|squared|cubed|factorial"
-    r"|if|over|plus|minus|times|divided|not|choose|mod|point|nor|versus|vs|out|but|root|base|than)\b")
+    r"|if|over|plus|minus|times|divided|not|choose|mod|point|versus|vs|out|but|root|base|than)\b")
 
 
 def parse_number(text):
@@ -271,7 +271,7 @@ def _without_unit(text):
 
 # 5. Comparison
 _LETTER = rf"(?:[A-Za-z]|\\(?:{'|'.join(GREEK)}))(?:_\{{\w+\}})?'?"
-_NAME = re.compile(rf"((?:{_LETTER}(?:\({_LETTER}\))?|[fghpqFGHPS]\([0-9]+\)"
+_NAME = re.compile(rf"((?:{_LETTER}(?:(?:\^\{{-1\}})?\({_LETTER}\))?|[fghpqFGHPS]\([0-9]+\)"
                    rf"|\({_LETTER}(?:[,;]{_LETTER})+\))(?:=(?!\(?[A-Z]\)?$)|\\in\b ?))?(.*)", re.S)
 _MATRIX = re.compile(r"⦅begin [pb]matrix⦆(.*?)¶?⦅end ([pb])matrix⦆", re.S)
 _BRACKETS = re.compile(r"([⦃{(\[])(.*)([⦄})\]])", re.S)
@@ -299,8 +299,8 @@ def _parts(text):
         kind, inner = match[1] + match[3], match[2]
     parts = _split(inner, ";")  # where ";" parts them (canonical), 1,234 is one of them
     parts = [q for p in parts for q in ([p] if parts[1:] and parse_number(p) else _split(p, ","))]
-    if kind == "⦃⦄" or (parts[1:] and kind != "{}" and not (kind == "," and parse_number(text))):
-        return kind, parts
+    if kind == "⦃⦄" or (parts[1:] and not (kind == "," and parse_number(text))):
+        return kind.replace("{}", ","), parts
     return _parts(inner) if kind in ("()", "{}") else ("", [text])
 
 
