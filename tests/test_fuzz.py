@@ -223,9 +223,11 @@ def test_problem_files_of_any_kind(tmp_path_factory, rows, edits, damage_it):
 
 
 jinja = st.lists(st.sampled_from([
-    "{%", "%}", "{%-", "-%}", "{{", "}}", "{#", "#}", "'", '"', "\\", "\\n", "\n", " ", "if ", "endif", "else", "for m in messages ",
-    "endfor", "add_generation_prompt", "<|im_start|>", "<|im_start|>assistant\\n", "<think>\\n", "</think>", "<start_of_turn>model\n",
-    "You are ", "messages", "+", "~", "set x = ", "<\uff5cUser\uff5c>", "\ud800"]) | st.text(max_size=6), max_size=60).map("".join)
+    "{%", "%}", "{%-", "-%}", "{{", "}}", "{#", "#}", "'", '"', "\\", "\\n", "\n", " ", "if ", "endif",
+    "else", "for m in messages ", "endfor", "add_generation_prompt", "<|im_start|>",
+    "<|im_start|>assistant\\n", "<think>\\n", "</think>", "<start_of_turn>model\n", "You are ", "messages",
+    "+", "~", "set x = ", "<\uff5cUser\uff5c>", "\ud800",
+]) | st.text(max_size=6), max_size=60).map("".join)
 
 
 @many
