@@ -432,11 +432,9 @@ def train(cfg, verifier=None):
     train_problems = task.problems("train", None, 0)
     G = cfg.num_generations
     B = cfg.num_prompts * G
+    watch = partial(evaluate, model, tokenizer, task, verifier, cfg, limit)
     if state["step"] == 0:
-        first = evaluate(
-            model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_start.jsonl"
-        )
-        run.log(0, num_tokens=0, episodes=0, **first)
+        run.log(0, num_tokens=0, episodes=0, **watch(run.folder / "solutions_start.jsonl"))
 
     for step in with_progress_bar(range(state["step"] + 1, cfg.steps + 1), f"rl {cfg.reward}"):
         timer = Timer("generate", "grade", "verify", "logprob", "backward", "update", "evaluate")
@@ -480,15 +478,11 @@ def train(cfg, verifier=None):
             advantage=adv,
         )
         require_finite(run.folder, step, logs["grad_norm"], batch, cfg.learning_rate)
-        if engine:
-            server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
+        server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
         # 7. Evaluate, log, save.
         state["tokens"] += rollouts.num_tokens()
         if step % cfg.eval_steps == 0 or step == cfg.steps:
-            timer.mark("other")
-            logs |= evaluate(
-                model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_end.jsonl"
-            )
+            logs |= watch(run.folder / "solutions_end.jsonl")
             timer.mark("evaluate")
         timer.mark("other")
         logs |= rollout_logs(rollouts) | timer.metrics()

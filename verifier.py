@@ -1,4 +1,4 @@
-"""The verifier V^mu: what is this solution worth so far? A Transformer with one more number a token.
+"""The verifier V^mu: what is this solution worth so far? A Transformer and a number per token.
 
     verifier = load_verifier("runs/planted/seed0/verifier", tokenizer)
     values = step_values(verifier, rolled.tokens, step_ends(task, rolled, tokenizer))  # [B,S+1]
