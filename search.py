@@ -243,9 +243,8 @@ def beam(
         for (p, j, parent), (tokens, finished), made, read in zip(
             grow, drawn, generated, prefilled
         ):
-            first = (
-                j == 0 or fresh[p][-1][0] is not parent
-            )  # siblings are neighbours and share their prefill
+            # Siblings are neighbours and share their prefill.
+            first = j == 0 or fresh[p][-1][0] is not parent
             beams[p].generated += made
             beams[p].prefilled += read if first else read - len(parent.tokens)
             fresh.setdefault(p, []).append(
