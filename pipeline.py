@@ -60,9 +60,9 @@ def with_flags(config):
 
 
 def fields_of(cfg, cls):
-    """The settings of cfg that cls has too, as a dict."""
-    names = [f.name for f in dataclasses.fields(cls)]
-    return {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+    """The settings that cfg and the config class cls share, as a dict."""
+    shared = {f.name for f in dataclasses.fields(cfg)} & {f.name for f in dataclasses.fields(cls)}
+    return {name: getattr(cfg, name) for name in shared}
 
 
 def typed(argv):

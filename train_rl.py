@@ -43,6 +43,7 @@ from infra.runs import (
 )
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, token_logprobs, token_loss, write_model
+from report.arms import REWARDS
 from report.watch import evaluate, mean_final_value, rollout_logs, summarize
 from rollouts import first_illegal, grades, step_ends
 from sample import generate
@@ -123,7 +124,7 @@ class Config(server.RolloutFlags, RLFlags):
         "outcome: the grader; orm: the verifier's score of the whole; q: grader + alpha*Q; "
         "pav: grader + alpha*A; to-go: a step also earns all later bonuses (a control)",
         "reward",
-        choices=["outcome", "orm", "q", "pav", "q-to-go", "pav-to-go", "mrt"],
+        choices=[*REWARDS, "q-to-go", "pav-to-go"],
     )
     verifier: str = opt(
         "",
