@@ -1,8 +1,7 @@
 """Generate: one engine for reading, for evaluation and for RL rollouts.
 
-    python sample.py --model smollm2 --prompt "Tom has 3 apples and buys 4 more. How many apples
-    does he have?" python sample.py --model runs/planted/seed0/sft --task planted --n 64          #
-    accuracy and pass@k
+    python sample.py --model smollm2 --prompt "Tom has 3 apples and buys 4 more. How many now?"
+    python sample.py --model runs/planted/seed0/sft --task planted --n 64    # accuracy, pass@k
 
 Siblings: search.py (spend samples on one answer), report.evaluate (a whole split, kept, with
 intervals), report.show (every step with its value under a verifier).
@@ -39,9 +38,8 @@ COLDEST = 1e-30  # below, the likeliest token is drawn: logits divided by less o
 # Rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) for each
 # number of rows.
 ROUND = 16
-CACHE_BYTES = (
-    2**31
-)  # of keys and values, where the caller does not say how many rows are decoded at once
+# Of keys and values, where the caller does not say how many rows are decoded at once.
+CACHE_BYTES = 2**31
 
 
 def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, **options):

@@ -1,9 +1,8 @@
 """Reinforcement learning with outcome rewards and process rewards, one readable loop.
 
-    python train_rl.py --reward pav                       # everything from nothing: 2 minutes on 2
-    cores python train_rl.py --reward pav --model smollm2 --task jsonl --data mawps.jsonl      #
-    open weights python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm
-    # one arm
+    python train_rl.py --reward pav                  # everything from nothing: 2 minutes on 2 cores
+    python train_rl.py --reward pav --model smollm2 --task jsonl --data x.jsonl       # open weights
+    python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm    # one arm
 
 The gradient (PAV, Setlur et al. 2024, eq. 5), for step h of a sampled solution:
 

@@ -1,8 +1,7 @@
 """Supervised fine-tuning: imitate demonstrations. The first stage of everything.
 
-    python train_sft.py --task planted --run-dir runs/sft                        # tiny model from
-    nothing, CPU, 15 s python train_sft.py --task jsonl --data gsm8k_train.jsonl --model smollm2
-    # open weights
+    python train_sft.py --task planted --run-dir runs/sft        # tiny model, CPU, 15 s
+    python train_sft.py --task jsonl --data train.jsonl --model smollm2    # open weights
 
 The loss is the mean negative log-prob of the completion's tokens, its EOS included, the prompt's
 left out. What is left out of the textbook: packing several examples into one row (rows of a

@@ -22,8 +22,8 @@ from open_weights.families import Config  # noqa: E402
 from open_weights.tokenizer import alphabet_tokenizer, load_tokenizer  # noqa: E402
 from report.statistics import vote  # noqa: E402
 from tasks import get_task  # noqa: E402
-from tasks.answers import answers_equal, canonical, extract_answer, last_number, parse_number  # noqa: E402
-from tasks.files import read_rows  # noqa: E402
+from tasks.answers import answers_equal, canonical, extract_answer, parse_number  # noqa: E402
+from tasks.files import last_number, read_rows  # noqa: E402
 
 LIMIT = 1.0  # seconds of processor time for one verdict
 few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -35,9 +35,15 @@ pieces = st.sampled_from([
     "\\cup", "####", "#### ", "\\text{", "\\%", "%", "$", "^", "*", "**", "/", "-", "+", "=", ".", "0", "1", "9", "99999999999",
     "1e9", "e308", "\\pi", "x", "!", "\\cdot", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "&", "\n", " ", "The answer is ",
     "\u0663", "\u00b2", "\x00", "9**9**9**9", "__import__('os').system('x')", "\\infty", "inf", "nan", "\\input{/etc/passwd}",
-    "\u202e", "\U0001f600", "i", "^\\circ"])
+    "\u202e", "\U0001f600", "i", "^\\circ", "<think>", "</think>", " and ", ", ", "; ", "x=", "f(", "\\in ", "\\{", "\\}",
+    "\u00bd", "\u207b\u00b9", "\u03c0", "\u221a", "\\mathrm{", "\\color{red}", "\\,", "\\quad", "{,}",
+    "000", " tenths", " km/h", "apples ", "\\ln", "\\sin^", "\\log_", "\\begin{array}{c}", "\\end{array}", "\\right.",
+    "\\le", "sqrt(", "10^-4", "e^"])
 latex = st.lists(pieces, max_size=60).map("".join) | st.text(max_size=200)
-deep = st.tuples(st.sampled_from(["(", "{", "\\frac{", "\\sqrt{", "[", "\\boxed{", "^{", "-", "2^"]), st.integers(1, 3000)).map(
+deep = st.tuples(st.sampled_from(
+    ["(", "{", "\\frac{", "\\sqrt{", "[", "\\boxed{", "^{", "-", "2^", "x=", "x\\in ", "\\sin", "\\frac", "\\sqrt", "^", "1 ",
+     "a", "abe ", "3 cm ", "1,", "\\{", "\\text{", "1000 ", "\\begin{pmatrix}",
+     "(\\begin{array}"]), st.integers(1, 3000)).map(
     lambda x: x[0] * x[1])
 
 
@@ -60,8 +66,8 @@ def test_the_grader_answers_in_time(a, b):
     assert timed(answers_equal, found, b) in (True, False)
     assert not answers_equal(None, a) and not answers_equal(a, None)
     timed(last_number, a)
-    timed(canonical, a)
-    timed(parse_number, a)
+    timed(canonical, a[:2000])
+    timed(parse_number, a[:2000])
 
 
 @many
@@ -217,9 +223,11 @@ def test_problem_files_of_any_kind(tmp_path_factory, rows, edits, damage_it):
 
 
 jinja = st.lists(st.sampled_from([
-    "{%", "%}", "{%-", "-%}", "{{", "}}", "{#", "#}", "'", '"', "\\", "\\n", "\n", " ", "if ", "endif", "else", "for m in messages ",
-    "endfor", "add_generation_prompt", "<|im_start|>", "<|im_start|>assistant\\n", "<think>\\n", "</think>", "<start_of_turn>model\n",
-    "You are ", "messages", "+", "~", "set x = ", "<\uff5cUser\uff5c>", "\ud800"]) | st.text(max_size=6), max_size=60).map("".join)
+    "{%", "%}", "{%-", "-%}", "{{", "}}", "{#", "#}", "'", '"', "\\", "\\n", "\n", " ", "if ", "endif",
+    "else", "for m in messages ", "endfor", "add_generation_prompt", "<|im_start|>",
+    "<|im_start|>assistant\\n", "<think>\\n", "</think>", "<start_of_turn>model\n", "You are ", "messages",
+    "+", "~", "set x = ", "<\uff5cUser\uff5c>", "\ud800",
+]) | st.text(max_size=6), max_size=60).map("".join)
 
 
 @many
