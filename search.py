@@ -9,7 +9,7 @@
 
 The three verifiers (PAV, arXiv 2410.08146, sections 4 and 5; pav.py trains each):
     --verifier         Q^pi of the policy that is searched (`--label q --prover base`); for
-                       best-of-n also an ORM (`--label outcome`), which knows finished solutions only
+                       best-of-n also an ORM (`--label outcome`: it knows finished solutions only)
     --prover-k K       A^mu of the Best-of-K prover comes from the same Q^pi, as 1 - (1-Q)^K
                        (eq. 30): no second model
     --prover-verifier  A^mu of any other prover mu: `--label q --prover DIR`, DIR being that prover
@@ -243,9 +243,8 @@ def beam(
         for (p, j, parent), (tokens, finished), made, read in zip(
             grow, drawn, generated, prefilled
         ):
-            first = (
-                j == 0 or fresh[p][-1][0] is not parent
-            )  # siblings are neighbours and share their prefill
+            # Siblings are neighbours and share their prefill.
+            first = j == 0 or fresh[p][-1][0] is not parent
             beams[p].generated += made
             beams[p].prefilled += read if first else read - len(parent.tokens)
             fresh.setdefault(p, []).append(

@@ -164,9 +164,8 @@ def sft_step(model, batch, cfg, device):
     """Accumulate the gradient of the batch's mean NLL. One denominator for all micro-batches and
     processes: the number of trained tokens in the whole batch, so the split does not change the
     gradient. Returns nll, entropy."""
-    batch = sorted(
-        batch, key=lambda e: len(e[0]) + len(e[1])
-    )  # rows of one micro-batch have similar lengths
+    # Rows of one micro-batch have similar lengths.
+    batch = sorted(batch, key=lambda example: len(example[0]) + len(example[1]))
     total = sum(len(c) for _, c in batch)
     batch = batch[parallel.rank() :: parallel.size()]
     nll = 0.0

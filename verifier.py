@@ -1,4 +1,4 @@
-"""The verifier V^mu: what is this solution worth so far? A Transformer with one more number a token.
+"""The verifier V^mu: what is this solution worth so far? A Transformer and a number per token.
 
     verifier = load_verifier("runs/planted/seed0/verifier", tokenizer)
     values = step_values(verifier, rolled.tokens, step_ends(task, rolled, tokenizer))  # [B,S+1]
@@ -78,9 +78,8 @@ def step_values(verifier, tokens, ends, batch_tokens=4096):
         rows = slice(i, min(i + size, share.stop))
         text = tokens[rows, : int(ends[rows].max())]
         at_token = verifier(text.to(device), ends[rows, -1]).cpu()
-        logits.append(
-            at_token.gather(1, ends[rows] - 1) - verifier.logit_shift
-        )  # read at the step's last token
+        # A value is read at the step's last token.
+        logits.append(at_token.gather(1, ends[rows] - 1) - verifier.logit_shift)
     values = parallel.gather(torch.cat(logits), len(tokens)).sigmoid()
     return best_of_k_value(values, verifier.k)
 
