@@ -3,23 +3,30 @@
     python pav.py --task planted --policy runs/sft --prover runs/prover       # CPU, about a minute
     python pav.py --task jsonl --data train.jsonl --policy runs/sft --prover base --prover-k 4
 
-V^mu(prefix) is the chance that the prover mu, taking over here, still finds the answer (verifier.py). It is
-learned from rollouts (PAV, Setlur et al. 2024, arXiv 2410.08146, section 4 and appendix D):
+V^mu(prefix) is the chance that the prover mu, taking over here, still finds the answer
+(verifier.py). It is learned from rollouts (PAV, Setlur et al. 2024, arXiv 2410.08146, section 4 and
+appendix D):
 
-    1. roll in   n_cov seed solutions a problem from the policy (the states we shall be asked about),
+    1. roll in   n_cov seed solutions a problem from the policy (the states we shall be asked
+    about),
     2. cut       each at some step ends, the bare prompt among them,
-    3. roll out  n_mc continuations a cut from the prover, graded: a Monte-Carlo label of V^mu. Later step ends
+    3. roll out  n_mc continuations a cut from the prover, graded: a Monte-Carlo label of V^mu.
+    Later step ends
                  of a continuation are prover states too and get its own outcome, free;
     4. fit       a Transformer with a scalar head by cross-entropy with these soft labels,
-    5. judge     on held-out problems: calibration, AUC, and the correlation of the *advantage*, which is what
-                 RL will be paid by (report/judge.py). A verifier can rank states well and steps badly.
+    5. judge     on held-out problems: calibration, AUC, and the correlation of the *advantage*,
+    which is what
+                 RL will be paid by (report/judge.py). A verifier can rank states well and steps
+                 badly.
 
-Once a solution is beyond saving, its later prefixes all say 0, and cuts there teach little. --coverage
-first-pit looks where value is lost: of each cut whose value is at least --pit-threshold it takes a *wrong*
-continuation, walks along its steps, labels every prefix with pit_mc continuations, and stops at the first
-that none of them survives. The paper gives neither the threshold nor the share of uniform cuts.
+Once a solution is beyond saving, its later prefixes all say 0, and cuts there teach little.
+--coverage first-pit looks where value is lost: of each cut whose value is at least --pit-threshold
+it takes a *wrong* continuation, walks along its steps, labels every prefix with pit_mc
+continuations, and stops at the first that none of them survives. The paper gives neither the
+threshold nor the share of uniform cuts.
 
-What is left out: lower-variance tree estimates, several verifiers of different provers in one model.
+What is left out: lower-variance tree estimates, several verifiers of different provers in one
+model.
 """
 
 import math
@@ -44,63 +51,92 @@ from verifier import Verifier, load_head, save_verifier
 
 @dataclass
 class Config(TaskFlags, RunConfig):
-    policy: str = opt("", "the base policy: seed solutions, and the verifier's initial weights", "policies")
+    policy: str = opt(
+        "", "the base policy: seed solutions, and the verifier's initial weights", "policies"
+    )
     prover: str = opt("base", "who finishes the prefixes: base, or a folder", "policies")
     prover_k: int = opt(1, "take Best-of-K of the prover as prover", "policies", low=1)
-    label: str = opt("q", "q: every step end gets V^mu; outcome: only the end is labelled (an ORM)", "data",
-                     choices=["q", "outcome"])
-    num_problems: int = opt(0, "training problems (0: all; few problems are repeated)", "data", low=0)
+    label: str = opt(
+        "q",
+        "q: every step end gets V^mu; outcome: only the end is labelled (an ORM)",
+        "data",
+        choices=["q", "outcome"],
+    )
+    num_problems: int = opt(
+        0, "training problems (0: all; few problems are repeated)", "data", low=0
+    )
     n_cov: int = opt(1, "seed solutions a problem (coverage)", "data", low=1)
     n_mc: int = opt(1, "prover continuations a cut (label noise)", "data", low=1)
     cuts: int = opt(1, "step ends of a seed solution to cut at (0: all of them)", "data", low=0)
-    coverage: str = opt("uniform", "first-pit: after the uniform cuts follow wrong continuations of good states "
-                        "to the first step that no continuation survives", "data", choices=["uniform", "first-pit"])
-    pit_threshold: float = opt(0.25, "a state is good from this Monte-Carlo value on", "data", above=0, high=1)
+    coverage: str = opt(
+        "uniform",
+        "first-pit: after the uniform cuts follow wrong continuations of good states "
+        "to the first step that no continuation survives",
+        "data",
+        choices=["uniform", "first-pit"],
+    )
+    pit_threshold: float = opt(
+        0.25, "a state is good from this Monte-Carlo value on", "data", above=0, high=1
+    )
     pit_mc: int = opt(8, "continuations a prefix on the way to a pit", "data", low=1)
     temperature: float = opt(1.0, "of seeds and continuations", "data", above=0)
     slots: int = opt(512, "sequences decoded at once", "data", low=1)
-    shard_problems: int = opt(1000, "problems per file of rollouts (what a kill may cost)", "data", low=1)
+    shard_problems: int = opt(
+        1000, "problems per file of rollouts (what a kill may cost)", "data", low=1
+    )
     epochs: int = opt(6, "passes over the labelled sequences", "optimization", low=1)
     batch_size: int = opt(128, "sequences a step", "optimization", low=1)
-    learning_rate: float = opt(1e-3, "peak of AdamW; warm-up over 5%, cosine to a tenth", "optimization", above=0)
+    learning_rate: float = opt(
+        1e-3, "peak of AdamW; warm-up over 5%, cosine to a tenth", "optimization", above=0
+    )
     max_grad_norm: float = opt(1.0, "gradient clipping by global norm", "optimization", above=0)
-    balance: bool = opt(True, "weigh right and wrong labels equally, and undo the shift exactly when reading",
-                        "optimization")
+    balance: bool = opt(
+        True,
+        "weigh right and wrong labels equally, and undo the shift exactly when reading",
+        "optimization",
+    )
     save_steps: int = opt(500, "steps between checkpoints", "evaluation", low=1)
     eval_problems: int = opt(256, "held-out problems for the judgement", "evaluation", low=1)
     eval_mc: int = opt(16, "fresh continuations a judged prefix", "evaluation", low=1)
-    prover_strength: float = opt(-1.0, "demonstrator's strength behind the prover, for exact values (-1: unknown)",
-                                 "evaluation")
+    prover_strength: float = opt(
+        -1.0,
+        "demonstrator's strength behind the prover, for exact values (-1: unknown)",
+        "evaluation",
+    )
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1-3. Labels.
 
 
 def choose_cuts(ends, cuts, seed):
-    """Which step ends of one seed solution to cut at: indices into ends = [prompt, step 1, ...], the last (the
-    complete solution) left out, since there is nothing to continue. cuts=0: all."""
+    """Which step ends of one seed solution to cut at: indices into ends = [prompt, step 1, ...],
+    the last (the complete solution) left out, since there is nothing to continue. cuts=0: all."""
     inner = len(ends) - 1
     return sorted(shuffled(inner, seed)[:cuts]) if cuts else list(range(inner))
 
 
 def label_continuations(ends, outcome, starts):
-    """Step ends [N*n,S+1] and outcomes [N,n] of n continuations of each of N starts -> target, weight [N*n,S+1].
+    """Step ends [N*n,S+1] and outcomes [N,n] of n continuations of each of N starts -> target,
+    weight [N*n,S+1].
 
-    The end of the cut itself gets the mean of the siblings' outcomes (a soft label), every later end the outcome of
-    its own continuation; ends before the cut get weight 0.
+    The end of the cut itself gets the mean of the siblings' outcomes (a soft label), every later
+    end the outcome of its own continuation; ends before the cut get weight 0.
     """
     n = outcome.shape[1]
     at_cut = outcome.mean(1).repeat_interleave(n)[:, None]
     cut = torch.tensor([len(prefix) for _, prefix, _ in starts]).repeat_interleave(n)[:, None]
     target = torch.where(ends == cut, at_cut, outcome.view(-1, 1))
     weight = (ends >= cut).float()
-    weight[:, 1:] *= (ends[:, 1:] > ends[:, :-1]).float()  # padding repeats the last end: count it once
+    weight[:, 1:] *= (
+        ends[:, 1:] > ends[:, :-1]
+    ).float()  # padding repeats the last end: count it once
     return target, weight
 
 
 def roll_out(complete, task, tokenizer, starts, n, limit, seed):
-    """Continue, grade, label: -> the labelled sequences (see collect), outcome [N,n], tokens sampled."""
+    """Continue, grade, label: -> the labelled sequences (see collect), outcome [N,n], tokens
+    sampled."""
     rolled, outcome, spent = continue_and_grade(complete, task, tokenizer, starts, n, limit, seed)
     ends = step_ends(task, rolled, tokenizer)
     target, weight = label_continuations(ends, outcome, starts)
@@ -110,15 +146,19 @@ def roll_out(complete, task, tokenizer, starts, n, limit, seed):
 def collect(base, prover, tokenizer, task, problems, cfg, shard):
     """Labelled sequences for some problems, and the tokens that were sampled for them.
 
-    -> dict(tokens [N,T], ends [N,S+1], target [N,S+1], weight [N,S+1]): target is the Monte-Carlo estimate of V^mu at
-    that step end, weight 0 where there is none.
+    -> dict(tokens [N,T], ends [N,S+1], target [N,S+1], weight [N,S+1]): target is the Monte-Carlo
+    estimate of V^mu at that step end, weight 0 where there is none.
     """
     limit = cfg.max_completion_length or task.max_new_tokens
     options = dict(temperature=cfg.temperature, stop_ids=task.stop_ids(tokenizer), slots=cfg.slots)
     of_seed = [p for p in problems for _ in range(cfg.n_cov)]
     prompts = [task.prompt_tokens(p, tokenizer) for p in of_seed]
-    seeds = generate(base, prompts, max_new_tokens=limit, seed=derive(cfg.seed, "seeds", shard), **options)
-    ends = step_ends(task, seeds, tokenizer)
+    seeds = generate(
+        base, prompts, max_new_tokens=limit, seed=derive(cfg.seed, "seeds", shard), **options
+    )
+    ends = step_ends(
+        task, seeds, tokenizer, credit=True
+    )  # a cut in front of an EOS alone would teach nothing
     spent = seeds.num_tokens()
     if cfg.label == "outcome":  # an ORM needs no prover: the seed's own outcome, read at its end
         weight = torch.zeros(ends.shape)
@@ -143,9 +183,11 @@ def collect(base, prover, tokenizer, task, problems, cfg, shard):
 
 
 def wrong_walks(starts, data, outcome, threshold):
-    """Where to look for pits: the first wrong continuation of every cut that is good, but not sure to succeed.
+    """Where to look for pits: the first wrong continuation of every cut that is good, but not sure
+    to succeed.
 
-    outcome [starts, n_mc]. Returns [(problem, tokens, prompt length, step ends after the cut but the last)].
+    outcome [starts, n_mc]. Returns [(problem, tokens, prompt length, step ends after the cut but
+    the last)].
     """
     walks = []
     for s, (problem, prefix, prompt_len) in enumerate(starts):
@@ -158,13 +200,19 @@ def wrong_walks(starts, data, outcome, threshold):
 
 
 def walk_to_pits(complete, task, tokenizer, walks, n, limit, seed):
-    """All walks side by side, one step end a round, each until its first pit (no continuation right) or its end.
-    Returns a list of labelled sequences as collect's, one a round, and the tokens spent."""
+    """All walks side by side, one step end a round, each until its first pit (no continuation
+    right) or its end. Returns a list of labelled sequences as collect's, one a round, and the
+    tokens spent."""
     rounds = []
     spent = 0
     while walks := [walk for walk in walks if len(rounds) < len(walk[3])]:
-        starts = [(problem, tokens[: later[len(rounds)]], start) for problem, tokens, start, later in walks]
-        data, outcome, cost = roll_out(complete, task, tokenizer, starts, n, limit, derive(seed, len(rounds)))
+        starts = [
+            (problem, tokens[: later[len(rounds)]], start)
+            for problem, tokens, start, later in walks
+        ]
+        data, outcome, cost = roll_out(
+            complete, task, tokenizer, starts, n, limit, derive(seed, len(rounds))
+        )
         rounds.append(data)
         spent += cost
         survives = (outcome.sum(1) > 0).tolist()
@@ -173,13 +221,17 @@ def walk_to_pits(complete, task, tokenizer, walks, n, limit, seed):
 
 
 def join(parts):
-    """Labelled sequences of different widths -> one dict; tokens and weights are padded with 0, ends by repeating."""
-    return {k: stack([part[k] for part in parts], "repeat" if k == "ends" else None)
-            for k in ("tokens", "ends", "target", "weight")}
+    """Labelled sequences of different widths -> one dict; tokens and weights are padded with 0,
+    ends by repeating."""
+    return {
+        k: stack([part[k] for part in parts], "repeat" if k == "ends" else None)
+        for k in ("tokens", "ends", "target", "weight")
+    }
 
 
 def collect_all(base, prover, tokenizer, task, cfg, folder):
-    """The shards of all problems; each is a file, so a killed run does not sample twice. -> one dict, tokens sampled."""
+    """The shards of all problems; each is a file, so a killed run does not sample twice. -> one
+    dict, tokens sampled."""
     problems = task.problems("train", None, cfg.seed)
     if cfg.num_problems:
         problems = (problems * (1 + cfg.num_problems // len(problems)))[: cfg.num_problems]
@@ -188,19 +240,22 @@ def collect_all(base, prover, tokenizer, task, cfg, folder):
         data, spent = collect(base, prover, tokenizer, task, part, cfg, shard)
         return data | dict(spent=torch.tensor(spent))
 
-    parts = list(shards(folder / "rollouts", "shard", problems, cfg.shard_problems, make, "rollouts"))
+    parts = list(
+        shards(folder / "rollouts", "shard", problems, cfg.shard_problems, make, "rollouts")
+    )
     return join(parts), sum(int(part["spent"]) for part in parts)
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 4. Fit.
 
 
 def bce_weights(target, weight):
-    """(weight of right, weight of wrong) that give both the same mass, and the shift they put on logits.
+    """(weight of right, weight of wrong) that give both the same mass, and the shift they put on
+    logits.
 
-    With loss -(w1 y log p + w0 (1-y) log(1-p)) the best p has logit(p) = logit(E y) + log(w1/w0): exact
-    for soft labels, so reading sigmoid(logit - shift) is calibrated again.
+    With loss -(w1 y log p + w0 (1-y) log(1-p)) the best p has logit(p) = logit(E y) + log(w1/w0):
+    exact for soft labels, so reading sigmoid(logit - shift) is calibrated again.
     """
     right = float((target * weight).sum() / weight.sum())
     right = min(max(right, 1e-3), 1 - 1e-3)
@@ -210,22 +265,23 @@ def bce_weights(target, weight):
 
 
 def value_loss(logits, target, weight, w1, w0, total=None):
-    """Soft-label cross-entropy. logits, target, weight [B,S+1] -> scalar, mean over labelled step ends; total: weight
-    of the whole batch, where these are some of its rows."""
+    """Soft-label cross-entropy. logits, target, weight [B,S+1] -> scalar, mean over labelled step
+    ends; total: weight of the whole batch, where these are some of its rows."""
     per_label = -(w1 * target * F.logsigmoid(logits) + w0 * (1 - target) * F.logsigmoid(-logits))
     return (per_label * weight).sum() / (weight.sum() if total is None else total)
 
 
 def padded_share(n):
-    """This process' rows of a batch of n, as many in every process: indices [m], and [m,1] 1.0 or 0.0 (a padding row,
-    where n does not divide). One process: all rows."""
+    """This process' rows of a batch of n, as many in every process: indices [m], and [m,1] 1.0 or
+    0.0 (a padding row, where n does not divide). One process: all rows."""
     size = parallel.size()
     rows = torch.arange(-(-n // size) * size)[parallel.rank() :: size]
     return rows % n, (rows < n).float()[:, None]
 
 
 def learning_rate(step, steps, peak):
-    """Of the 1-based step: linear warm-up over a twentieth of the steps, then a cosine to a tenth of the peak."""
+    """Of the 1-based step: linear warm-up over a twentieth of the steps, then a cosine to a tenth
+    of the peak."""
     warm = min(1.0, step / max(1, steps // 20))
     return peak * warm * (0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * step / steps))))
 
@@ -256,9 +312,13 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
         target = data["target"][rows]
         weight = data["weight"][rows]
         share, real = padded_share(len(rows))
-        logits = verifier(tokens[share].to(device)).gather(1, (ends[share] - 1).to(device))  # (b, S+1)
+        logits = verifier(tokens[share].to(device)).gather(
+            1, (ends[share] - 1).to(device)
+        )  # (b, S+1)
         total = weight.sum().to(device)
-        loss = value_loss(logits, target[share].to(device), (weight[share] * real).to(device), w1, w0, total)
+        loss = value_loss(
+            logits, target[share].to(device), (weight[share] * real).to(device), w1, w0, total
+        )
         run.optimizer.zero_grad(set_to_none=True)
         parallel.backward(loss, verifier)
         parallel.sum_gradients(run.params)
@@ -276,7 +336,7 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
             run.save(step, lambda folder, whole: save_verifier(folder, whole, tokenizer, info))
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The whole road.
 
 
@@ -285,12 +345,18 @@ def check(cfg, task):
     for split in ("train", "val"):
         task.problems(split, 1, cfg.seed)  # fail early on an empty split
     if not cfg.policy:
-        raise UserError("--policy is missing: give the folder of the base policy (train_sft.py makes one)")
+        raise UserError(
+            "--policy is missing: give the folder of the base policy (train_sft.py makes one)"
+        )
     if cfg.coverage == "first-pit" and (cfg.n_mc < 2 or cfg.label == "outcome"):
-        raise UserError("--coverage first-pit needs --n-mc of at least 2 (a state is good, and one of its "
-                        "continuations wrong) and --label q")
+        raise UserError(
+            "--coverage first-pit needs --n-mc of at least 2 (a state is good, and one of its "
+            "continuations wrong) and --label q"
+        )
     if cfg.label == "outcome" and cfg.prover_k > 1:
-        raise UserError("--label outcome has no prover, so Best-of-K means nothing there: leave out --prover-k")
+        raise UserError(
+            "--label outcome has no prover, so Best-of-K means nothing there: leave out --prover-k"
+        )
 
 
 def load_prover(cfg, base, tokenizer, device):
@@ -299,8 +365,11 @@ def load_prover(cfg, base, tokenizer, device):
         return base
     prover, other = load_model(cfg.prover, device, getattr(torch, cfg.dtype))
     if other.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"--prover {cfg.prover} has another tokenizer than --policy {cfg.policy}; it cannot continue "
-                        "the policy's prefixes")
+        raise UserError(
+            f"--prover {cfg.prover} has another tokenizer than --policy {cfg.policy}; it cannot "
+            f"continue "
+            "the policy's prefixes"
+        )
     return prover
 
 
@@ -327,14 +396,24 @@ def train(cfg):
     quality = judge(verifier, base, prover, tokenizer, task, cfg)
     labels = int((data["weight"] > 0).sum())
     mean_label = float((data["target"] * data["weight"]).sum() / data["weight"].sum())
-    summary = run.finish(**quality, sequences=len(data["tokens"]), labels=labels, sampled_tokens=spent,
-                         mean_label=mean_label, seconds_sampling=round(seconds_sampling, 1),
-                         seconds_fitting=round(seconds_fitting, 1))
+    summary = run.finish(
+        **quality,
+        sequences=len(data["tokens"]),
+        labels=labels,
+        sampled_tokens=spent,
+        mean_label=mean_label,
+        seconds_sampling=round(seconds_sampling, 1),
+        seconds_fitting=round(seconds_fitting, 1),
+    )
     exact = ""
     if "corr_advantage_exact" in quality:
         exact = f", with the exact one {quality['corr_advantage_exact']:.2f}"
-    print(f"verifier: {labels} labels, AUC {quality['auc']:.3f}, Brier {quality['brier']:.4f} (constant: "
-          f"{quality['brier_constant']:.4f}), corr of advantage {quality['corr_advantage']:.2f}{exact} -> {run.folder}")
+    print(
+        f"verifier: {labels} labels, AUC {quality['auc']:.3f}, Brier {quality['brier']:.4f} "
+        f"(constant: "
+        f"{quality['brier_constant']:.4f}), corr of advantage "
+        f"{quality['corr_advantage']:.2f}{exact} -> {run.folder}"
+    )
     return summary
 
 
@@ -347,7 +426,17 @@ def main(argv=None):
     rl = ["train_rl.py", "--reward", reward, "--policy", cfg.policy, "--verifier", cfg.run_dir]
     print_next_command(cfg, ("RL that it pays for", [*rl, "--run-dir", f"{cfg.run_dir}_rl"]))
     if cfg.label == "outcome" or cfg.prover == "base":  # a search ranks by Q of the policy itself
-        search = ["search.py", "--method", method, "--model", cfg.policy, "--verifier", cfg.run_dir, "--n", 12]
+        search = [
+            "search.py",
+            "--method",
+            method,
+            "--model",
+            cfg.policy,
+            "--verifier",
+            cfg.run_dir,
+            "--n",
+            12,
+        ]
         print_next_command(cfg, ("search with it", search))
     return summary
 

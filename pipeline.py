@@ -1,10 +1,12 @@
-"""From nothing to a comparison: the stages that the arms of train_rl.py need, in order, each a run directory.
+"""From nothing to a comparison: the stages that the arms of train_rl.py need, in order, each a run
+directory.
 
-    train_rl.py --reward pav  ->  runs/TASK/seed0/{sft, prover, verifier, rl_outcome, rl_pav}, then the report
+    train_rl.py --reward pav  ->  runs/TASK/seed0/{sft, prover, verifier, rl_outcome, rl_pav}, then
+    the report
 
-Every stage is one command of its own (runs/TASK/commands.txt), so each can be run, killed and resumed alone;
-speedrun.sh is this file for one seed of the planted task, written out. Three steps: plan() makes the jobs,
-run_jobs() runs those that are missing, report draws what is there.
+Every stage is one command of its own (runs/TASK/commands.txt), so each can be run, killed and
+resumed alone; speedrun.sh is this file for one seed of the planted task, written out. Three steps:
+plan() makes the jobs, run_jobs() runs those that are missing, report draws what is there.
 """
 
 import dataclasses
@@ -18,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pav
+import report.__main__ as report
 import train_sft
 from infra.cli import UserError, flags, opt, print_next_command
 from infra.runs import different_settings, lock_folder, read_json, write_json
-from report.__main__ import write as write_report
 from report.arms import ARMS
 from tasks import TaskFlags, get_task
 
@@ -31,13 +33,25 @@ STAGE = "NANOPAV_STAGE"  # set in a stage's environment: a stage never plans sta
 
 @dataclass
 class Comparison:
-    """The flags of train_rl.py that are about several runs; a single arm's config does not have them."""
+    """The flags of train_rl.py that are about several runs; a single arm's config does not have
+    them."""
 
-    model: str = opt("", "open weights to start from: a folder or smollm2 (default: tiny)", "pipeline")
-    arms: list = opt(["outcome"], "other arms to run beside --reward for comparison", "pipeline", choices=list(ARMS))
+    model: str = opt(
+        "", "open weights to start from: a folder or smollm2 (default: tiny)", "pipeline"
+    )
+    arms: list = opt(
+        ["outcome"],
+        "other arms to run beside --reward for comparison",
+        "pipeline",
+        choices=list(ARMS),
+    )
     seeds: int = opt(1, "repeat the whole pipeline with this many seeds", "pipeline", low=1)
-    workers: int = opt(0, "jobs side by side (0: one per core for tiny models, else one)", "pipeline", low=0)
-    stage_flags: str = opt("", "JSON of flags for the stages, e.g. '{\"sft\": {\"steps\": 100}}'", "pipeline")
+    workers: int = opt(
+        0, "jobs side by side (0: one per core for tiny models, else one)", "pipeline", low=0
+    )
+    stage_flags: str = opt(
+        "", 'JSON of flags for the stages, e.g. \'{"sft": {"steps": 100}}\'', "pipeline"
+    )
 
 
 def with_flags(config):
@@ -46,9 +60,9 @@ def with_flags(config):
 
 
 def fields_of(cfg, cls):
-    """The settings of cfg that cls has too, as a dict."""
-    names = [f.name for f in dataclasses.fields(cls)]
-    return {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+    """The settings that cfg and the config class cls share, as a dict."""
+    shared = {f.name for f in dataclasses.fields(cfg)} & {f.name for f in dataclasses.fields(cls)}
+    return {name: getattr(cfg, name) for name in shared}
 
 
 def typed(argv):
@@ -56,10 +70,11 @@ def typed(argv):
     return {a.split("=")[0][2:].replace("-", "_") for a in argv if a.startswith("--")}
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1. Plan.
 
-VERIFIERS = {  # verifier -> its prover (a clone of the demonstrator; None: the base policy), --label
+# Verifier -> its prover (a clone of the demonstrator; None: the base policy), --label.
+VERIFIERS = {
     "verifier": ("prover", "q"),
     "verifier_strong": ("strong", "q"),
     "verifier_base": (None, "q"),
@@ -70,7 +85,8 @@ SHARED = ("max_completion_length", "device", "dtype", "threads", "smoke", "seed"
 
 @dataclass
 class Job:
-    """One stage: words that name its script, its config, the labels of the jobs that must have ended before it."""
+    """One stage: words that name its script, its config, the labels of the jobs that must have
+    ended before it."""
 
     label: str
     script: list
@@ -86,8 +102,9 @@ class Job:
 
 
 def stage_flags(text):
-    """--stage-flags -> {"sft": {...}, "verifier": {...}}. UserError: not that, or a flag that the stage lacks."""
-    example = "'{\"sft\": {\"steps\": 100}}'"
+    """--stage-flags -> {"sft": {...}, "verifier": {...}}. UserError: not that, or a flag that the
+    stage lacks."""
+    example = '\'{"sft": {"steps": 100}}\''
     try:
         stages = json.loads(text or "{}")
     except ValueError as e:
@@ -99,8 +116,11 @@ def stage_flags(text):
     for stage, settings in stages.items():
         names = {f.name for f in dataclasses.fields(known[stage])}
         for name in set(settings) - names:
-            raise UserError(f"--stage-flags: the stage {stage} has no flag {name!r}; --help of its script lists "
-                            "them, with _ for -")
+            raise UserError(
+                f"--stage-flags: the stage {stage} has no flag {name!r}; --help of its script "
+                f"lists "
+                "them, with _ for -"
+            )
     return stages
 
 
@@ -119,8 +139,9 @@ def stage_settings(cfg, task, given):
 def plan(cfg, scripts, given):
     """-> root folder, jobs in an order in which they could run one by one.
 
-    cfg: the settings of the arms with the pipeline's; scripts: {arm: (words that name its script, class of its config)},
-    "" for any other arm; given: names of the flags that were typed, which win over the task's table.
+    cfg: the settings of the arms with the pipeline's; scripts: {arm: (words that name its script,
+    class of its config)}, "" for any other arm; given: names of the flags that were typed, which
+    win over the task's table.
     """
     task = get_task(cfg)
     settings = stage_settings(cfg, task, given)
@@ -137,7 +158,13 @@ class SeedPlan:
     """The jobs of one seed, by name: base policy, verifiers (each after its prover), arms."""
 
     def __init__(self, cfg, scripts, home, settings, task):
-        self.cfg, self.scripts, self.home, self.settings, self.task = cfg, scripts, home, settings, task
+        self.cfg, self.scripts, self.home, self.settings, self.task = (
+            cfg,
+            scripts,
+            home,
+            settings,
+            task,
+        )
         self.shared = fields_of(cfg, TaskFlags) | {name: getattr(cfg, name) for name in SHARED}
         self.jobs = {}
         self.verifiers = {}  # name: folder
@@ -156,8 +183,8 @@ class SeedPlan:
         self.jobs[name] = Job(f"{self.home.name}/{name}", script, config, needs)
 
     def start_of(self, name):
-        """The folder of a policy: --policy for sft where it is given; else a clone of the demonstrator (sft: its base
-        strength), or the open weights fine-tuned."""
+        """The folder of a policy: --policy for sft where it is given; else a clone of the
+        demonstrator (sft: its base strength), or the open weights fine-tuned."""
         if name == "sft" and self.cfg.policy:
             return self.cfg.policy
         if name not in self.jobs:
@@ -166,12 +193,21 @@ class SeedPlan:
             elif name == "sft":
                 start = dict(model=self.cfg.model)
             else:
-                raise UserError(f"--task {self.cfg.task} has no scripted demonstrator, so no {name}; leave that arm out")
-            self.add(name, ["train_sft.py"], train_sft.Config(**self.shared | self.settings["sft"] | start), [])
+                raise UserError(
+                    f"--task {self.cfg.task} has no scripted demonstrator, so no {name}; leave "
+                    f"that arm out"
+                )
+            self.add(
+                name,
+                ["train_sft.py"],
+                train_sft.Config(**self.shared | self.settings["sft"] | start),
+                [],
+            )
         return str(self.home / name)
 
     def add_verifier(self, name):
-        """A verifier and its prover; without a scripted demonstrator the base policy is the prover of the main one."""
+        """A verifier and its prover; without a scripted demonstrator the base policy is the prover
+        of the main one."""
         if name == "verifier" and self.cfg.verifier:
             self.verifiers[name] = self.cfg.verifier
             return
@@ -193,7 +229,9 @@ class SeedPlan:
     def add_arm(self, name):
         arm = ARMS[name]
         script, config_class = self.scripts.get(name) or self.scripts[""]
-        config = dataclasses.replace(config_class(**fields_of(self.cfg, config_class)), **self.settings["rl"])
+        config = dataclasses.replace(
+            config_class(**fields_of(self.cfg, config_class)), **self.settings["rl"]
+        )
         config.policy = self.start_of(arm.policy)
         if arm.longer:
             config.steps *= self.settings["long"]
@@ -202,20 +240,25 @@ class SeedPlan:
         if hasattr(config, "verifier"):
             config.reward = arm.reward
             config.verifier = self.verifiers.get(verifier, "")
-        self.add(f"rl_{name}", script, dataclasses.replace(config, **arm.flags), [arm.policy, verifier])
+        self.add(
+            f"rl_{name}", script, dataclasses.replace(config, **arm.flags), [arm.policy, verifier]
+        )
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 2. Run.
 
 
-def run(cfg, scripts, given):
+def run(cfg, scripts, argv):
     """Build what is missing, run the arms, draw the report; see plan. Returns the run's root."""
     if STAGE in os.environ:
-        raise UserError("a stage of a pipeline lacks --policy, --verifier or --run-dir; report/arms.py says what each arm "
-                        "is paid by")
+        raise UserError(
+            "a stage of a pipeline lacks --policy, --verifier or --run-dir; report/arms.py says "
+            "what each arm "
+            "is paid by"
+        )
     check(cfg)
-    root, jobs = plan(cfg, scripts, given)
+    root, jobs = plan(cfg, scripts, typed(argv))
     run_plan(root, jobs, cfg.workers or (1 if cfg.model else max(1, os.cpu_count() or 1)))
     rl_pav = next((job.config for job in jobs if job.label.endswith("/rl_pav")), None)
     if rl_pav:
@@ -228,7 +271,9 @@ def check(cfg):
     """UserError: what is wrong with the task or its data, before any stage is built."""
     task = get_task(cfg)
     if task.needs_model and not cfg.model and not cfg.policy:
-        raise UserError(f"--task {cfg.task} has no alphabet of its own: give --model (a folder, or smollm2)")
+        raise UserError(
+            f"--task {cfg.task} has no alphabet of its own: give --model (a folder, or smollm2)"
+        )
     for split in ("train", "val", cfg.eval_split):
         task.problems(split, 1, 0)
 
@@ -244,24 +289,36 @@ def run_plan(root, jobs, workers):
     missing = [job for job in jobs if job.label not in complete]
     if missing:
         labels = ", ".join(job.label for job in missing)
-        print(f"{root}: {len(missing)} of {len(jobs)} stages to build, {workers} at a time: {labels}\n"
-              f"what each prints: {root}/logs/", flush=True)
+        print(
+            f"{root}: {len(missing)} of {len(jobs)} stages to build, {workers} at a time: "
+            f"{labels}\n"
+            f"what each prints: {root}/logs/",
+            flush=True,
+        )
     write_commands(root, jobs)
     run_jobs(missing, workers, root / "logs", complete)
-    write_report(root)
+    report.write(root)
 
 
 def refuse_other_settings(root, job):
     """UserError where a complete stage was made with other settings than the job's."""
     folder = Path(job.config.run_dir)
-    ignore = {"device", "threads", "verifier"} if getattr(job.config, "reward", "") == "outcome" else {"device", "threads"}
+    ignore = (
+        {"device", "threads", "verifier"}
+        if getattr(job.config, "reward", "") == "outcome"
+        else {"device", "threads"}
+    )
     for name, old, new in different_settings(folder, job.config, ignore):
-        raise UserError(f"{folder} was made with --{name.replace('_', '-')} {old!r}, not {new!r}: give another --run-dir, or "
-                        f"delete it and the stages built on it: rm -r {folder}")
+        raise UserError(
+            f"{folder} was made with --{name.replace('_', '-')} {old!r}, not {new!r}: give "
+            f"another --run-dir, or "
+            f"delete it and the stages built on it: rm -r {folder}"
+        )
 
 
 def write_commands(root, jobs):
-    """root/commands.json and commands.txt: how every stage below root was made, of earlier calls too."""
+    """root/commands.json and commands.txt: how every stage below root was made, of earlier calls
+    too."""
     path = root / "commands.json"
     commands = read_json(path) if path.exists() else {}
     commands |= {job.label: job.command() for job in jobs}
@@ -271,10 +328,11 @@ def write_commands(root, jobs):
 
 
 def run_jobs(jobs, workers, log_dir, done=()):
-    """Run jobs side by side, at most `workers` at once, each after those that it needs; done: labels that have ended.
+    """Run jobs side by side, at most `workers` at once, each after those that it needs; done:
+    labels that have ended.
 
-    What a job prints goes to log_dir/LABEL.log, its last line to the screen, and every ten seconds how far each is. Each
-    job resumes by itself, so a killed batch is simply run again.
+    What a job prints goes to log_dir/LABEL.log, its last line to the screen, and every ten seconds
+    how far each is. Each job resumes by itself, so a killed batch is simply run again.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     waiting = list(jobs)
@@ -299,8 +357,13 @@ def run_jobs(jobs, workers, log_dir, done=()):
                 print(f"  {label:<28} {time.time() - start:6.0f} s   {last}", flush=True)
             if time.time() - told > 10 and running:
                 told = time.time()
-                print("  ... " + "; ".join(f"{label}: {last_line(path)}" for label, (_, path, _) in running.items()),
-                      flush=True)
+                print(
+                    "  ... "
+                    + "; ".join(
+                        f"{label}: {last_line(path)}" for label, (_, path, _) in running.items()
+                    ),
+                    flush=True,
+                )
     finally:
         stop([process for process, *_ in running.values()])
 
@@ -331,7 +394,8 @@ def stop(processes):
 
 
 def last_line(path):
-    """A stage's newest line in its log, but for what print_next_command printed below its summary."""
+    """A stage's newest line in its log, but for what print_next_command printed below its
+    summary."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4000))
         lines = file.read().decode("utf-8", "replace").strip().splitlines()

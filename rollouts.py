@@ -1,12 +1,14 @@
-"""Rollouts, the currency of this code base: completions as token ids, where their steps end, how they were graded.
+"""Rollouts, the currency of this code base: completions as token ids, where their steps end, how
+they were graded.
 
     rolled = generate(model, prompts, ...)                       # sample.py -> Rollouts
     ends = step_ends(task, rolled, tokenizer)                    # [B,S+1]
     outcome = grades(task, problems, rolled, tokenizer)          # [B]
-    rolled, outcome, spent = continue_and_grade(...)             # Monte-Carlo continuations of prefixes, graded
+    rolled, outcome, spent = continue_and_grade(...)             # Monte-Carlo continuations of
+    prefixes, graded
 
-Everything that trains, judges or searches is a function of these tensors. Token in, token out: text is decoded to be
-graded, and never encoded again.
+Everything that trains, judges or searches is a function of these tensors. Token in, token out: text
+is decoded to be graded, and never encoded again.
 
 Legend: P prompts, G samples per prompt, B = P*G rows, T tokens, S steps.
 """
@@ -28,9 +30,10 @@ from infra.runs import with_progress_bar
 class Rollouts:
     """Completions as token ids, with everything a trainer needs to know about them.
 
-    tokens [B,T] int64: prompt, completion (its EOS included), then zeros; prompt_len [B], length [B]
-    int64 (length counts prompt and completion); logprob [B,T] float32, the sampler's, 0 outside the
-    completion; finish_reason: "stop" (a stop id was drawn) or "length"; seconds: time spent generating.
+    tokens [B,T] int64: prompt, completion (its EOS included), then zeros; prompt_len [B], length
+    [B] int64 (length counts prompt and completion); logprob [B,T] float32, the sampler's, 0 outside
+    the completion; finish_reason: "stop" (a stop id was drawn) or "length"; seconds: time spent
+    generating.
     """
 
     tokens: torch.Tensor
@@ -65,20 +68,27 @@ class Rollouts:
 def take(rollouts, rows):
     """Some rows (a list of indices) of Rollouts, as Rollouts."""
     reasons = [rollouts.finish_reason[b] for b in rows]
-    return Rollouts(rollouts.tokens[rows], rollouts.prompt_len[rows], rollouts.length[rows],
-                    rollouts.logprob[rows], reasons, rollouts.seconds)
+    return Rollouts(
+        rollouts.tokens[rows],
+        rollouts.prompt_len[rows],
+        rollouts.length[rows],
+        rollouts.logprob[rows],
+        reasons,
+        rollouts.seconds,
+    )
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Steps and grades.
 
 
 def step_ends(task, rollouts, tokenizer, credit=False):
-    """Where the steps of every row end: [B,S+1] int64, exclusive token positions. Column 0 is the prompt's length; rows
-    are padded by repeating their last end (an empty step, whose progress is 0), so no mask is needed.
+    """Where the steps of every row end: [B,S+1] int64, exclusive token positions. Column 0 is the
+    prompt's length; rows are padded by repeating their last end (an empty step, whose progress is
+    0), so no mask is needed.
 
-    These are the places of labels, and where a search cuts. credit=True: for training, where an EOS alone belongs to
-    the step before it.
+    These are the places of labels, and where a search cuts. credit=True: for training, where an EOS
+    alone belongs to the step before it.
     """
     ends_of = task.credit_ends if credit else task.step_ends
     rows = []
@@ -107,26 +117,36 @@ def grades(task, problems, rollouts, tokenizer):
     return torch.tensor([task.grade(problem, text) for problem, text in zip(problems, texts)])
 
 
+def first_illegal(task, problems, rollouts, tokenizer, width):
+    """[B] index of each solution's first illegal step; width where there is none."""
+    texts = map(tokenizer.decode, rollouts.completions())
+    steps = [task.first_illegal_step(problem, text) for problem, text in zip(problems, texts)]
+    return torch.tensor([width if step is None else step for step in steps])
+
+
 def continue_and_grade(complete, task, tokenizer, starts, n, limit, seed):
     """n continuations of each prefix, graded as whole solutions: the Monte-Carlo estimate of V^mu.
 
-    complete(prompts, max_new_tokens=[...], seed=...) -> Rollouts: generate() with the prover mu and its options.
-    starts: P times (problem, prefix token ids, the prompt's length). limit: tokens of a completion, prefix included.
-    Returns Rollouts of P*n rows (prompt_len is the problem's, so prefix and continuation are one solution),
-    outcome [P,n] float, and the tokens sampled.
+    complete(prompts, max_new_tokens=[...], seed=...) -> Rollouts: generate() with the prover mu and
+    its options. starts: P times (problem, prefix token ids, the prompt's length). limit: tokens of
+    a completion, prefix included. Returns Rollouts of P*n rows (prompt_len is the problem's, so
+    prefix and continuation are one solution), outcome [P,n] float, and the tokens sampled.
     """
     rows = [start for start in starts for _ in range(n)]
     room = [limit - (len(prefix) - prompt_len) for _, prefix, prompt_len in rows]
     rolled = complete([prefix for _, prefix, _ in rows], max_new_tokens=room, seed=seed)
     spent = rolled.num_tokens()
-    rolled = dataclasses.replace(rolled, prompt_len=torch.tensor([start for *_, start in rows], dtype=torch.int64))
+    rolled = dataclasses.replace(
+        rolled, prompt_len=torch.tensor([start for *_, start in rows], dtype=torch.int64)
+    )
     outcome = grades(task, [problem for problem, *_ in rows], rolled, tokenizer)
     return rolled, outcome.view(len(starts), n), spent
 
 
 def pass_at_k(num_samples, num_correct, k):
-    """Probability that k of num_samples, drawn without replacement, hold a correct one: 1 - C(n-c,k)/C(n,k)
-    (Chen et al. 2021, unbiased; k <= n). With step counts it is Q under the Best-of-k prover."""
+    """Probability that k of num_samples, drawn without replacement, hold a correct one: 1 -
+    C(n-c,k)/C(n,k) (Chen et al. 2021, unbiased; k <= n). With step counts it is Q under the
+    Best-of-k prover."""
     n = num_samples
     if not 1 <= k <= n:
         raise UserError(f"pass@{k} needs 1 <= k <= {n} samples; take more samples or a smaller k")
@@ -138,7 +158,7 @@ def pass_at_k(num_samples, num_correct, k):
     return 1.0 - miss
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Files of rollouts: a killed run does not sample twice.
 
 
@@ -152,9 +172,11 @@ def write_tensors(path, tensors):
 
 
 def shards(folder, name, problems, size, make, label):
-    """Dicts of tensors, one a shard of `size` problems; each is made once and then read from folder/name_00000.safetensors.
+    """Dicts of tensors, one a shard of `size` problems; each is made once and then read from
+    folder/name_00000.safetensors.
 
-    make(shard, its problems) -> {name: tensor}. A file appears by one rename; under torchrun rank 0 writes it.
+    make(shard, its problems) -> {name: tensor}. A file appears by one rename; under torchrun rank 0
+    writes it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +190,8 @@ def shards(folder, name, problems, size, make, label):
 
 
 def widen(tensor, width, last=None):
-    """[N,w] -> [N,width]: padded with zeros on the right, or with the row's own last column (last="repeat")."""
+    """[N,w] -> [N,width]: padded with zeros on the right, or with the row's own last column
+    (last="repeat")."""
     missing = width - tensor.shape[1]
     if last == "repeat":
         return torch.cat([tensor, tensor[:, -1:].expand(len(tensor), missing)], 1)

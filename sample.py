@@ -1,17 +1,19 @@
 """Generate: one engine for reading, for evaluation and for RL rollouts.
 
-    python sample.py --model smollm2 --prompt "Tom has 3 apples and buys 4 more. How many apples does he have?"
-    python sample.py --model runs/planted/seed0/sft --task planted --n 64          # accuracy and pass@k
+    python sample.py --model smollm2 --prompt "Tom has 3 apples and buys 4 more. How many apples
+    does he have?" python sample.py --model runs/planted/seed0/sft --task planted --n 64          #
+    accuracy and pass@k
 
-Siblings: search.py (spend samples on one answer), report.evaluate (a whole split, kept, with intervals), report.show
-(every step with its value under a verifier).
+Siblings: search.py (spend samples on one answer), report.evaluate (a whole split, kept, with
+intervals), report.show (every step with its value under a verifier).
 
-How it decodes. Those that may become longest start first; prompts are prefilled in right-padded buckets of similar
-length. Sequences with the same tokens so far share a row of the KV cache and are computed once: the G samples of a
-prompt until they part, which in a converged policy is late. A sequence that has finished leaves at once; rows without
-a sequence are filled from the end, so that the batch is always rows 0..m-1, and waiting prompts are admitted when
-enough places are free. Nothing a sequence receives depends on its neighbours: its random numbers are a function of
-(seed, sequence id, index of the token).
+How it decodes. Those that may become longest start first; prompts are prefilled in right-padded
+buckets of similar length. Sequences with the same tokens so far share a row of the KV cache and are
+computed once: the G samples of a prompt until they part, which in a converged policy is late. A
+sequence that has finished leaves at once; rows without a sequence are filled from the end, so that
+the batch is always rows 0..m-1, and waiting prompts are admitted when enough places are free.
+Nothing a sequence receives depends on its neighbours: its random numbers are a function of (seed,
+sequence id, index of the token).
 
 What is left out: paging (a row owns its full length: at these sizes memory is not the limit), stop
 *strings* (stop ids only; text is decoded after the fact), speculative decoding.
@@ -32,26 +34,35 @@ from model import KVCache, load_model, new_model
 from rollouts import Rollouts, pass_at_k, widen
 from tasks import TASKS, TaskFlags, get_task
 
-ROUND = 16  # rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) per number of rows
-CACHE_BYTES = 2**31  # of keys and values, where the caller does not say how many rows are decoded at once
+# Rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) for each
+# number of rows.
+ROUND = 16
+CACHE_BYTES = (
+    2**31
+)  # of keys and values, where the caller does not say how many rows are decoded at once
 
 
 def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, **options):
     """Complete every prompt once; see decode_all for the options. -> Rollouts.
 
-    Under torchrun all processes call this with the same prompts, each completes its share, and all get all
-    (infra/parallel.py). engine: completes the prompts instead of generate_here (engines/server.py).
+    Under torchrun all processes call this with the same prompts, each completes its share, and all
+    get all (infra/parallel.py). engine: completes the prompts instead of generate_here
+    (engines/server.py).
     """
     model = parallel.whole(model)
     engine = engine or generate_here
     n = len(prompts)
     if parallel.size() == 1:
-        return engine(model, prompts, sequence_ids=sequence_ids, max_new_tokens=max_new_tokens, **options)
+        return engine(
+            model, prompts, sequence_ids=sequence_ids, max_new_tokens=max_new_tokens, **options
+        )
     share = parallel.share(n)
     rows = slice(share.start, share.stop)
     ids = torch.arange(n) if sequence_ids is None else torch.as_tensor(sequence_ids)
     budget = torch.as_tensor(max_new_tokens).expand(n)
-    part = engine(model, prompts[rows], sequence_ids=ids[rows], max_new_tokens=budget[rows], **options)
+    part = engine(
+        model, prompts[rows], sequence_ids=ids[rows], max_new_tokens=budget[rows], **options
+    )
     T = int(parallel.largest(part.tokens.shape[1]))
     stopped = torch.tensor([r == "stop" for r in part.finish_reason], dtype=torch.int64)
     return Rollouts(
@@ -65,8 +76,8 @@ def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, 
 
 
 def generate_here(model, prompts, *, slots=0, **options):
-    """generate() in this process alone. The weights' packed copies (kernels/product.py) live as long as this call. On a
-    GPU the loop is engines/cuda.py's."""
+    """generate() in this process alone. The weights' packed copies (kernels/product.py) live as
+    long as this call. On a GPU the loop is engines/cuda.py's."""
     slots = slots or slots_that_fit(model, prompts, options["max_new_tokens"])
     if model.head.is_cuda:
         from engines.cuda import decode_all as decode_on_gpu
@@ -77,24 +88,46 @@ def generate_here(model, prompts, *, slots=0, **options):
 
 
 def slots_that_fit(model, prompts, max_new_tokens):
-    """Rows decoded at once: as many as CACHE_BYTES hold, 16 to 512. It changes the speed, never a completion."""
+    """Rows decoded at once: as many as CACHE_BYTES hold, 16 to 512. It changes the speed, never a
+    completion."""
     cfg = model.cfg
     longest = max(map(len, prompts), default=1) + int(torch.as_tensor(max_new_tokens).max())
-    token_bytes = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * model.head.element_size()
+    token_bytes = (
+        2
+        * cfg.num_hidden_layers
+        * cfg.num_key_value_heads
+        * cfg.head_dim
+        * model.head.element_size()
+    )
     return max(16, min(512, CACHE_BYTES // (token_bytes * longest)))
 
 
-def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, sequence_ids=None, slots=128, top_k=0,
-               top_p=1.0, min_p=0.0):
+def decode_all(
+    model,
+    prompts,
+    *,
+    max_new_tokens,
+    temperature,
+    seed,
+    stop_ids,
+    sequence_ids=None,
+    slots=128,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+):
     """Complete every prompt once. prompts: B lists of token ids; temperature 0 means greedy.
 
-    max_new_tokens: an int, or B of them. sequence_ids: B ints (default 0..B-1); with seed they fix each completion,
-    whatever the batch, the order or `slots` (the rows decoded at once). top_k/top_p/min_p cut the distribution; the
-    log-probs stay those of the uncut one. Returns Rollouts. UserError: empty prompt, prompt longer than the context.
+    max_new_tokens: an int, or B of them. sequence_ids: B ints (default 0..B-1); with seed they fix
+    each completion, whatever the batch, the order or `slots` (the rows decoded at once).
+    top_k/top_p/min_p cut the distribution; the log-probs stay those of the uncut one. Returns
+    Rollouts. UserError: empty prompt, prompt longer than the context.
     """
     begin = time.time()
     device = model.head.device
-    out, limit, ids, stops, queue = begin_batch(model, prompts, max_new_tokens, sequence_ids, stop_ids)
+    out, limit, ids, stops, queue = begin_batch(
+        model, prompts, max_new_tokens, sequence_ids, stop_ids
+    )
     B, T = out.tokens.shape
     prompt_len = out.prompt_len
     longest_draw = int((limit - prompt_len).max()) if B else 1
@@ -116,7 +149,9 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
             places = torch.tensor([free.pop() for _ in new])
             draws[places] = philox_uniform(seed, ids[new][:, None], torch.arange(longest_draw))
             row = torch.cat([row, torch.tensor(first).cumsum(0) - 1 + len(length)])
-            hidden = torch.cat([hidden, prefill(model, [prompts[i] for i in distinct], cache, len(length))])
+            hidden = torch.cat(
+                [hidden, prefill(model, [prompts[i] for i in distinct], cache, len(length))]
+            )
             seq = torch.cat([seq, torch.tensor(new)])
             slot = torch.cat([slot, places])
             length = torch.cat([length, prompt_len[distinct]])
@@ -138,20 +173,13 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
             free += slot[done].tolist()
             seq, row, slot, token = (x[~done] for x in (seq, row, slot, token))
         # 4. Advance the rows of the others.
-        if len(seq) == 0:
-            hidden = hidden[:0]
-            length = length[:0]
-            continue
-        if left or len(seq) > len(length):
+        if len(seq) and (left or len(seq) > len(length)):
             row, token, length = regroup(row, token, length, cache, model.cfg.vocab_size)
-        else:  # one sequence a row, and none has left
+        elif len(seq):  # one sequence a row, and none has left
             token = torch.empty_like(token).index_copy_(0, row, token)
-        m = len(length)
-        longest = int(length.max())
-        idle = min(-m % ROUND, slots - m)
-        padded_token = F.pad(token, (0, idle)).to(device)
-        padded_length = F.pad(length, (0, idle), value=longest).to(device)
-        hidden = model.decode(padded_token, cache, padded_length, longest)[:m]
+        else:
+            length = length[:0]
+        hidden = advance(model, token, cache, length, slots)
         length = length + 1
     out.seconds = time.time() - begin
     used = int(out.length.max()) if B else 1
@@ -160,11 +188,26 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
     return out
 
 
-def regroup(row, token, length, cache, vocab):
-    """Which cache row every sequence has from now on: those that shared one and drew the same token go on sharing.
+def advance(model, token, cache, length, slots):
+    """Write token [m] to the cache's first m rows, of length [m] -> their hidden states [m,D]. The
+    batch is padded to a multiple of ROUND with idle rows, as far as the cache has them."""
+    m = len(length)
+    if m == 0:
+        return torch.zeros(0, model.cfg.hidden_size, device=cache.k.device, dtype=cache.k.dtype)
+    longest = int(length.max())
+    idle = min(-m % ROUND, slots - m)
+    token = F.pad(token, (0, idle)).to(cache.k.device)
+    length = F.pad(length, (0, idle), value=longest).to(cache.k.device)
+    return model.decode(token, cache, length, longest)[:m]
 
-    row, token [n]: of every live sequence, its row and what it drew; length: of every row. Rows are copied so that those
-    in use are 0..m-1, the fewest that will do. Returns row [n], and token [m] (to be written next), length [m] of the rows.
+
+def regroup(row, token, length, cache, vocab):
+    """Which cache row every sequence has from now on: those that shared one and drew the same token
+    go on sharing.
+
+    row, token [n]: of every live sequence, its row and what it drew; length: of every row. Rows are
+    copied so that those in use are 0..m-1, the fewest that will do. Returns row [n], and token [m]
+    (to be written next), length [m] of the rows.
     """
     pairs, which = (row * vocab + token).unique(return_inverse=True)  # sorted by row
     source = pairs // vocab
@@ -183,29 +226,50 @@ def regroup(row, token, length, cache, vocab):
     return target[which], token[order], length[source[order]]
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Command line.
 
 
 @dataclass
 class SampleFlags(TaskFlags):
-    """The flags of every script that samples from one model: sample.py, search.py, report.evaluate, report.show."""
+    """The flags of every script that samples from one model: sample.py, search.py, report.evaluate,
+    report.show."""
 
-    model: str = opt("smollm2", "a folder, a run directory, smollm2, or a hub id such as Qwen/Qwen2.5-0.5B", "what")
-    task: str = opt("", "answer the problems of a task and grade them", "problems", choices=["", *TASKS])
+    model: str = opt(
+        "smollm2",
+        "a folder, a run directory, smollm2, or a hub id such as Qwen/Qwen2.5-0.5B",
+        "what",
+    )
+    task: str = opt(
+        "", "answer the problems of a task and grade them", "problems", choices=["", *TASKS]
+    )
     split: str = opt("test", "whose problems", "what", choices=["train", "val", "test"])
     num_problems: int = opt(64, "how many (0: all)", "what", low=0)
     n: int = opt(1, "samples a prompt", "sampling", low=1)
-    temperature: float = opt(-1.0, "0 is greedy (default: 0 for --prompt, 1 for --task)", "sampling")
+    temperature: float = opt(
+        -1.0, "0 is greedy (default: 0 for --prompt, 1 for --task)", "sampling"
+    )
     greedy: bool = opt(False, "the same as --temperature 0", "sampling")
     top_k: int = opt(0, "only the k likeliest tokens (0: all)", "sampling", low=0)
-    top_p: float = opt(1.0, "only the likeliest tokens up to this mass", "sampling", above=0, high=1)
-    min_p: float = opt(0.0, "only tokens with this share of the likeliest one's probability", "sampling", low=0, high=1)
-    max_new_tokens: int = opt(0, "tokens a completion may have (0: 256, or the task's)", "sampling", low=0)
+    top_p: float = opt(
+        1.0, "only the likeliest tokens up to this mass", "sampling", above=0, high=1
+    )
+    min_p: float = opt(
+        0.0,
+        "only tokens with this share of the likeliest one's probability",
+        "sampling",
+        low=0,
+        high=1,
+    )
+    max_new_tokens: int = opt(
+        0, "tokens a completion may have (0: 256, or the task's)", "sampling", low=0
+    )
     seed: int = opt(0, "fixes every draw", "sampling", low=0)
     slots: int = opt(64, "sequences decoded at once", "sampling", low=1)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", "run")
-    dtype: str = opt("float32", "of weights and activations", "run", choices=["float32", "bfloat16"])
+    dtype: str = opt(
+        "float32", "of weights and activations", "run", choices=["float32", "bfloat16"]
+    )
     threads: int = opt(0, "CPU threads (0: torch's choice)", "run", low=0)
 
 
@@ -217,8 +281,8 @@ class Config(SampleFlags):
 
 
 def start(cfg):
-    """SampleFlags -> task (None: --prompt), model, tokenizer, the options of generate(). Fails before weights are read
-    where the data is wrong."""
+    """SampleFlags -> task (None: --prompt), model, tokenizer, the options of generate(). Fails
+    before weights are read where the data is wrong."""
     device = setup(cfg.device, cfg.threads)
     task = get_task(cfg) if cfg.task else None
     if task:
@@ -236,7 +300,10 @@ def sampling_options(cfg, task, tokenizer):
         max_new_tokens=cfg.max_new_tokens or (task.max_new_tokens if task else 256),
         seed=cfg.seed,
         stop_ids=task.stop_ids(tokenizer) if task else tokenizer.eos_ids,
-        slots=cfg.slots, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
+        slots=cfg.slots,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        min_p=cfg.min_p,
     )
 
 
@@ -273,7 +340,10 @@ def answer_task(cfg, task, model, tokenizer, options):
         right[i // cfg.n].append(task.grade(problem, text))
         if i % cfg.n == 0 and i < 3 * cfg.n:
             verdict = "right" if right[i // cfg.n][-1] else "wrong"
-            print(f"[{verdict}] {problem.prompt.strip()!r} -> {text.strip()!r} (gold {problem.answer!r})")
+            print(
+                f"[{verdict}] {problem.prompt.strip()!r} -> {text.strip()!r} (gold "
+                f"{problem.answer!r})"
+            )
     print(f"accuracy {mean(map(mean, right)):.3f} ({len(problems)} problems x {cfg.n})")
     if cfg.n > 1:
         print(f"pass@{cfg.n} {mean(pass_at_k(cfg.n, int(sum(r)), cfg.n) for r in right):.3f}")

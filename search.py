@@ -1,32 +1,41 @@
-"""Search at test time: spend more tokens on a problem, and let verifiers say which of them were well spent.
+"""Search at test time: spend more tokens on a problem, and let verifiers say which of them were
+well spent.
 
-    python train_sft.py --task planted --planted-length 4 --run-dir runs/p4/sft                  # the policy, 15 s on a CPU
-    python pav.py --task planted --planted-length 4 --policy runs/p4/sft --prover base --label q \\
-        --num-problems 20000 --run-dir runs/p4/q                                                 # Q^pi, a minute
-    python pav.py --task planted --planted-length 4 --policy runs/p4/sft --label outcome \\
-        --num-problems 20000 --run-dir runs/p4/orm                                               # an ORM, a minute
-    python search.py --task planted --planted-length 4 --model runs/p4/sft --method beam --n 12 \\
-        --verifier runs/p4/q --alpha 0.5 --prover-k 4                                            # 5 s
-    python search.py --task planted --planted-length 4 --model runs/p4/sft --method best-of-n --n 12 --verifier runs/p4/orm
-    python search.py --task jsonl --data q.jsonl --model smollm2 --method beam --n 12 --verifier runs/q --alpha 0.5
+    python train_sft.py --task planted --task-args length=4 --run-dir runs/p4/sft                  #
+    the policy, 15 s on a CPU python pav.py --task planted --task-args length=4 --policy runs/p4/sft
+    --prover base --label q \\
+        --num-problems 20000 --run-dir runs/p4/q                                                 #
+        Q^pi, a minute
+    python pav.py --task planted --task-args length=4 --policy runs/p4/sft --label outcome \\
+        --num-problems 20000 --run-dir runs/p4/orm                                               #
+        an ORM, a minute
+    python search.py --task planted --task-args length=4 --model runs/p4/sft --method beam --n 12 \\
+        --verifier runs/p4/q --alpha 0.5 --prover-k 4                                            # 5
+        s
+    python search.py --task planted --task-args length=4 --model runs/p4/sft --method best-of-n --n
+    12 --verifier runs/p4/orm python search.py --task jsonl --data q.jsonl --model smollm2 --method
+    beam --n 12 --verifier runs/q --alpha 0.5
 
 The three verifiers (PAV, arXiv 2410.08146, sections 4 and 5; pav.py trains each):
-    --verifier         Q^pi of the policy that is searched (`--label q --prover base`); for best-of-n also an ORM
+    --verifier         Q^pi of the policy that is searched (`--label q --prover base`); for
+    best-of-n also an ORM
                        (`--label outcome`), which knows finished solutions only
-    --prover-k K       A^mu of the Best-of-K prover comes from the same Q^pi, as 1 - (1-Q)^K (eq. 30): no second model
-    --prover-verifier  A^mu of any other prover mu: `--label q --prover DIR`, DIR being that prover
+    --prover-k K       A^mu of the Best-of-K prover comes from the same Q^pi, as 1 - (1-Q)^K (eq.
+    30): no second model --prover-verifier  A^mu of any other prover mu: `--label q --prover DIR`,
+    DIR being that prover
 
-Beam search: --n candidates a step, of which --width are kept (default n/3: every element draws C = 3 next steps).
-Candidates are ranked by Q^pi + alpha * A^mu; a finished one stays in the ranking with its score and draws nothing. The
-answer is the last beam's element with the highest Q^pi alone. Each element goes on from its own token ids: nothing is
-decoded and encoded again. Its prefix is prefilled anew at every step (once for its C children); there is no cache
-between steps. Three books are kept: tokens generated (the axis of every comparison: all candidates count, dropped
-ones too), tokens prefilled, tokens read by verifiers.
+Beam search: --n candidates a step, of which --width are kept (default n/3: every element draws C =
+3 next steps). Candidates are ranked by Q^pi + alpha * A^mu; a finished one stays in the ranking
+with its score and draws nothing. The answer is the last beam's element with the highest Q^pi alone.
+Each element goes on from its own token ids: nothing is decoded and encoded again. Its prefix is
+prefilled anew at every step (once for its C children); there is no cache between steps. Three books
+are kept: tokens generated (the axis of every comparison: all candidates count, dropped ones too),
+tokens prefilled, tokens read by verifiers.
 
-Two choices the paper is silent on: equal candidates count once (a beam of copies is no beam; their share of the n draws goes
-to the others), and ties go to the earlier candidate. A step ends with the token that holds the newline after some text, as
-tasks/base.py has it, or after task.step_tokens tokens.
-Left out: look-ahead rollouts, a schedule of widths, keeping the cache of the survivors.
+Two choices the paper is silent on: equal candidates count once (a beam of copies is no beam; their
+share of the n draws goes to the others), and ties go to the earlier candidate. A step ends with the
+token that holds the newline after some text, as tasks/base.py has it, or after task.step_tokens
+tokens. Left out: look-ahead rollouts, a schedule of widths, keeping the cache of the survivors.
 """
 
 import time
@@ -48,20 +57,32 @@ from verifier import best_of_k_value, load_verifier, step_values
 
 @dataclass
 class Config(SampleFlags):
-    method: str = opt("beam", "spend --n samples a problem on one answer", "search",
-                      choices=["beam", "best-of-n", "majority"])
-    verifier: str = opt("", "Q^pi that ranks (pav.py --label q --prover base); best-of-n: also --label outcome", "search")
+    method: str = opt(
+        "beam",
+        "spend --n samples a problem on one answer",
+        "search",
+        choices=["beam", "best-of-n", "majority"],
+    )
+    verifier: str = opt(
+        "",
+        "Q^pi that ranks (pav.py --label q --prover base); best-of-n: also --label outcome",
+        "search",
+    )
     alpha: float = opt(0.5, "beam: rank by Q^pi + alpha * A^mu", "search", low=0)
-    prover_k: int = opt(0, "A^mu of the Best-of-K prover (0: the verifier's own K)", "search", low=0)
-    prover_verifier: str = opt("", "A^mu of another prover (default: Best-of-K of --verifier)", "search")
+    prover_k: int = opt(
+        0, "A^mu of the Best-of-K prover (0: the verifier's own K)", "search", low=0
+    )
+    prover_verifier: str = opt(
+        "", "A^mu of another prover (default: Best-of-K of --verifier)", "search"
+    )
     width: int = opt(0, "beam: elements kept a step; must divide --n (0: n/3)", "search", low=0)
     out: str = opt("", "write the chosen completions to this jsonl file", "search")
 
 
 @dataclass
 class Element:
-    """A solution so far: tokens = prompt + steps; ends = exclusive step ends, ends[0] the prompt's length. q is Q^pi of
-    the whole, mu the prover's value of it, score what it is ranked by."""
+    """A solution so far: tokens = prompt + steps; ends = exclusive step ends, ends[0] the prompt's
+    length. q is Q^pi of the whole, mu the prover's value of it, score what it is ranked by."""
 
     tokens: list
     ends: list
@@ -76,7 +97,8 @@ class Element:
 
 @dataclass
 class Found:
-    """One problem's result: the chosen element, all that it was chosen from, and what they cost in tokens."""
+    """One problem's result: the chosen element, all that it was chosen from, and what they cost in
+    tokens."""
 
     best: Element
     candidates: list
@@ -86,25 +108,26 @@ class Found:
     rounds: int = 0
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Pure functions.
 
 
 def effective_score(q, before, after, alpha):
-    """Q^pi(s,a) + alpha * A^mu(s,a), with A^mu = V^mu after the step - V^mu before it (eq. 5). Numbers or tensors."""
+    """Q^pi(s,a) + alpha * A^mu(s,a), with A^mu = V^mu after the step - V^mu before it (eq. 5).
+    Numbers or tensors."""
     return q + alpha * (after - before)
 
 
 def select(scores, keys, width):
-    """Indices of the `width` highest scores, best first; of candidates with equal keys only the first counts, and
-    ties go to the earlier one. scores: n floats, keys: n hashables."""
+    """Indices of the `width` highest scores, best first; of candidates with equal keys only the
+    first counts, and ties go to the earlier one. scores: n floats, keys: n hashables."""
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     return sorted(first.values(), key=lambda i: (-scores[i], i))[:width]
 
 
 def step_stops(task, tokenizer):
-    """(ids that may end a step, tokens of a step or 0 for any number, ids that end a completion): a step is a line, up to
-    a token that holds a newline, or a fixed number of tokens."""
+    """(ids that may end a step, tokens of a step or 0 for any number, ids that end a completion): a
+    step is a line, up to a token that holds a newline, or a fixed number of tokens."""
     eos = frozenset(task.stop_ids(tokenizer))
     if task.step_tokens:
         return frozenset(), task.step_tokens, eos
@@ -112,53 +135,96 @@ def step_stops(task, tokenizer):
     return newline - eos, 0, eos
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Drawing steps and reading values.
 
 
 def draw_steps(model, tokenizer, stops, prefixes, starts, ids, limit, seed, options):
     """One more step for each prefix (a list of token ids whose completion begins at starts[i]).
 
-    stops: see step_stops; ids fix the draws. Returns [(tokens with the step, finished)], generated tokens per prefix
-    [n], and the lengths of what was prefilled [n]. A blank line is no step: there the drawing goes on.
+    stops: see step_stops; ids fix the draws. Returns [(tokens with the step, finished)], generated
+    tokens per prefix [n], and the lengths of what was prefilled [n]. A blank line is no step: there
+    the drawing goes on.
     """
     (newline, fixed, eos), context = stops, model.cfg.max_position_embeddings
-    rows, finished, prefilled = [list(p) for p in prefixes], [False] * len(prefixes), [0] * len(prefixes)
+    rows, finished, prefilled = (
+        [list(p) for p in prefixes],
+        [False] * len(prefixes),
+        [0] * len(prefixes),
+    )
     todo, attempt = list(range(len(rows))), 0
     while todo:
         room = [limit - (len(rows[i]) - starts[i]) for i in todo]
-        out = generate(model, [rows[i] for i in todo], max_new_tokens=[min(r, fixed) if fixed else r for r in room],
-                       seed=derive(seed, "step", attempt), sequence_ids=[ids[i] for i in todo],
-                       stop_ids=[*eos, *newline], **options)
+        out = generate(
+            model,
+            [rows[i] for i in todo],
+            max_new_tokens=[min(r, fixed) if fixed else r for r in room],
+            seed=derive(seed, "step", attempt),
+            sequence_ids=[ids[i] for i in todo],
+            stop_ids=[*eos, *newline],
+            **options,
+        )
         for j, i in enumerate(todo):
             prefilled[i] += len(rows[i])
             rows[i] += out.completion(j)
-            finished[i] = rows[i][-1] in eos or room[j] == len(out.completion(j)) or len(rows[i]) >= context
-        line = {i: b"".join(map(tokenizer.token_bytes, rows[i][len(prefixes[i]) :])).lstrip() for i in todo if not fixed}
+            finished[i] = (
+                rows[i][-1] in eos or room[j] == len(out.completion(j)) or len(rows[i]) >= context
+            )
+        line = {
+            i: b"".join(map(tokenizer.token_bytes, rows[i][len(prefixes[i]) :])).lstrip()
+            for i in todo
+            if not fixed
+        }
         todo, attempt = [i for i in line if not finished[i] and b"\n" not in line[i]], attempt + 1
     return list(zip(rows, finished)), [len(r) - len(p) for r, p in zip(rows, prefixes)], prefilled
 
 
 def learned_values(q_verifier, mu_verifier=None, k=1):
-    """-> function (problem, rows) -> (Q^pi [n], V^mu [n], tokens read); rows: n lists of token ids of one problem.
+    """-> function (problem, rows) -> (Q^pi [n], V^mu [n], tokens read); rows: n lists of token ids
+    of one problem.
 
-    Without mu_verifier the prover is Best-of-k of the policy, from the same forward pass. One problem makes one batch,
-    so that a value does not depend (in its last bit) on which other problems are searched beside it.
+    Without mu_verifier the prover is Best-of-k of the policy, from the same forward pass. One
+    problem makes one batch, so that a value does not depend (in its last bit) on which other
+    problems are searched beside it.
     """
+
     def values(problem, rows):
         tokens, length = pad_right(rows)
         q = step_values(q_verifier, tokens, length[:, None])[:, 0]
-        mu = step_values(mu_verifier, tokens, length[:, None])[:, 0] if mu_verifier is not None else q
-        return q.tolist(), best_of_k_value(mu, k).tolist(), int(length.sum()) * (1 + (mu_verifier is not None))
+        mu = (
+            step_values(mu_verifier, tokens, length[:, None])[:, 0]
+            if mu_verifier is not None
+            else q
+        )
+        return (
+            q.tolist(),
+            best_of_k_value(mu, k).tolist(),
+            int(length.sum()) * (1 + (mu_verifier is not None)),
+        )
 
     return values
 
 
-def beam(model, tokenizer, task, problems, values, *, n, width, alpha, limit, seed, problem_ids=None, **options):
+def beam(
+    model,
+    tokenizer,
+    task,
+    problems,
+    values,
+    *,
+    n,
+    width,
+    alpha,
+    limit,
+    seed,
+    problem_ids=None,
+    **options,
+):
     """Beam search over steps -> [Found], one a problem.
 
-    n candidates a step, `width` kept; values as learned_values gives it; limit: tokens a completion may have; seed and
-    problem_ids (default 0, 1, ...) fix the draws of a problem whatever is searched beside it. options go to generate.
+    n candidates a step, `width` kept; values as learned_values gives it; limit: tokens a completion
+    may have; seed and problem_ids (default 0, 1, ...) fix the draws of a problem whatever is
+    searched beside it. options go to generate.
     """
     ids = list(range(len(problems))) if problem_ids is None else list(problem_ids)
     beams = []
@@ -167,16 +233,34 @@ def beam(model, tokenizer, task, problems, values, *, n, width, alpha, limit, se
         q, mu, read = values(problem, [prompt])
         beams.append(Found(None, [Element(prompt, [len(prompt)], q[0], mu[0])], scored=read))
     stops, step = step_stops(task, tokenizer), 0
-    while grow := [(p, j, e) for p, found in enumerate(beams) for j, e in enumerate(parents(found.candidates, n))]:
+    while grow := [
+        (p, j, e)
+        for p, found in enumerate(beams)
+        for j, e in enumerate(parents(found.candidates, n))
+    ]:
         drawn, generated, prefilled = draw_steps(
-            model, tokenizer, stops, [e.tokens for _, _, e in grow], [e.ends[0] for _, _, e in grow],
-            [ids[p] * n + j for p, j, _ in grow], limit, derive(seed, "beam", step), options)
+            model,
+            tokenizer,
+            stops,
+            [e.tokens for _, _, e in grow],
+            [e.ends[0] for _, _, e in grow],
+            [ids[p] * n + j for p, j, _ in grow],
+            limit,
+            derive(seed, "beam", step),
+            options,
+        )
         fresh = {}
-        for (p, j, parent), (tokens, finished), made, read in zip(grow, drawn, generated, prefilled):
-            first = j == 0 or fresh[p][-1][0] is not parent  # siblings are neighbours and share their prefill
+        for (p, j, parent), (tokens, finished), made, read in zip(
+            grow, drawn, generated, prefilled
+        ):
+            first = (
+                j == 0 or fresh[p][-1][0] is not parent
+            )  # siblings are neighbours and share their prefill
             beams[p].generated += made
             beams[p].prefilled += read if first else read - len(parent.tokens)
-            fresh.setdefault(p, []).append((parent, Element(tokens, parent.ends + [len(tokens)], finished=finished)))
+            fresh.setdefault(p, []).append(
+                (parent, Element(tokens, parent.ends + [len(tokens)], finished=finished))
+            )
         for p, children in fresh.items():
             keep_best(beams[p], problems[p], children, values, width, alpha)
         step += 1
@@ -186,12 +270,14 @@ def beam(model, tokenizer, task, problems, values, *, n, width, alpha, limit, se
 
 
 def parents(elements, n):
-    """Who draws a next step, each as often as its share of the n draws says; finished elements draw nothing."""
+    """Who draws a next step, each as often as its share of the n draws says; finished elements draw
+    nothing."""
     return [e for e in elements if not e.finished for _ in range(max(1, n // len(elements)))]
 
 
 def keep_best(found, problem, children, values, width, alpha):
-    """One problem's beam after a step: its finished elements and the new ones (parent, child), the best `width`."""
+    """One problem's beam after a step: its finished elements and the new ones (parent, child), the
+    best `width`."""
     unique = {}
     for parent, child in children:
         unique.setdefault(tuple(child.tokens), (parent, child))
@@ -200,20 +286,36 @@ def keep_best(found, problem, children, values, width, alpha):
         child.score = effective_score(child.q, parent.mu, child.mu, alpha)
     pool = [e for e in found.candidates if e.finished] + [child for _, child in unique.values()]
     chosen = select([e.score for e in pool], [tuple(e.tokens) for e in pool], width)
-    found.candidates, found.scored, found.rounds = [pool[i] for i in chosen], found.scored + read, found.rounds + 1
+    found.candidates, found.scored, found.rounds = (
+        [pool[i] for i in chosen],
+        found.scored + read,
+        found.rounds + 1,
+    )
 
 
-def best_of_n(model, tokenizer, task, problems, values, *, n, limit, seed, problem_ids=None, **options):
-    """n whole solutions a problem, the one with the highest value wins -> [Found]. They are the samples that
-    sample.py --n draws with the same seed. values=None: nothing is scored and the first sample stands as best."""
+def best_of_n(
+    model, tokenizer, task, problems, values, *, n, limit, seed, problem_ids=None, **options
+):
+    """n whole solutions a problem, the one with the highest value wins -> [Found]. They are the
+    samples that sample.py --n draws with the same seed. values=None: nothing is scored and the
+    first sample stands as best."""
     ids = list(range(len(problems))) if problem_ids is None else list(problem_ids)
     prompts = [list(task.prompt_tokens(p, tokenizer)) for p in problems]
-    out = generate(model, [p for p in prompts for _ in range(n)], max_new_tokens=limit, seed=seed,
-                   stop_ids=step_stops(task, tokenizer)[2], sequence_ids=[i * n + j for i in ids for j in range(n)], **options)
+    out = generate(
+        model,
+        [p for p in prompts for _ in range(n)],
+        max_new_tokens=limit,
+        seed=seed,
+        stop_ids=step_stops(task, tokenizer)[2],
+        sequence_ids=[i * n + j for i in ids for j in range(n)],
+        **options,
+    )
     results = []
     for p, prompt in enumerate(prompts):
-        candidates = [Element(prompt + out.completion(i), [len(prompt), int(out.length[i])], finished=True)
-                      for i in range(p * n, (p + 1) * n)]
+        candidates = [
+            Element(prompt + out.completion(i), [len(prompt), int(out.length[i])], finished=True)
+            for i in range(p * n, (p + 1) * n)
+        ]
         read = 0
         if values is not None:
             q, _, read = values(problems[p], [e.tokens for e in candidates])
@@ -225,22 +327,27 @@ def best_of_n(model, tokenizer, task, problems, values, *, n, limit, seed, probl
     return results
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Command line.
 
 
 def load_values(cfg, tokenizer, device):
-    """Verifiers from the flags -> (values, words that say what was loaded). Refuses what cannot mean anything."""
+    """Verifiers from the flags -> (values, words that say what was loaded). Refuses what cannot
+    mean anything."""
     q = load_verifier(cfg.verifier, tokenizer, device)
     info = read_json(resolve(cfg.verifier) / "verifier.json")
     if info.get("label") == "outcome" and cfg.method == "beam":
-        raise UserError(f"{cfg.verifier} is an outcome model: it was never asked about an unfinished solution; train one "
-                        "with pav.py --label q, or use --method best-of-n")
+        raise UserError(
+            f"{cfg.verifier} is an outcome model: it was never asked about an unfinished "
+            f"solution; train one "
+            "with pav.py --label q, or use --method best-of-n"
+        )
     k = cfg.prover_k or q.k
     q.k = 1  # Q^pi is the value of one sample; Best-of-k belongs to the prover
     description = f"Q^pi: {cfg.verifier}"
     if info.get("prover", "base") != "base" and info.get("label") != "outcome":
-        description += f" (it values the prover {info['prover']}, not this policy; --prover base would be Q^pi)"
+        description += f" (it values the prover {info['prover']}, not this policy;"
+        description += " --prover base would be Q^pi)"
     if not cfg.prover_verifier:
         best_of_k = f"; mu: Best-of-{k} of it" if cfg.method == "beam" and cfg.alpha else ""
         return learned_values(q, None, k), description + best_of_k
@@ -255,20 +362,33 @@ def check(cfg):
     if not cfg.task:
         raise UserError("--task is missing: steps and answers are a task's")
     if (cfg.greedy or cfg.temperature == 0) and cfg.n > 1:
-        raise UserError(f"a search with --n {cfg.n} needs candidates that differ: give --temperature above 0, not --greedy")
+        raise UserError(
+            f"a search with --n {cfg.n} needs candidates that differ: give --temperature above "
+            f"0, not --greedy"
+        )
     if cfg.method != "majority" and not cfg.verifier:
-        raise UserError(f"--method {cfg.method} needs --verifier (pav.py trains one; the header of search.py says how)")
+        raise UserError(
+            f"--method {cfg.method} needs --verifier (pav.py trains one; the header of search.py "
+            f"says how)"
+        )
     width = cfg.width or cfg.n // 3
     if cfg.method == "beam" and (width < 1 or cfg.n % width):
-        raise UserError(f"--n {cfg.n} candidates a step cannot be shared by {width} elements: give --n as a multiple of "
-                        "3, or a --width that divides it")
+        raise UserError(
+            f"--n {cfg.n} candidates a step cannot be shared by {width} elements: give --n as a "
+            f"multiple of "
+            "3, or a --width that divides it"
+        )
     if cfg.method == "beam" and not cfg.width and cfg.n % 3:
-        raise UserError(f"--n {cfg.n} is no multiple of 3 (every element draws three steps); give another --n or a --width")
+        raise UserError(
+            f"--n {cfg.n} is no multiple of 3 (every element draws three steps); give another "
+            f"--n or a --width"
+        )
     return width
 
 
 def search(cfg, task, model, tokenizer, options, width):
-    """Search --num-problems problems; print accuracy beside what it cost. -> rows, one a problem."""
+    """Search --num-problems problems; print accuracy beside what it cost. -> rows, one a
+    problem."""
     clock = time.time()
     values, description = None, "no verifier"
     if cfg.method != "majority":
@@ -276,21 +396,41 @@ def search(cfg, task, model, tokenizer, options, width):
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
     shared = {k: v for k, v in options.items() if k not in ("stop_ids", "max_new_tokens")}
     shared |= dict(n=cfg.n, limit=options["max_new_tokens"])
-    with torch.no_grad(), packed_weights(model.parameters(), min(options["slots"], cfg.n * len(problems))):
+    with (
+        torch.no_grad(),
+        packed_weights(model.parameters(), min(options["slots"], cfg.n * len(problems))),
+    ):
         if cfg.method == "beam":
-            found = beam(model, tokenizer, task, problems, values, width=width, alpha=cfg.alpha, **shared)
+            found = beam(
+                model, tokenizer, task, problems, values, width=width, alpha=cfg.alpha, **shared
+            )
         else:
             found = best_of_n(model, tokenizer, task, problems, values, **shared)
     texts = [[tokenizer.decode(e.completion()) for e in f.candidates] for f in found]
     right = [[task.grade(p, t) for t in of_problem] for p, of_problem in zip(problems, texts)]
-    # A vote is for the final answer, where the task has one, or else for the whole text; nobody votes: the first stands.
-    votes = [vote([task.final_answer(p, t) for t in of_problem]) or 0 for p, of_problem in zip(problems, texts)]
+    # A vote is for the final answer, where the task has one, or else for the whole text; nobody
+    # votes: the first stands.
+    votes = [
+        vote([task.final_answer(p, t) for t in of_problem]) or 0
+        for p, of_problem in zip(problems, texts)
+    ]
     pick = votes
     if cfg.method != "majority":
         pick = [next(i for i, e in enumerate(f.candidates) if e is f.best) for f in found]
-    rows = [dict(key=p.key, prompt=p.prompt, answer=p.answer, completion=t[i], reward=r[i], q=f.candidates[i].q,
-                 generated_tokens=f.generated, prefilled_tokens=f.prefilled, scored_tokens=f.scored)
-            for p, f, t, r, i in zip(problems, found, texts, right, pick)]
+    rows = [
+        dict(
+            key=p.key,
+            prompt=p.prompt,
+            answer=p.answer,
+            completion=t[i],
+            reward=r[i],
+            q=f.candidates[i].q,
+            generated_tokens=f.generated,
+            prefilled_tokens=f.prefilled,
+            scored_tokens=f.scored,
+        )
+        for p, f, t, r, i in zip(problems, found, texts, right, pick)
+    ]
     if cfg.out:
         write_rows(cfg.out, rows)
         print(f"chosen completions: {cfg.out}")
@@ -303,7 +443,10 @@ def print_result(cfg, rows, found, right, votes, width, description):
     """Lines for a person."""
     for r in rows[:3]:
         verdict = "right" if r["reward"] else "wrong"
-        print(f"[{verdict}] {r['prompt'].strip()!r} -> {r['completion'].strip()!r} (gold {r['answer']!r})")
+        print(
+            f"[{verdict}] {r['prompt'].strip()!r} -> {r['completion'].strip()!r} (gold "
+            f"{r['answer']!r})"
+        )
     beam_words = f"beam of {width}, {cfg.n} candidates a step, alpha {cfg.alpha}"
     print(f"{beam_words if cfg.method == 'beam' else f'{cfg.method}, n {cfg.n}'}; {description}")
     accuracy, low, high = interval([r["reward"] for r in rows])
@@ -314,9 +457,14 @@ def print_result(cfg, rows, found, right, votes, width, description):
         majority = mean(r[i] for r, i in zip(right, votes))
         one = mean(mean(r) for r in right)
         some = mean(pass_at_k(cfg.n, int(sum(r)), cfg.n) for r in right)
-        print(f"of the same samples: majority vote {majority:.3f}, one sample {one:.3f}, pass@{cfg.n} {some:.3f}")
+        print(
+            f"of the same samples: majority vote {majority:.3f}, one sample {one:.3f}, "
+            f"pass@{cfg.n} {some:.3f}"
+        )
     costs = {k: mean(getattr(f, k) for f in found) for k in ("generated", "prefilled", "scored")}
-    print("tokens a problem: " + ", ".join(f"{tokens:.0f} {name}" for name, tokens in costs.items()))
+    print(
+        "tokens a problem: " + ", ".join(f"{tokens:.0f} {name}" for name, tokens in costs.items())
+    )
 
 
 def main(argv=None):

@@ -1,29 +1,31 @@
 """Reinforcement learning with outcome rewards and process rewards, one readable loop.
 
-    python train_rl.py --reward pav                       # everything from nothing: 2 minutes on 2 cores
-    python train_rl.py --reward pav --model smollm2 --task jsonl --data mawps.jsonl      # open weights
-    python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm       # one arm
+    python train_rl.py --reward pav                       # everything from nothing: 2 minutes on 2
+    cores python train_rl.py --reward pav --model smollm2 --task jsonl --data mawps.jsonl      #
+    open weights python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm
+    # one arm
 
 The gradient (PAV, Setlur et al. 2024, eq. 5), for step h of a sampled solution:
 
     sum_h grad log pi(a_h|s_h) * ( Q^pi(s_h,a_h) + alpha * A^mu(s_h,a_h) )
 
-Q^pi is the outcome of the sample itself minus the mean outcome of its group (same prompt). A^mu is the
-verifier's progress over that one step. The bonus is paid to the tokens of its own step and to no other:
-summed to the right it would telescope into a baseline, sum_h A^mu = V(end) - V(prompt), and nothing
-would be left of it (methods: immediate reward, discount 0).
+Q^pi is the outcome of the sample itself minus the mean outcome of its group (same prompt). A^mu is
+the verifier's progress over that one step. The bonus is paid to the tokens of its own step and to
+no other: summed to the right it would telescope into a baseline, sum_h A^mu = V(end) - V(prompt),
+and nothing would be left of it (methods: immediate reward, discount 0).
 
-What is left out: a value network (the group mean is the baseline), PPO epochs by default (one step per
-batch, so the ratio is 1 and the clip idle; --num-iterations brings both back), length normalisation, KL in
-the reward (k1; --beta's k2 in the loss has the gradient of KL).
+What is left out: a value network (the group mean is the baseline), PPO epochs by default (one step
+per batch, so the ratio is 1 and the clip idle; --num-iterations brings both back), length
+normalisation, KL in the reward (k1; --beta's k2 in the loss has the gradient of KL).
 
-Without --policy and --verifier the script builds them first (train_sft.py, pav.py: pipeline.py), and runs
---arms for comparison. Sibling: papers/mrt.py, progress of the answer that one could give now.
+Without --policy and --verifier the script builds them first (train_sft.py, pav.py: pipeline.py),
+and runs --arms for comparison. Sibling: papers/mrt.py, progress of the answer that one could give
+now.
 """
 
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,14 +33,22 @@ import torch
 from engines import server
 from infra import parallel
 from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
-from infra.runs import Run, Timer, mean, one_thread_if_tiny, read_metrics, require_finite, setup, with_progress_bar
+from infra.runs import (
+    Run,
+    Timer,
+    one_thread_if_tiny,
+    require_finite,
+    setup,
+    with_progress_bar,
+)
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, token_logprobs, token_loss, write_model
-from report.show import write_solutions
-from rollouts import grades, step_ends
+from report.arms import REWARDS
+from report.watch import evaluate, mean_final_value, rollout_logs, summarize
+from rollouts import first_illegal, grades, step_ends
 from sample import generate
-from tasks import TaskFlags, get_task
-from verifier import load_verifier, single_sample_value, step_values
+from tasks import TaskFlags, get_task, task_class
+from verifier import load_verifier, step_values
 
 
 @dataclass
@@ -46,74 +56,123 @@ class RLFlags(TaskFlags, RunConfig):
     """The flags of every RL loop (papers/mrt.py has the same optimization)."""
 
     policy: str = opt("", "folder of the initial policy (default: built by train_sft.py)", "reward")
-    alpha: float = opt(1.0, "weight of the process reward; 0 is the outcome run, bit for bit", "reward", low=0)
+    alpha: float = opt(
+        1.0, "weight of the process reward; 0 is the outcome run, bit for bit", "reward", low=0
+    )
     num_prompts: int = opt(16, "prompts a step (P)", "optimization", low=1)
     num_generations: int = opt(8, "samples a prompt (G)", "optimization", low=2)
     steps: int = opt(200, "optimizer steps (batches of rollouts)", "optimization", low=1)
-    learning_rate: float = opt(1e-3, "of Adam, constant after --warmup-steps", "optimization", above=0)
-    adam_epsilon: float = opt(1e-8, "Adam's: gradients far below it take no step; smaller noise is blown up",
-                              "optimization", above=0)
+    learning_rate: float = opt(
+        1e-3, "of Adam, constant after --warmup-steps", "optimization", above=0
+    )
+    adam_epsilon: float = opt(
+        1e-8,
+        "Adam's: gradients far below it take no step; smaller noise is blown up",
+        "optimization",
+        above=0,
+    )
     warmup_steps: int = opt(0, "linear warm-up", "optimization", low=0)
-    temperature: float = opt(1.0, "of the policy, in the sampler and in the loss", "optimization", above=0)
-    loss_type: str = opt("dapo", "one weight per token (dapo), per solution (grpo), or per token by a constant "
-                         "(dr_grpo)", "optimization", choices=["dapo", "grpo", "dr_grpo"])
-    scale_rewards: str = opt("none", "divide outcome advantages by the group's std (group) or not",
-                             "optimization", choices=["none", "group"])
+    temperature: float = opt(
+        1.0, "of the policy, in the sampler and in the loss", "optimization", above=0
+    )
+    loss_type: str = opt(
+        "dapo",
+        "one weight per token (dapo), per solution (grpo), or per token by a constant (dr_grpo)",
+        "optimization",
+        choices=["dapo", "grpo", "dr_grpo"],
+    )
+    scale_rewards: str = opt(
+        "none",
+        "divide outcome advantages by the group's std (group) or not",
+        "optimization",
+        choices=["none", "group"],
+    )
     num_iterations: int = opt(1, "optimizer steps on the same rollouts", "optimization", low=1)
-    epsilon: float = opt(0.2, "clip range of the ratio; idle when --num-iterations is 1", "optimization", above=0)
+    epsilon: float = opt(
+        0.2, "clip range of the ratio; idle when --num-iterations is 1", "optimization", above=0
+    )
     epsilon_high: float = opt(0.28, "its upper side (clip-higher)", "optimization", above=0)
     entropy_coef: float = opt(0.0, "entropy bonus per token", "optimization", low=0)
-    beta: float = opt(0.0, "KL coefficient to the initial policy (k2, in the loss)", "optimization", low=0)
+    beta: float = opt(
+        0.0, "KL coefficient to the initial policy (k2, in the loss)", "optimization", low=0
+    )
     max_grad_norm: float = opt(1.0, "gradient clipping by global norm", "optimization", above=0)
-    micro_batch_size: int = opt(0, "sequences a backward pass, to save memory (0: all)", "optimization", low=0)
+    micro_batch_size: int = opt(
+        0, "sequences a backward pass, to save memory (0: all)", "optimization", low=0
+    )
     eval_steps: int = opt(10, "steps between evaluations", "evaluation", low=1)
-    eval_problems: int = opt(512, "problems of an evaluation (one sample each, temperature as above)",
-                             "evaluation", low=1)
-    eval_split: str = opt("val", "whose problems; test only for the numbers you report", "evaluation",
-                          choices=["val", "test"])
+    eval_problems: int = opt(
+        512,
+        "problems of an evaluation (one sample each, temperature as above)",
+        "evaluation",
+        low=1,
+    )
+    eval_split: str = opt(
+        "val",
+        "whose problems; test only for the numbers you report",
+        "evaluation",
+        choices=["val", "test"],
+    )
     save_steps: int = opt(50, "steps between checkpoints", "evaluation", low=1)
 
 
 @dataclass
 class Config(server.RolloutFlags, RLFlags):
-    reward: str = opt("pav", "outcome: the grader; orm: the verifier's score of the whole; q: grader + alpha*Q; "
-                      "pav: grader + alpha*A; to-go: a step also earns all later bonuses (a control)", "reward",
-                      choices=["outcome", "orm", "q", "pav", "q-to-go", "pav-to-go", "mrt"])
-    verifier: str = opt("", "folder of the verifier (default: built by pav.py); constant: V is 0.5 everywhere",
-                        "reward")
-    guards: list = opt(["anchor", "center"], "anchor: the finished solution's value is its true outcome; center: "
-                       "minus the batch's mean bonus at the same step; legal: no value from the first illegal step "
-                       "on; outcome: only right solutions earn a bonus", "reward",
-                       choices=["anchor", "center", "legal", "outcome"])
+    reward: str = opt(
+        "pav",
+        "outcome: the grader; orm: the verifier's score of the whole; q: grader + alpha*Q; "
+        "pav: grader + alpha*A; to-go: a step also earns all later bonuses (a control)",
+        "reward",
+        choices=[*REWARDS, "q-to-go", "pav-to-go"],
+    )
+    verifier: str = opt(
+        "",
+        "folder of the verifier (default: built by pav.py); constant: V is 0.5 everywhere",
+        "reward",
+    )
+    guards: list = opt(
+        ["anchor", "center"],
+        "anchor: the finished solution's value is its true outcome; center: minus the batch's "
+        "mean bonus at the same step; legal: no value from the first illegal step on; outcome: "
+        "only right solutions earn a bonus",
+        "reward",
+        choices=["anchor", "center", "legal", "outcome"],
+    )
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Rewards -> advantages. Pure functions, tensors in, tensors out.
 
 
 def outcome_advantage(reward, scale="none"):
-    """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; "group" also divides by its std
-    (floored at 1e-3: a group that agrees must not explode). A group that agrees gives exactly 0."""
-    centred = reward - reward[:, :1]  # first, since the mean of three times 0.7 is not 0.7 in float32
+    """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; "group" also divides by its
+    std (floored at 1e-3: a group that agrees must not explode). A group that agrees gives exactly
+    0."""
+    centred = (
+        reward - reward[:, :1]
+    )  # first, since the mean of three times 0.7 is not 0.7 in float32
     centred = centred - centred.mean(1, keepdim=True)
     return centred / reward.std(1, keepdim=True).clamp(min=1e-3) if scale == "group" else centred
 
 
 def step_bonus(values, reward):
-    """Values V [B,S+1] at the prompt and after each step -> bonus [B,S]. pav: progress V_h - V_{h-1}; q: V_h itself,
-    which pays for standing in a good place, again at every step (kept to show it break)."""
+    """Values V [B,S+1] at the prompt and after each step -> bonus [B,S]. pav: progress V_h -
+    V_{h-1}; q: V_h itself, which pays for standing in a good place, again at every step (kept to
+    show it break)."""
     return values[:, 1:] if reward.startswith("q") else values[:, 1:] - values[:, :-1]
 
 
 def spread_credit(bonus, reward):
-    """bonus [B,S] -> [B,S]: as it is (discount 0); with -to-go each step gets its own and all later bonuses. Of progress
-    that is V(end) - V_{h-1}, a baseline for the outcome and no more (kept to show it break)."""
+    """bonus [B,S] -> [B,S]: as it is (discount 0); with -to-go each step gets its own and all later
+    bonuses. Of progress that is V(end) - V_{h-1}, a baseline for the outcome and no more (kept to
+    show it break)."""
     return bonus.flip(1).cumsum(1).flip(1) if reward.endswith("-to-go") else bonus
 
 
 def center_by_step(bonus, real):
-    """Subtract the mean bonus of the other samples at the same step index. bonus [B,S], real [B,S] bool
-    (steps that exist). The mean leaves the sample itself out, so it is a baseline and adds no bias."""
+    """Subtract the mean bonus of the other samples at the same step index. bonus [B,S], real [B,S]
+    bool (steps that exist). The mean leaves the sample itself out, so it is a baseline and adds no
+    bias."""
     bonus = bonus * real
     n = real.sum(0, keepdim=True)
     others = (bonus.sum(0, keepdim=True) - bonus) / (n - 1).clamp(min=1)
@@ -123,8 +182,8 @@ def center_by_step(bonus, real):
 def process_bonus(cfg, values, ends, outcome, illegal):
     """Values V [B,S+1] -> the weighted, guarded, centred bonus of each step [B,S], and what to log.
 
-    ends [B,S+1], outcome [B], illegal [B] (index of the first illegal step; S or more where there is none). The guards
-    are those of --guards; an illegal step is fined the value that it lost.
+    ends [B,S+1], outcome [B], illegal [B] (index of the first illegal step; S or more where there
+    is none). The guards are those of --guards; an illegal step is fined the value that it lost.
     """
     real = ends[:, 1:] > ends[:, :-1]  # (B, S): steps that exist; padding repeats the last end
     column = torch.arange(values.shape[1])
@@ -150,16 +209,19 @@ def credit_tokens(per_step, ends, T):
     per_step [B,S], ends [B,S+1] exclusive token ends (column 0: prompt length) -> [B,T].
     """
     t = torch.arange(T).expand(len(ends), T).contiguous()
-    step = torch.searchsorted(ends[:, 1:].contiguous(), t, right=True)  # (B, T): ends at or before t
+    step = torch.searchsorted(
+        ends[:, 1:].contiguous(), t, right=True
+    )  # (B, T): ends at or before t
     inside = (t >= ends[:, :1]) & (t < ends[:, -1:])
     return per_step.gather(1, step.clamp(max=per_step.shape[1] - 1)) * inside
 
 
 def advantages(cfg, mask, outcome, ends=None, values=None, illegal=None):
-    """Tensors of one batch -> advantage per token [B,T], and what to log. Rows b*G..b*G+G-1 share a prompt.
+    """Tensors of one batch -> advantage per token [B,T], and what to log. Rows b*G..b*G+G-1 share a
+    prompt.
 
-    mask [B,T] bool (completion tokens), outcome [B]; ends, values [B,S+1] of the steps (None: the outcome alone),
-    illegal [B] for the guard of that name.
+    mask [B,T] bool (completion tokens), outcome [B]; ends, values [B,S+1] of the steps (None: the
+    outcome alone), illegal [B] for the guard of that name.
     """
     reward = outcome
     per_step = None
@@ -173,7 +235,7 @@ def advantages(cfg, mask, outcome, ends=None, values=None, illegal=None):
     adv = outcome_advantage(grouped, cfg.scale_rewards).view(-1, 1) * mask
     if per_step is not None:
         adv = adv + credit_tokens(per_step, ends, mask.shape[1])
-    spread = outcome.view(-1, cfg.num_generations).std(1)
+    spread = outcome.view_as(grouped).std(1)
     return adv, logs | {
         "reward": float(reward.mean()),
         "reward_std": float(spread.mean()),
@@ -181,13 +243,14 @@ def advantages(cfg, mask, outcome, ends=None, values=None, illegal=None):
     }
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Advantages -> loss, and one update.
 
 
 def token_weights(mask, loss_type, max_completion_length):
-    """Weight of each token in the batch's loss, [B,T], made once from the whole batch: micro-batches and
-    processes then only add up. dapo: 1/tokens; grpo: 1/(B * own length); dr_grpo: 1/(B * limit)."""
+    """Weight of each token in the batch's loss, [B,T], made once from the whole batch:
+    micro-batches and processes then only add up. dapo: 1/tokens; grpo: 1/(B * own length); dr_grpo:
+    1/(B * limit)."""
     if loss_type == "dapo":
         return mask / mask.sum()
     if loss_type == "grpo":
@@ -196,7 +259,8 @@ def token_weights(mask, loss_type, max_completion_length):
 
 
 def policy_loss(logprob, old_logprob, advantage, weight, low, high):
-    """Clipped surrogate (PPO; with one iteration plain REINFORCE: ratio 1, gradient A * grad log pi).
+    """Clipped surrogate (PPO; with one iteration plain REINFORCE: ratio 1, gradient A * grad log
+    pi).
 
     All [N]. Returns the summed loss and the share of weight that the clip silenced.
     """
@@ -208,23 +272,30 @@ def policy_loss(logprob, old_logprob, advantage, weight, low, high):
 
 
 def k2_loss(logprob, ref_logprob, weight):
-    """(log pi - log ref)^2 / 2 on samples from pi: its gradient is that of KL(pi||ref); k1's would be zero."""
+    """(log pi - log ref)^2 / 2 on samples from pi: its gradient is that of KL(pi||ref); k1's would
+    be zero."""
     return ((logprob - ref_logprob).square() / 2 * weight).sum()
 
 
 def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, device, timer=None):
-    """num_iterations optimizer steps on one batch of rollouts. adv [B,T]; reference: a frozen model or None; limit:
-    tokens a completion may have. Returns what to log."""
+    """num_iterations optimizer steps on one batch of rollouts. adv [B,T]; reference: a frozen model
+    or None; limit: tokens a completion may have. Returns what to log."""
     timer = timer or Timer()
     mask = rollouts.mask()
     weight = token_weights(mask, cfg.loss_type, limit)
-    rows = torch.tensor(parallel.share(len(mask)))  # in order: samples of a prompt share a micro-batch
+    rows = torch.tensor(
+        parallel.share(len(mask))
+    )  # in order: samples of a prompt share a micro-batch
     size = cfg.micro_batch_size or len(rows)
     first_logprob = {}  # the policy's log-probs before the first optimizer step, per micro-batch
     parts = []  # the policy's loss and what the clip silenced, of every chunk of tokens
 
-    def loss_fn(logprob, entropy, advantage, w, old_logprob, ref_logprob):  # [n] each; a sum over the chunk
-        old_logprob = logprob.detach() if old_logprob is None else old_logprob  # the ratio is 1 at first
+    def loss_fn(
+        logprob, entropy, advantage, w, old_logprob, ref_logprob
+    ):  # [n] each; a sum over the chunk
+        old_logprob = (
+            logprob.detach() if old_logprob is None else old_logprob
+        )  # the ratio is 1 at first
         loss, clip = policy_loss(logprob, old_logprob, advantage, w, cfg.epsilon, cfg.epsilon_high)
         parts.append(torch.stack([loss.detach(), clip]))
         if cfg.entropy_coef:
@@ -236,7 +307,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     logs = {}
     for iteration in range(cfg.num_iterations):
         parts.clear()
-        total = dict(entropy=0.0, kl=0.0, diff_mean=0.0, diff_max=0.0, ratio_max=0.0)
+        total = dict.fromkeys(("entropy", "kl", "diff_mean", "diff_max", "ratio_max"), 0.0)
         for i in range(0, len(rows), size):
             b = rows[i : i + size]
             length = rollouts.length[b]
@@ -249,9 +320,21 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
             ref_logprob = None
             if reference is not None:
                 with torch.no_grad():
-                    ref_logprob, _ = token_logprobs(reference, tokens, targets, cfg.temperature, length)
-            loss, logprob, entropy = token_loss(model, tokens, targets, cfg.temperature, loss_fn, a, w,
-                                                first_logprob.get(i), ref_logprob, length=length)
+                    ref_logprob, _ = token_logprobs(
+                        reference, tokens, targets, cfg.temperature, length
+                    )
+            loss, logprob, entropy = token_loss(
+                model,
+                tokens,
+                targets,
+                cfg.temperature,
+                loss_fn,
+                a,
+                w,
+                first_logprob.get(i),
+                ref_logprob,
+                length=length,
+            )
             timer.mark("logprob")  # and the head's share of the gradient
             parallel.backward(loss, model)
             timer.mark("backward")
@@ -259,7 +342,9 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
             gap = (logprob.cpu() - rollouts.logprob[b, :T][m]).abs()
             total["diff_mean"] += float(gap.sum() / mask.sum())
             total["diff_max"] = max(total["diff_max"], float(gap.max()))
-            total["ratio_max"] = max(total["ratio_max"], float((logprob - first_logprob[i]).exp().max()))
+            total["ratio_max"] = max(
+                total["ratio_max"], float((logprob - first_logprob[i]).exp().max())
+            )
             total["entropy"] += (entropy * w).sum().item() / weight.sum().item()
             if reference is not None:
                 total["kl"] += ((logprob - ref_logprob) * w).sum().item()
@@ -279,23 +364,20 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
             }
     if reference is not None:
         logs["kl"] = total["kl"]
-    return logs | {"policy_loss": total["policy_loss"], "grad_norm": grad_norm,
-                   "clip_ratio/region_mean": total["clip"]}
+    return logs | {
+        "policy_loss": total["policy_loss"],
+        "grad_norm": grad_norm,
+        "clip_ratio/region_mean": total["clip"],
+    }
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The loop, and its parts.
 
 
-def first_illegal(task, problems, rollouts, tokenizer, width):
-    """[B] index of each solution's first illegal step; width where there is none."""
-    texts = map(tokenizer.decode, rollouts.completions())
-    steps = [task.first_illegal_step(problem, text) for problem, text in zip(problems, texts)]
-    return torch.tensor([width if step is None else step for step in steps])
-
-
 def value_steps(cfg, verifier, task, problems, rollouts, tokenizer):
-    """Step ends [B,S+1], V^mu there [B,S+1], first illegal step [B] (each None where the reward needs none)."""
+    """Step ends [B,S+1], V^mu there [B,S+1], first illegal step [B] (each None where the reward
+    needs none)."""
     if cfg.reward == "outcome":
         return None, None, None
     ends = step_ends(task, rollouts, tokenizer, credit=True)
@@ -303,65 +385,32 @@ def value_steps(cfg, verifier, task, problems, rollouts, tokenizer):
         values = torch.full(ends.shape, 0.5)
     else:
         values = step_values(verifier, rollouts.tokens, ends)
-    illegal = None
-    if "legal" in cfg.guards:
-        illegal = first_illegal(task, problems, rollouts, tokenizer, ends.shape[1])
-    return ends, values, illegal
-
-
-def evaluate(model, tokenizer, task, verifier, cfg, limit, path=None):
-    """Sampled accuracy on held-out problems, and the verifier's value of the same solutions (of one sample, not of
-    Best-of-K: it is compared with accuracy). Some solutions are written to path."""
-    problems = task.problems(cfg.eval_split, cfg.eval_problems, 0)
-    problems = (problems * (1 + cfg.eval_problems // len(problems)))[: cfg.eval_problems]
-    prompts = [task.prompt_tokens(p, tokenizer) for p in problems]
-    rolled = generate(model, prompts, max_new_tokens=limit, temperature=cfg.temperature,
-                      seed=derive(0, "evaluation"), stop_ids=task.stop_ids(tokenizer))
-    outcome = grades(task, problems, rolled, tokenizer)
-    logs = {"eval/accuracy": mean(outcome.tolist())}
-    if verifier is not None:
-        ends = step_ends(task, rolled, tokenizer, credit=True)
-        values = step_values(verifier, rolled.tokens, ends)
-        logs["eval/verifier_score"] = float(single_sample_value(values[:, -1], verifier.k).mean())
-        if path is not None:
-            write_solutions(path, tokenizer, problems, rolled, outcome.tolist(), values, ends)
-    return logs
+    if "legal" not in cfg.guards:
+        return ends, values, None
+    return ends, values, first_illegal(task, problems, rollouts, tokenizer, ends.shape[1])
 
 
 def check(cfg):
     """UserError: what cannot work, before any weights are read."""
     if cfg.num_prompts * cfg.num_generations % parallel.size():
-        raise UserError(f"--num-prompts x --num-generations must be a multiple of the {parallel.size()} processes")
+        raise UserError(
+            "--num-prompts x --num-generations must be a multiple of the "
+            f"{parallel.size()} processes"
+        )
     if cfg.reward != "outcome" and not cfg.verifier:
         raise UserError(f"--reward {cfg.reward} needs --verifier (pav.py trains one)")
 
 
-def rollout_logs(rollouts):
-    """What is logged of a batch of samples."""
-    tokens = rollouts.num_tokens()
-    return {
-        "completions/mean_length": tokens / len(rollouts),
-        "completions/clipped_ratio": mean(r == "length" for r in rollouts.finish_reason),
-        "tokens_per_second": tokens / rollouts.seconds,
-    }
-
-
 def make_adam(params, cfg):
-    return torch.optim.Adam(params, lr=cfg.learning_rate, betas=(0.9, 0.99), eps=cfg.adam_epsilon, fused=True)
-
-
-def summarize(run, num_tokens, episodes, name, **more):
-    """summary.json of an RL run, and one line for people. -> summary."""
-    curve = [row["eval/accuracy"] for row in read_metrics(run.folder) if "eval/accuracy" in row]
-    summary = run.finish(accuracy=curve[-1], num_tokens=num_tokens, episodes=episodes, curve_mean=mean(curve), **more)
-    print(f"{name}: {curve[0]:.3f} -> {curve[-1]:.3f} after {run.cfg.steps} steps, {num_tokens} tokens, "
-          f"{summary['seconds']:.0f} s -> {run.folder}")
-    return summary
+    return torch.optim.Adam(
+        params, lr=cfg.learning_rate, betas=(0.9, 0.99), eps=cfg.adam_epsilon, fused=True
+    )
 
 
 def train(cfg, verifier=None):
-    """One arm: load policy and verifier, loop, leave metrics.jsonl and a checkpoint. Resumes by itself. -> summary.
-    verifier: used instead of the one in the folder --verifier (experiments give exact values)."""
+    """One arm: load policy and verifier, loop, leave metrics.jsonl and a checkpoint. Resumes by
+    itself. -> summary. verifier: used instead of the one in the folder --verifier (experiments give
+    exact values)."""
     device = setup(cfg.device, cfg.threads)
     task = get_task(cfg)
     if verifier is None:
@@ -374,14 +423,18 @@ def train(cfg, verifier=None):
     if verifier is None and cfg.verifier not in ("", "constant"):
         verifier = load_verifier(cfg.verifier, tokenizer, device)
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
-    state = dict(tokens=0) | run.resume(model, partial(load_weights, model), lambda params: make_adam(params, cfg))
-    engine = server.connect(cfg, tokenizer) if cfg.rollout_url else None  # evaluations stay here
+    state = dict(tokens=0) | run.resume(
+        model, partial(load_weights, model), lambda params: make_adam(params, cfg)
+    )
+    engine = server.connect(cfg, tokenizer)  # None without --rollout-url; evaluations stay here
     limit = cfg.max_completion_length or task.max_new_tokens
     train_problems = task.problems("train", None, 0)
     G = cfg.num_generations
     B = cfg.num_prompts * G
     if state["step"] == 0:
-        first = evaluate(model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_start.jsonl")
+        first = evaluate(
+            model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_start.jsonl"
+        )
         run.log(0, num_tokens=0, episodes=0, **first)
 
     for step in with_progress_bar(range(state["step"] + 1, cfg.steps + 1), f"rl {cfg.reward}"):
@@ -391,9 +444,16 @@ def train(cfg, verifier=None):
         problems = [train_problems[i] for i in picked for _ in range(G)]
         # 2. Generate G samples of each; the sequence ids make the draws new at every step.
         prompts = [task.prompt_tokens(p, tokenizer) for p in problems]
-        rollouts = generate(model, prompts, max_new_tokens=limit, temperature=cfg.temperature,
-                            seed=derive(cfg.seed, "rl"), stop_ids=task.stop_ids(tokenizer),
-                            sequence_ids=range((step - 1) * B, step * B), engine=engine)
+        rollouts = generate(
+            model,
+            prompts,
+            max_new_tokens=limit,
+            temperature=cfg.temperature,
+            seed=derive(cfg.seed, "rl"),
+            stop_ids=task.stop_ids(tokenizer),
+            sequence_ids=range((step - 1) * B, step * B),
+            engine=engine,
+        )
         timer.mark("generate")
         # 3. Grade them.
         outcome = grades(task, problems, rollouts, tokenizer)
@@ -404,13 +464,20 @@ def train(cfg, verifier=None):
         # 5. One advantage per token.
         adv, logs = advantages(cfg, rollouts.mask(), outcome, ends, values, illegal)
         if values is not None:  # before any guard: what the verifier believes
-            logs["verifier/final_value"] = float(single_sample_value(values[:, -1], getattr(verifier, "k", 1)).mean())
+            logs["verifier/final_value"] = mean_final_value(values, verifier)
         timer.mark("other")
         # 6. Update.
         for group in run.optimizer.param_groups:
             group["lr"] = cfg.learning_rate * min(1.0, step / max(1, cfg.warmup_steps))
-        logs |= update(model, reference, run.optimizer, run.params, rollouts, adv, cfg, limit, device, timer)
-        batch = dict(tokens=rollouts.tokens, prompt_len=rollouts.prompt_len, length=rollouts.length, advantage=adv)
+        logs |= update(
+            model, reference, run.optimizer, run.params, rollouts, adv, cfg, limit, device, timer
+        )
+        batch = dict(
+            tokens=rollouts.tokens,
+            prompt_len=rollouts.prompt_len,
+            length=rollouts.length,
+            advantage=adv,
+        )
         require_finite(run.folder, step, logs["grad_norm"], batch, cfg.learning_rate)
         if engine:
             server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
@@ -418,13 +485,15 @@ def train(cfg, verifier=None):
         state["tokens"] += rollouts.num_tokens()
         if step % cfg.eval_steps == 0 or step == cfg.steps:
             timer.mark("other")
-            logs |= evaluate(model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_end.jsonl")
+            logs |= evaluate(
+                model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_end.jsonl"
+            )
             timer.mark("evaluate")
         timer.mark("other")
         logs |= rollout_logs(rollouts) | timer.metrics()
         run.log(step, num_tokens=state["tokens"], episodes=step * B, **logs)
         if step % cfg.save_steps == 0 or step == cfg.steps:
-            run.save(step, lambda folder, whole: write_model(folder, whole, tokenizer), tokens=state["tokens"])
+            run.save(step, partial(write_model, tokenizer=tokenizer), tokens=state["tokens"])
     return summarize(run, state["tokens"], cfg.steps * B, cfg.reward)
 
 
@@ -436,16 +505,18 @@ def main(argv=None):
     if cfg.reward == "mrt":
         raise UserError("--reward mrt has a loop of its own: python -m papers.mrt")
     if cfg.policy and cfg.run_dir and (cfg.verifier or cfg.reward == "outcome"):
-        if cfg.smoke:
-            cfg.steps, cfg.eval_steps, cfg.eval_problems = min(cfg.steps, 3), 1, min(cfg.eval_problems, 32)
-        summary = train(Config(**pipeline.fields_of(cfg, Config)))  # every stage is given: one arm
-        evaluation = ["-m", "report.evaluate", "--model", cfg.run_dir]
-        print_next_command(cfg, ("how often it is right on test problems", evaluation))
+        arm = Config(**pipeline.fields_of(cfg, Config))  # every stage is given: one arm
+        summary = train(replace(arm, **task_class(cfg.task).smoke["rl"]) if cfg.smoke else arm)
+        print_next_command(
+            cfg, ("how often it is right", ["-m", "report.evaluate", "--model", cfg.run_dir])
+        )
         return summary
     if parallel.size_asked() > 1 or cfg.rollout_url:
-        raise UserError("torchrun and --rollout-url run one arm: build the stages first (the same command without "
-                        "them), then give --policy, --verifier and --run-dir")
-    return pipeline.run(cfg, {"": (["train_rl.py"], Config)}, given=pipeline.typed(argv))
+        raise UserError(
+            "torchrun and --rollout-url run one arm: build the stages first (the same command "
+            "without them), then give --policy, --verifier and --run-dir"
+        )
+    return pipeline.run(cfg, {"": (["train_rl.py"], Config)}, argv)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""The verifier V^mu: what is this solution worth so far? A Transformer with one more number per token.
+"""The verifier V^mu: what is this solution worth so far? A Transformer with one more number per
+token.
 
     verifier = load_verifier("runs/planted/seed0/verifier", tokenizer)
     values = step_values(verifier, rolled.tokens, step_ends(task, rolled, tokenizer))      # [B,S+1]
-    progress = values[:, 1:] - values[:, :-1]                                              # A^mu of each step, [B,S]
+    progress = values[:, 1:] - values[:, :-1]                                              # A^mu of
+    each step, [B,S]
 
-A step's reward in PAV (Setlur et al. 2024, arXiv 2410.08146) is its *progress*: the advantage under a prover mu that is
-not the policy,
+A step's reward in PAV (Setlur et al. 2024, arXiv 2410.08146) is its *progress*: the advantage under
+a prover mu that is not the policy,
 
-    A^mu(s,a) = Q^mu(s,a) - V^mu(s) = V^mu(prompt + steps 1..h) - V^mu(prompt + steps 1..h-1)       (eq. 2)
+    A^mu(s,a) = Q^mu(s,a) - V^mu(s) = V^mu(prompt + steps 1..h) - V^mu(prompt + steps 1..h-1)
+    (eq. 2)
 
-so one function is enough, V^mu(prefix): the chance that the prover, taking over here, still finds the answer. Both terms
-are read off the same verifier at consecutive step ends, the bare prompt included. pav.py trains it.
+so one function is enough, V^mu(prefix): the chance that the prover, taking over here, still finds
+the answer. Both terms are read off the same verifier at consecutive step ends, the bare prompt
+included. pav.py trains it.
 
 Best-of-K provers need no training of their own: V^BoK = 1 - (1 - V)^K (eq. 30).
 Left out: several verifiers of different provers in one model.
@@ -30,8 +34,8 @@ from model import load_model, resolve, write_model
 class Verifier(nn.Module):
     """tokens [B,T] -> logits [B,T] of V^mu(tokens[:, :t+1]); meaningful at step ends.
 
-    backbone: a Transformer; logit_shift undoes the class weights of the fit (pav.bce_weights); k is the Best-of-K
-    transform; fingerprint is that of the tokenizer it was trained with.
+    backbone: a Transformer; logit_shift undoes the class weights of the fit (pav.bce_weights); k is
+    the Best-of-K transform; fingerprint is that of the tokenizer it was trained with.
     """
 
     def __init__(self, backbone, logit_shift=0.0, k=1, fingerprint=""):
@@ -49,12 +53,14 @@ class Verifier(nn.Module):
 
 
 def best_of_k_value(value, k):
-    """V of the prover -> V of its Best-of-k: 1 - (1-V)^k (eq. 30). Monotone in V; k=1 is the identity."""
+    """V of the prover -> V of its Best-of-k: 1 - (1-V)^k (eq. 30). Monotone in V; k=1 is the
+    identity."""
     return 1 - (1 - value) ** k
 
 
 def single_sample_value(value, k):
-    """The inverse of best_of_k_value: V of the prover itself, which is what accuracies are compared with."""
+    """The inverse of best_of_k_value: V of the prover itself, which is what accuracies are compared
+    with."""
     return value if k == 1 else 1 - (1 - value) ** (1 / k)
 
 
@@ -62,9 +68,9 @@ def single_sample_value(value, k):
 def step_values(verifier, tokens, ends, batch_tokens=4096):
     """V^mu at the bare prompt and after every step, one forward pass.
 
-    tokens [B,T] int64; ends [B,S+1] as rollouts.step_ends gives them. Returns [B,S+1] float32 in [0,1]; the last column is
-    the value of the whole text. Rows go through in batches of about batch_tokens tokens: enough to fill a machine, few
-    enough to stay in a CPU's cache.
+    tokens [B,T] int64; ends [B,S+1] as rollouts.step_ends gives them. Returns [B,S+1] float32 in
+    [0,1]; the last column is the value of the whole text. Rows go through in batches of about
+    batch_tokens tokens: enough to fill a machine, few enough to stay in a CPU's cache.
     """
     device = verifier.head.weight.device
     share = parallel.share(len(tokens))
@@ -74,7 +80,9 @@ def step_values(verifier, tokens, ends, batch_tokens=4096):
         rows = slice(i, min(i + size, share.stop))
         text = tokens[rows, : int(ends[rows].max())]
         at_token = verifier(text.to(device), ends[rows, -1]).cpu()
-        logits.append(at_token.gather(1, ends[rows] - 1) - verifier.logit_shift)  # read at the step's last token
+        logits.append(
+            at_token.gather(1, ends[rows] - 1) - verifier.logit_shift
+        )  # read at the step's last token
     values = parallel.gather(torch.cat(logits), len(tokens)).sigmoid()
     return best_of_k_value(values, verifier.k)
 
@@ -84,19 +92,28 @@ def save_verifier(folder, verifier, tokenizer, info):
     write_model(folder, verifier.backbone, tokenizer)
     head = {k: v.detach().cpu().contiguous() for k, v in verifier.head.state_dict().items()}
     save_file(head, folder / "value_head.safetensors")
-    info = dict(logit_shift=verifier.logit_shift, prover_k=verifier.k, fingerprint=verifier.fingerprint) | info
+    info = (
+        dict(
+            logit_shift=verifier.logit_shift, prover_k=verifier.k, fingerprint=verifier.fingerprint
+        )
+        | info
+    )
     (folder / "verifier.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
 def load_verifier(path, tokenizer, device="cpu"):
-    """A verifier from its run directory. UserError: it is a language model, or was trained with another tokenizer."""
+    """A verifier from its run directory. UserError: it is a language model, or was trained with
+    another tokenizer."""
     folder = resolve(str(path))
     if not (folder / "verifier.json").exists():
         raise UserError(f"{path} holds a language model, not a verifier; train one with pav.py")
     info = json.loads((folder / "verifier.json").read_text())
     if info["fingerprint"] != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with another tokenizer than the policy's: its step values would be noise; "
-                        "train a verifier from this policy with pav.py")
+        raise UserError(
+            f"{path} was trained with another tokenizer than the policy's: its step values would "
+            f"be noise; "
+            "train a verifier from this policy with pav.py"
+        )
     backbone, _ = load_model(folder, device)
     verifier = Verifier(backbone, info["logit_shift"], info["prover_k"], info["fingerprint"])
     load_head(verifier, folder)
@@ -108,5 +125,7 @@ def load_head(verifier, folder):
     try:
         verifier.head.load_state_dict(load_file(folder / "value_head.safetensors"))
     except Exception as e:  # safetensors and torch raise several kinds here
-        message = f"{folder}/value_head.safetensors cannot be read ({e}); train it again with pav.py"
+        message = (
+            f"{folder}/value_head.safetensors cannot be read ({e}); train it again with pav.py"
+        )
         raise UserError(message) from None

@@ -168,8 +168,10 @@ def generate(url, model_name, prompts, *, model, max_new_tokens, temperature, se
 
 
 def connect(cfg, tokenizer):
-    """--rollout-url -> an engine for sample.generate() that hands the policy over first. Collective under torchrun: rank 0
+    """--rollout-url -> an engine for sample.generate() that hands the policy over first (None without it). Collective under torchrun: rank 0
     writes and asks for the reload, then each process asks for its share. UserError: flags that cannot be."""
+    if not cfg.rollout_url:
+        return None
     args = key_values(cfg.rollout_args, ARGS, "--rollout-args")
     url = cfg.rollout_url.rstrip("/").removesuffix("/v1")
     folder = Path(cfg.run_dir).resolve() / "rollout_weights"

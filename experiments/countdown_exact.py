@@ -1,39 +1,48 @@
-"""Countdown, and why it looked as if no process reward could help: the batch, the verifier, and the solver in its place.
+"""Countdown, and why it looked as if no process reward could help.
 
-    python experiments/countdown_exact.py         # 45 minutes of one core behind train_rl.py --task countdown --seeds 3
-    python experiments/countdown_exact.py --smoke # the same road in seconds
+    python -m experiments.countdown_exact         # 45 minutes of one core, stages included
+    python -m experiments.countdown_exact --smoke # few steps, seconds
     -> docs/results/countdown_exact/: results.json, table.md, curves.png
 
-An earlier comparison (128 samples a step, a verifier fitted in 470 steps) moved nothing. Two things were too small, and the
-solver says which: with *exact* values of the same prover no verifier can be to blame. Every arm runs at every batch
-size and learning rate and the same number of steps, from the same policies (those of train_rl.py's own comparison, built if they
-are not there):
+An earlier comparison (128 samples a step, a verifier fitted in 470 steps) moved nothing. Two things
+were too small, and the solver says which: with *exact* values of the same prover no verifier can be
+to blame. Every arm runs at every batch size and learning rate and the same number of steps, from
+the same policies (those of train_rl.py's own comparison, built if they are not there):
 
     outcome    the grader alone
     pav        the learned verifier of the comparison
-    exact      the value of the scripted prover by countdown_values, at every line (task.exact_value)
+    exact      the value of the scripted prover by countdown_values, at every line
+               (task.exact_value)
 
-What would have falsified it: exact values that do not help at the larger batch either, or all arms alike.
+What would have falsified it: exact values that do not help at the larger batch either, or all arms
+alike.
 """
 
 import itertools
 import os
 import sys
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import torch
-from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import pipeline  # noqa: E402
-import train_rl  # noqa: E402
-from infra.cli import opt, parse, script  # noqa: E402
-from infra.runs import mean, read_metrics  # noqa: E402
-from report.figures import COLOURS, accuracy_at, finish, keep_results, print_results, pyplot, spread  # noqa: E402
-from tasks import get_task  # noqa: E402
+import pipeline
+import train_rl
+from experiments.toolkit import (
+    COLOURS,
+    ExactVerifier,
+    accuracy_at,
+    evaluations,
+    finish,
+    mean_sd,
+    print_results,
+    pyplot,
+    quiet,
+    write_results,
+)
+from infra.cli import opt, parse, script
+from infra.runs import mean
+from tasks import get_task
 
 NAMES = dict(outcome="outcome only", pav="PAV, learned verifier", exact="PAV, exact values")
 HUES = dict(outcome=COLOURS["outcome"], pav=COLOURS["pav"], exact=COLOURS["orm"])
@@ -50,55 +59,49 @@ class Config:
     smoke: bool = opt(False, "one seed, a few steps")
 
 
-class ExactVerifier(nn.Module):
-    """The solver in the place of a pav.Verifier: tokens [B,T] -> logits [B,T] of the scripted prover's chance from there, for
-    tasks whose prompt is a line and whose steps are lines. Read at line ends only; elsewhere it says the last line's."""
-
-    def __init__(self, task, tokenizer, strength):
-        super().__init__()
-        self.head, self.logit_shift, self.k = nn.Linear(1, 1), 0.0, 1
-        self.task, self.tokenizer, self.strength = task, tokenizer, strength
-        self.problems = {p.prompt: p for part in task.by_split.values() for p in part}
-
-    def forward(self, tokens, share=None):
-        out = torch.zeros(tokens.shape, dtype=torch.float64)
-        for b, row in enumerate(tokens.tolist()):
-            lines = [t for t, token in enumerate(row) if b"\n" in self.tokenizer.token_bytes(token)]
-            problem = self.problems[self.tokenizer.decode(row[: lines[0] + 1])]
-            for t in lines:
-                text = self.tokenizer.decode(row[lines[0] + 1 : t + 1])
-                out[b, t:] = self.task.exact_value(problem, text, self.strength)
-        return out.clamp(1e-9, 1 - 1e-9).logit().float()
-
-
 def reinforce(root, argv, arm, prompts, lr):
     """One RL run (or the one that is there) -> its evaluations."""
     seed = pipeline.flag_value(argv, "seed")
     drop = ("--reward=", "--verifier=", "--run-dir=", "--num-prompts=", "--learning-rate=")
-    config = parse(train_rl.Config, [a for a in argv[1:] if not a.startswith(drop)] + [
-        f"--reward={'outcome' if arm == 'outcome' else 'pav'}", f"--num-prompts={prompts}", f"--learning-rate={lr}",
-        f"--run-dir={root}/seed{seed}/{arm}_{prompts}_lr{lr:g}"], "")
-    verifier, task = None, get_task(config)
+    config = parse(
+        train_rl.Config,
+        [a for a in argv[1:] if not a.startswith(drop)]
+        + [
+            f"--reward={'outcome' if arm == 'outcome' else 'pav'}",
+            f"--num-prompts={prompts}",
+            f"--learning-rate={lr}",
+            f"--run-dir={root}/seed{seed}/{arm}_{prompts}_lr{lr:g}",
+        ],
+        "",
+    )
+    verifier = None
+    task = get_task(config)
     if arm == "exact":
         verifier = ExactVerifier(task, task.tokenizer(), task.strengths["prover"])
     elif arm == "pav":
         config.verifier = pipeline.flag_value(argv, "verifier")
-    with redirect_stdout(StringIO()):
+    with quiet():
         train_rl.train(config, verifier)
-    return [dict(num_tokens=r["num_tokens"], **{"eval/accuracy": r["eval/accuracy"]})
-            for r in read_metrics(config.run_dir) if "eval/accuracy" in r]
+    return [{k: r[k] for k in ("num_tokens", "eval/accuracy")} for r in evaluations(config.run_dir)]
 
 
 def table(rows):
-    lines = ["| arm | samples a step | learning rate | tokens of RL | accuracy before (sd over seeds) | half way | at the end | "
-             "per seed |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | samples a step | learning rate | tokens of RL | accuracy before (sd over "
+        "seeds) | half way | at the end | per seed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
-        at = [[accuracy_at(c, c[-1]["num_tokens"] * share) for c in r["curves"]] for share in (0, 0.5, 1)]
-        cells = [f"{mean(a):.3f} ({spread(a):.3f})" for a in at]
+        at = [
+            [accuracy_at(c, c[-1]["num_tokens"] * share) for c in r["curves"]]
+            for share in (0, 0.5, 1)
+        ]
+        cells = [mean_sd(a) for a in at]
         tokens = mean(c[-1]["num_tokens"] for c in r["curves"]) / 1e3
-        lines.append(f"| {NAMES[r['arm']]} | {r['prompts'] * 8} | {r['learning_rate']:g} | {tokens:.0f}k | {' | '.join(cells)} | "
-                     f"{' '.join(f'{a:.2f}' for a in at[2])} |")
+        lines.append(
+            f"| {NAMES[r['arm']]} | {r['prompts'] * 8} | {r['learning_rate']:g} | {tokens:.0f}k "
+            f"| {' | '.join(cells)} | {' '.join(f'{a:.2f}' for a in at[2])} |"
+        )
     return "\n".join(lines)
 
 
@@ -106,17 +109,33 @@ def figure(rows, path):
     if (plt := pyplot()) is None:
         return
     rates = sorted({r["learning_rate"] for r in rows})
-    fig, axes = plt.subplots(1, len(rates), figsize=(5.6 * len(rates), 4.2), constrained_layout=True, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1,
+        len(rates),
+        figsize=(5.6 * len(rates), 4.2),
+        constrained_layout=True,
+        sharey=True,
+        squeeze=False,
+    )
     for r in rows:
         axis = axes[0, rates.index(r["learning_rate"])]
         steps = torch.linspace(0, 1, 60).tolist()
         y = [mean(accuracy_at(c, c[-1]["num_tokens"] * s) for c in r["curves"]) for s in steps]
         x = [mean(c[-1]["num_tokens"] for c in r["curves"]) * s / 1e3 for s in steps]
         line = ":" if r["prompts"] < max(q["prompts"] for q in rows) else "-"
-        axis.plot(x, y, color=HUES[r["arm"]], linestyle=line, label=f"{NAMES[r['arm']]}, {r['prompts'] * 8} a step")
+        axis.plot(
+            x,
+            y,
+            color=HUES[r["arm"]],
+            linestyle=line,
+            label=f"{NAMES[r['arm']]}, {r['prompts'] * 8} a step",
+        )
     for axis, lr in zip(axes[0], rates):
-        axis.set(xlabel="tokens sampled in RL, thousands (without the verifier's)", ylim=(0, None),
-                 title=f"--task countdown, learning rate {lr:g}")
+        axis.set(
+            xlabel="tokens sampled in RL, thousands (without the verifier's)",
+            ylim=(0, None),
+            title=f"--task countdown, learning rate {lr:g}",
+        )
     axes[0, 0].set(ylabel="sampled accuracy, test")
     axes[0, 0].legend(frameon=False, fontsize=8)
     finish(plt, fig, axes[0], path)
@@ -124,21 +143,50 @@ def figure(rows, path):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    root, stages = Path("runs/countdown_exact"), Path("runs/countdown")
+    root = Path("runs/countdown_exact")
+    stages = Path("runs/countdown")
     if cfg.smoke:
         root = stages = Path("runs/countdown_exact_smoke")
-        cfg.seeds, cfg.prompts, cfg.learning_rates, cfg.steps, cfg.out = 1, [2], [1e-3], 2, str(root / "results")
-    rl = train_rl.Config(task="countdown", reward="pav", seeds=cfg.seeds, steps=cfg.steps, run_dir=str(stages), smoke=cfg.smoke,
-                         eval_split="test", eval_steps=20)
+        cfg.seeds = 1
+        cfg.prompts = [2]
+        cfg.learning_rates = [1e-3]
+        cfg.steps = 2
+        cfg.out = str(root / "results")
+    rl = train_rl.Config(
+        task="countdown",
+        reward="pav",
+        seeds=cfg.seeds,
+        steps=cfg.steps,
+        run_dir=str(stages),
+        smoke=cfg.smoke,
+        eval_split="test",
+        eval_steps=20,
+    )
     _, plan = pipeline.plan(rl, given={"steps", "eval_split", "eval_steps"})
-    pipeline.run_jobs([j for j in plan if "/rl_" not in j[0]], cfg.workers or os.cpu_count() or 1, root / "logs")
-    arms, rows = [argv for label, _, argv in plan if label.endswith("/rl_pav")], []
+    pipeline.run_jobs(
+        [j for j in plan if "/rl_" not in j[0]], cfg.workers or os.cpu_count() or 1, root / "logs"
+    )
+    arms = [job for label, _, job in plan if label.endswith("/rl_pav")]
+    rows = []
     for prompts, lr, arm in itertools.product(cfg.prompts, cfg.learning_rates, NAMES):
-        rows.append(dict(arm=arm, prompts=prompts, learning_rate=lr,
-                         curves=[reinforce(root, argv, arm, prompts, lr) for argv in arms]))
+        rows.append(
+            dict(
+                arm=arm,
+                prompts=prompts,
+                learning_rate=lr,
+                curves=[reinforce(root, job, arm, prompts, lr) for job in arms],
+            )
+        )
         print("  " + table(rows[-1:]).splitlines()[-1], flush=True)
-    out, text = Path(cfg.out), table(rows)
-    keep_results(out, text, "countdown_exact.py", sys.argv[1:], cfg, rows)
+    out = Path(cfg.out)
+    text = table(rows)
+    write_results(
+        out,
+        text,
+        " ".join(["countdown_exact", *(sys.argv[1:] if argv is None else argv)]),
+        cfg,
+        rows=rows,
+    )
     figure(rows, out / "curves.png")
     print_results(text, out)
 

@@ -1,21 +1,29 @@
 """Does accuracy before memorization predict generalisation? (Kang et al. 2024, arXiv 2411.07681)
 
-    python experiments/memorization.py                            # own runs and curation: 33 minutes of one core
-    python experiments/memorization.py --published FILE.npz       # the authors' measurements, seconds
-    -> docs/results/memorization/{published,runs,curation}.json, published.png, curves.png, table.md
+    python -m experiments.memorization                        # 2 to 4: 33 minutes of one core
+    python -m experiments.memorization --published FILE.npz   # the authors' measurements, seconds
+    python -m experiments.memorization --robustness --sizes 800 --learning-rates 3e-3 --steps 500 \
+        --threshold 0.4493                                    # one run and part 3: 3 minutes
+    -> docs/results/memorization/: {published,runs,robustness,curation}.{json,md}, two figures
 
-1. published  R^2 of mean pre-memorization accuracy against test accuracy (line y = x) on the arrays that the authors
-              released for Llama-3-8B on GSM8K and MATH, with their thresholds, and with the threshold chosen on half of
-              the runs and scored on the other half. FILE holds, for every run, RUN/{correct [M,n], nsamples [M], nll
-              [M,n], test [M]} and optionally RUN/subsample [m] (indices of the examples that were trained).
-2. runs       the same on our own models, trained on --task worded (worded.py): learning rate x steps x data size, every
-              snapshot of a run a point; beside it plain training accuracy, the paper's foil. Also robustness: finished
-              models must go on from a first line whose meaningless letters differ from the training solution's.
-3. curation   n examples more, collected where pre-memorization accuracy is low, against iid, nll and training accuracy as
-              the measure, the same number of examples, steps and learning rate for each.
+1. published  R^2 of mean pre-memorization accuracy against test accuracy (line y = x) on the arrays
+              that the authors released for Llama-3-8B on GSM8K and MATH, with their thresholds, and
+              with the threshold chosen on half of the runs and scored on the other half. FILE
+              holds, for every run, RUN/{correct [M,n], nsamples [M], nll [M,n], test [M]} and
+              optionally RUN/subsample [m] (indices of the examples that were trained).
+2. runs       the same on our own models, trained on --task worded (worded.py): learning rate x
+              steps x data size, every snapshot of a run a point; beside it plain training accuracy,
+              the paper's foil.
+3. robustness finished models go on from the first line of a training solution, with its own
+              meaningless letters and with others: what the change costs examples of low and of high
+              pre-memorization accuracy, within each run that has both.
+4. curation   n examples more, collected where pre-memorization accuracy is low, against iid, nll
+              and training accuracy as the measure, the same number of examples, steps and learning
+              rate for each.
 
-What would falsify it: in 2 a held-out R^2 no better than that of plain training accuracy; examples of high and low
-pre-memorization accuracy losing as much under a changed first line; in 3 a curve that is not above iid's.
+What would falsify it: in 2 a held-out R^2 no better than that of plain training accuracy; in 3
+examples of high and low pre-memorization accuracy losing as much; in 4 a curve that is not above
+iid's.
 """
 
 import itertools
@@ -25,14 +33,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import write_json  # noqa: E402
-from infra.seeds import derive  # noqa: E402
-from papers.memorization import (  # noqa: E402
+import train_sft
+from experiments.toolkit import (
+    finish,
+    mean_sd,
+    print_results,
+    pyplot,
+    spread,
+    together,
+    verdict,
+    write_results,
+)
+from infra.cli import UserError, opt, parse, script
+from infra.runs import mean
+from infra.seeds import derive
+from model import load_model, resolve
+from papers.memorization import (
     choose_threshold,
     held_out_r_squared,
     load_run,
@@ -41,12 +58,13 @@ from papers.memorization import (  # noqa: E402
     r_squared,
     sampled_accuracy,
 )
-from model import load_model, resolve  # noqa: E402
-from report.figures import finish, machine, print_results, pyplot  # noqa: E402
-from tasks import get_task  # noqa: E402
+from tasks import get_task
+from tasks.worded import WORDING
 
 TAU = dict(gsm8k=-2.3, math=-1.7)  # the authors' thresholds: ln(nll)
 GRID = np.exp(np.arange(-4.0, 0.01, 0.1))  # nats a token
+ENOUGH = 50  # examples of a group, for the comparison of two groups within a run
+MATTERS = 0.1  # accuracy lost to a changed first line: what counts as not surviving it
 
 
 @dataclass
@@ -56,6 +74,12 @@ class Config:
     learning_rates: list = opt([1e-3, 3e-3], "peak learning rates", "runs")
     steps: list = opt([200, 500], "optimizer steps (batch 128)", "runs")
     seeds: int = opt(1, "seeds of each combination", "runs", low=1)
+    robustness: bool = opt(
+        False, "of the runs, only what a changed first line costs their examples", "runs"
+    )
+    threshold: float = opt(
+        0.0, "of --robustness, in nats a token (0: the best on these runs)", "runs", low=0
+    )
     snapshots: int = opt(6, "a run", "runs", low=2)
     curation_seeds: int = opt(5, "seeds", "curation", low=1)
     curation_start: int = opt(500, "examples before", "curation", low=2)
@@ -75,151 +99,375 @@ def published(path):
     out = dict(gsm8k=[], math=[])
     for name in sorted({k.split("/")[0] for k in z.files}):
         rows = z[f"{name}/subsample"] if f"{name}/subsample" in z.files else slice(None)
-        out[name.split("_")[0]].append(dict(
-            accuracy=(z[f"{name}/correct"] / z[f"{name}/nsamples"][:, None])[:, rows].astype(float),
-            nll=z[f"{name}/nll"][:, rows].astype(float), test=z[f"{name}/test"].astype(float)))
+        out[name.split("_")[0]].append(
+            dict(
+                accuracy=(z[f"{name}/correct"] / z[f"{name}/nsamples"][:, None])[:, rows].astype(
+                    float
+                ),
+                nll=z[f"{name}/nll"][:, rows].astype(float),
+                test=z[f"{name}/test"].astype(float),
+            )
+        )
     return out
 
 
 def judge(runs, seed=0, fixed=None):
-    """R^2 of the line y = x for pre-memorization and for plain accuracy. The threshold: given, or the best on all runs."""
+    """R^2 of the line y = x for pre-memorization and for plain accuracy. The threshold: given,
+    or the best on all runs."""
     threshold = choose_threshold(runs, GRID) if fixed is None else fixed
     premem, test = predicted(runs, threshold)
     plain = np.concatenate([r["accuracy"].mean(1) for r in runs])
     both = len(test) > 1 and plain.var() > 0 and test.var() > 0
     scores, chosen = held_out_r_squared(runs, GRID, 200, seed)
-    return dict(runs=len(runs), checkpoints=len(test), threshold=threshold, r2=r_squared(premem, test),
-                r2_train_accuracy=r_squared(plain, test),
-                correlation_train_accuracy=np.corrcoef(plain, test)[0, 1] ** 2 if both else None,
-                held_out=dict(splits=200, median=np.median(scores), p10=np.percentile(scores, 10),
-                              thresholds=np.percentile(chosen, [10, 90])),
-                sensitivity={f"{t:.3f}": r_squared(*predicted(runs, t)) for t in GRID},
-                premem=premem, train_accuracy=plain, test=test)
+    return dict(
+        runs=len(runs),
+        checkpoints=len(test),
+        threshold=threshold,
+        r2=r_squared(premem, test),
+        r2_train_accuracy=r_squared(plain, test),
+        correlation_train_accuracy=np.corrcoef(plain, test)[0, 1] ** 2 if both else None,
+        held_out=dict(
+            splits=200,
+            median=np.median(scores),
+            p10=np.percentile(scores, 10),
+            thresholds=np.percentile(chosen, [10, 90]),
+        ),
+        sensitivity={f"{t:.3f}": r_squared(*predicted(runs, t)) for t in GRID},
+        premem=premem,
+        train_accuracy=plain,
+        test=test,
+    )
 
 
 def plain(value):
-    """numpy -> what JSON knows, four digits."""
+    """numpy -> what JSON knows, six digits."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
         return [plain(v) for v in value]
-    return round(float(value), 4) if isinstance(value, (float, np.floating)) else value
+    return round(float(value), 6) if isinstance(value, (float, np.floating)) else value
 
 
 def sft(cfg, name, **settings):
     """Train one tracked run (or find it complete) -> its config."""
-    c = train_sft.Config(task="worded", threads=1, run_dir=f"{cfg.run_dir}/{name}", eval_problems=64, save_steps=100,
-                         device="cpu", **settings)
+    c = train_sft.Config(
+        task="worded",
+        threads=1,
+        run_dir=f"{cfg.run_dir}/{name}",
+        eval_problems=64,
+        save_steps=100,
+        device="cpu",
+        **settings,
+    )
     train_sft.train(c)
     return c
 
 
 def own_runs(cfg):
     grid = itertools.product(cfg.sizes, cfg.learning_rates, cfg.steps, range(cfg.seeds))
-    return [sft(cfg, f"n{n}_lr{lr:g}_steps{steps}_seed{seed}", num_examples=n, learning_rate=lr, steps=steps, seed=seed,
-                track_memorization=cfg.snapshots) for n, lr, steps, seed in grid]
+    return [
+        sft(
+            cfg,
+            f"n{n}_lr{lr:g}_steps{steps}_seed{seed}",
+            num_examples=n,
+            learning_rate=lr,
+            steps=steps,
+            seed=seed,
+            track_memorization=cfg.snapshots,
+        )
+        for n, lr, steps, seed in grid
+    ]
+
+
+def changed_wording(letters):
+    """The two meaningless letters of a line -> two others."""
+    return "".join(chr(ord("a") + (ord(x) - ord("a") + 4) % len(WORDING)) for x in letters)
+
+
+def after_first_line(config, threshold):
+    """One finished run -> what it costs its examples to go on from a first line in other
+    letters, or None.
+
+    Examples: problems of several lines whose samples are all right at the end. Each is drawn
+    four times from its own first line and four times from the same line with both letters
+    changed; the cost is the accuracy lost. low, high: pre-memorization accuracy below 0.5, or
+    not. The two are compared within a run, since runs differ in both."""
+    task = get_task(config)
+    run = load_run(config.run_dir)
+    model, tokenizer = load_model(resolve(config.run_dir))
+    problems = task.problems("train", run["accuracy"].shape[1], config.seed)
+    premem = pre_memorization(run["accuracy"], run["nll"], threshold)[-1]
+    right = [
+        i for i, p in enumerate(problems) if len(p.data[1]) > 1 and run["accuracy"][-1, i] == 1
+    ]
+    if not right:
+        return None
+
+    def accuracy(change):
+        prompts = []
+        for i in right:
+            letters = task.demonstration(problems[i], None, 0).split("\n")[0][-2:]
+            line = f"{problems[i].data[1][0]}{change(letters)}\n"
+            prompts.append(task.prompt_tokens(problems[i], tokenizer) + tokenizer.encode(line))
+        return sampled_accuracy(
+            model,
+            tokenizer,
+            task,
+            prompts,
+            [problems[i] for i in right],
+            4,
+            config.memorization_temperature,
+            task.max_new_tokens,
+            derive(config.seed, "robustness"),
+        )
+
+    unchanged = accuracy(lambda letters: letters)
+    changed = accuracy(changed_wording)
+    groups = dict(low=premem[right] < 0.5, high=premem[right] >= 0.5)
+    numbers = {
+        k: dict(examples=int(of.sum()), unchanged=unchanged[of], changed=changed[of])
+        for k, of in groups.items()
+    }
+    return dict(
+        run=Path(config.run_dir).name,
+        train_accuracy=float(run["accuracy"][-1].mean()),
+        premem=float(premem.mean()),
+        test=float(run["test"][-1]),
+        **numbers,
+    )
+
+
+def group_numbers(group):
+    """{examples, unchanged [n], changed [n]} -> their means, the mean cost and its standard
+    error over the examples."""
+    n = group["examples"]
+    cost = np.subtract(group["unchanged"], group["changed"])
+    return dict(
+        examples=n,
+        unchanged=float(np.mean(group["unchanged"])),
+        changed=float(np.mean(group["changed"])),
+        cost=float(cost.mean()),
+        error=float(cost.std(ddof=1) / n**0.5),
+    )
 
 
 def robustness(configs, threshold):
-    """Accuracy from a first line with other wording, for examples of low (< 0.5) and of high final pre-memorization
-    accuracy that the finished model gets right when left alone. Pooled over runs; problems of one line are left out."""
-    drop = dict(low=[], high=[])
-    for c in configs:
-        task, run = get_task(c), load_run(c.run_dir)
-        model, tokenizer = load_model(resolve(c.run_dir))
-        problems = task.problems("train", run["accuracy"].shape[1], c.seed)
-        premem = pre_memorization(run["accuracy"], run["nll"], threshold)[-1]
-        keep = [i for i, p in enumerate(problems) if len(p.data[1]) > 1 and run["accuracy"][-1, i] == 1][:200]
-        if not keep:
-            continue
-        prompts = []
-        for i in keep:
-            line, old = problems[i].data[1][0], task.demonstration(problems[i], None, 0).split("\n")[0][-2:]
-            other = "".join(chr(ord("a") + (ord(x) - ord("a") + 4) % 8) for x in old)  # both letters changed
-            prompts.append(task.prompt_tokens(problems[i], tokenizer) + tokenizer.encode(f"{line}{other}\n"))
-        after = sampled_accuracy(model, tokenizer, task, prompts, [problems[i] for i in keep], 4, c.memorization_temperature,
-                                 task.max_new_tokens, derive(c.seed, "robustness"))
-        for i, a in zip(keep, after):
-            drop["low" if premem[i] < 0.5 else "high"].append(float(a))
-    return {k: dict(examples=len(v), accuracy=float(np.mean(v)) if v else None) for k, v in drop.items()}
+    """-> a row for each run that has at least ENOUGH examples of low and of high
+    pre-memorization accuracy."""
+    rows = [r for c in configs if (r := after_first_line(c, threshold))]
+    return [
+        r | {k: group_numbers(r[k]) for k in ("low", "high")}
+        for r in rows
+        if min(r["low"]["examples"], r["high"]["examples"]) >= ENOUGH
+    ]
 
 
 def curation(cfg, threshold):
-    """Test accuracy after more data, by how it was chosen. -> {size: {by: [accuracy of each seed]}}"""
-    out = {str(n): {by: [] for by in ("iid", "premem", "nll", "accuracy")} for n in cfg.curation_sizes}
-    for seed in range(100, 100 + cfg.curation_seeds):  # seeds that chose nothing: the threshold comes from the runs above
+    """Test accuracy after more data, by how it was chosen. -> {size: {by: [accuracy of each
+    seed]}}"""
+    out = {
+        str(n): {by: [] for by in ("iid", "premem", "nll", "accuracy")} for n in cfg.curation_sizes
+    }
+    for seed in range(
+        100, 100 + cfg.curation_seeds
+    ):  # seeds that chose nothing: the threshold comes from the runs above
         common = dict(learning_rate=3e-3, steps=cfg.curation_steps, seed=seed)
-        start = sft(cfg, f"start_seed{seed}", num_examples=cfg.curation_start, track_memorization=cfg.snapshots, **common)
-        out.setdefault(str(cfg.curation_start), dict(none=[]))["none"].append(load_run(start.run_dir)["test"][-1])
+        start = sft(
+            cfg,
+            f"start_seed{seed}",
+            num_examples=cfg.curation_start,
+            track_memorization=cfg.snapshots,
+            **common,
+        )
+        out.setdefault(str(cfg.curation_start), dict(none=[]))["none"].append(
+            load_run(start.run_dir)["test"][-1]
+        )
         for n, by in itertools.product(cfg.curation_sizes, ("iid", "premem", "nll", "accuracy")):
-            c = sft(cfg, f"{by}_{n}_seed{seed}", num_examples=n, curate=start.run_dir, curate_by=by, track_memorization=1,
-                    memorization_threshold=threshold, memorization_problems=1000, **common)
+            c = sft(
+                cfg,
+                f"{by}_{n}_seed{seed}",
+                num_examples=n,
+                curate=start.run_dir,
+                curate_by=by,
+                track_memorization=1,
+                memorization_threshold=threshold,
+                memorization_problems=1000,
+                **common,
+            )
             out[str(n)][by].append(load_run(c.run_dir)["test"][-1])
     return out
 
 
-def claim(command, says, measured, holds, fails_when=""):
-    """For README (experiments/claims.py)."""
-    return dict(paper="2411.07681", claim=says, measured=measured, holds=holds, command=command, fails_when=fails_when)
+def claim(results, says, short, measured, holds, fails_when=""):
+    return dict(
+        paper="2411.07681",
+        claim=says,
+        short=short,
+        measured=measured,
+        holds=holds,
+        command=results["command"],
+        fails_when=fails_when,
+    )
 
 
 def predicts(r):
-    """The rule for "pre-memorization accuracy predicts test accuracy": with a threshold from other runs, R^2 of at least 0.8
-    and above that of training accuracy; partly, if only above."""
+    """The rule for "pre-memorization accuracy predicts test accuracy": with a threshold from
+    other runs, R^2 of at least 0.8 and above that of training accuracy; partly, if only above."""
     better = r["held_out"]["median"] > r["r2_train_accuracy"]
     return True if better and r["held_out"]["median"] >= 0.8 else "partly" if better else False
 
 
-def published_claim(command, name, r):
-    good = [np.log(float(t)) for t, r2 in r["sensitivity"].items() if r2 >= 0.8]
-    return claim(command, f"pre-memorization accuracy predicts test accuracy (R^2 above 0.9; {name}, Llama-3-8B)",
-                 f"their arrays: R^2 {r['r2']:.3f} ({r['checkpoints']} checkpoints); threshold from half of the runs, scored "
-                 f"on the other: median {r['held_out']['median']:.3f} (10th percentile {r['held_out']['p10']:.3f}); training "
-                 f"accuracy {r['r2_train_accuracy']:.1f}", predicts(r),
-                 f"the threshold's logarithm is not within {min(good):.1f} to {max(good):.1f} (R^2 below 0.8)")
+def published_claims(results):
+    """Of published.json."""
+    claims = []
+    for name in ("gsm8k", "math"):
+        r = results[name]
+        good = [np.log(float(t)) for t, r2 in r["sensitivity"].items() if r2 >= 0.8]
+        claims.append(
+            claim(
+                results,
+                f"pre-memorization accuracy predicts test accuracy (R^2 above 0.9; {name}, "
+                "Llama-3-8B)",
+                f"Pre-memorization accuracy predicts test accuracy: their {name} runs",
+                f"their arrays: R^2 {r['r2']:.3f} ({r['checkpoints']} checkpoints); threshold "
+                "from half of the runs, scored on the other: median "
+                f"{r['held_out']['median']:.3f} (10th percentile {r['held_out']['p10']:.3f}); "
+                f"training accuracy {r['r2_train_accuracy']:.1f}",
+                predicts(r),
+                f"the threshold's logarithm is not within {min(good):.1f} to {max(good):.1f} "
+                "(R^2 below 0.8)",
+            )
+        )
+    return claims
 
 
-def run_claims(command, r):
-    low, high = r["robustness"]["low"], r["robustness"]["high"]
-    said = [claim(command, "pre-memorization accuracy predicts test accuracy, training accuracy does not",
-                  f"{r['runs']} runs of our own: R^2 {r['r2']:.3f}, held out {r['held_out']['median']:.3f} (10th percentile "
-                  f"{r['held_out']['p10']:.3f}); training accuracy {r['r2_train_accuracy']:.2f}", predicts(r))]
-    if low["examples"] and high["examples"]:
-        said.append(claim(
-            command, "examples that were learned before they were memorised survive a changed prompt, the others do not",
-            f"right when left alone, and still right from a first line in other letters: {high['accuracy']:.2f} of "
-            f"{high['examples']} with high pre-memorization accuracy, {low['accuracy']:.2f} of {low['examples']} with low "
-            "(pooled over the runs, no spread)", high["accuracy"] - low["accuracy"] > 0.1))
-    return said
+def runs_claims(results):
+    """Of runs.json."""
+    r = results
+    if None in (r["r2"], r["held_out"]["median"], r["r2_train_accuracy"]):
+        return []  # nothing varies: a run of a few steps
+    return [
+        claim(
+            results,
+            "pre-memorization accuracy predicts test accuracy, training accuracy does not",
+            "Pre-memorization accuracy predicts test accuracy: our runs",
+            f"{r['runs']} runs of our own: R^2 {r['r2']:.3f}, held out "
+            f"{r['held_out']['median']:.3f} (10th percentile {r['held_out']['p10']:.3f}); "
+            f"training accuracy {r['r2_train_accuracy']:.2f}",
+            predicts(r),
+        )
+    ]
 
 
-def curation_claim(command, more):
-    """Curated against iid data at equal size, differences paired by seed."""
+def robustness_claims(results):
+    """Of robustness.json. What the change costs examples of low minus what it costs those of
+    high pre-memorization accuracy, within each run; two standard errors over the runs, or of one
+    run over its examples, on either side of MATTERS decide."""
+    rows = results["rows"]
+    if not rows:
+        return []
+    extra = [r["low"]["cost"] - r["high"]["cost"] for r in rows]
+    error = (
+        spread(extra) / len(extra) ** 0.5
+        if len(rows) > 1
+        else (rows[0]["low"]["error"] ** 2 + rows[0]["high"]["error"] ** 2) ** 0.5
+    )
+    above = mean(extra) - 2 * error > MATTERS
+    below = mean(extra) + 2 * error < MATTERS
+
+    def show(k):
+        return (
+            f"{mean(r[k]['changed'] for r in rows):.3f} (own letters: "
+            f"{mean(r[k]['unchanged'] for r in rows):.3f}; {sum(r[k]['examples'] for r in rows)} "
+            "examples)"
+        )
+
+    return [
+        claim(
+            results,
+            "examples that were learned before they were memorised survive a changed prompt, "
+            "the others do not",
+            "What is learned before it is memorised survives a changed prompt",
+            f"within {'one run' if len(rows) == 1 else f'each of {len(rows)} runs'}, still right "
+            f"from a first line in other letters: high pre-memorization accuracy {show('high')}, "
+            f"low {show('low')}; the change costs low ones {mean(extra):+.3f} more (standard "
+            f"error over {'examples' if len(rows) == 1 else 'runs'} {error:.3f}; {MATTERS} would "
+            "count)",
+            True if above else False if below else "open",
+            "only where runs are pooled do the two groups differ (runs.json): those that recite "
+            "have most of the low examples and lose most, which is a difference between runs "
+            "and not between examples",
+        )
+    ]
+
+
+def curation_claims(results):
+    """Of curation.json. Curated against iid data at equal size, differences paired by seed."""
+    more = results["test_accuracy"]
     sizes = [n for n in more if "iid" in more[n]]
-    gains = {by: [np.subtract(more[n][by], more[n]["iid"]) for n in sizes] for by in ("premem", "nll", "accuracy")}
-    show = lambda d: ", ".join(f"{x.mean():+.3f} ({x.std(ddof=1) if len(x) > 1 else 0:.3f})" for x in d)  # noqa: E731
-    sure = [x.mean() > 2 * x.std(ddof=1) / len(x) ** 0.5 for x in gains["premem"] if len(x) > 1]
-    best = all(gains["premem"][i].mean() >= gains[by][i].mean() for by in gains for i in range(len(sizes)))
-    return claim(command, "problems like those of low pre-memorization accuracy are worth 1.5 to 2 times iid ones",
-                 f"test accuracy minus iid at {', '.join(sizes)} examples: {show(gains['premem'])}; chosen by nll "
-                 f"{show(gains['nll'])}, by training accuracy {show(gains['accuracy'])} ({len(gains['premem'][0])} seeds, sd)",
-                 True if all(sure) and best else "partly" if any(sure) else False,
-                 "" if best else "another measure of difficulty does as well or better")
+    gains = {
+        by: [np.subtract(more[n][by], more[n]["iid"]).tolist() for n in sizes]
+        for by in ("premem", "nll", "accuracy")
+    }
+
+    def show(d):
+        return ", ".join(mean_sd(x, signed=True) for x in d)
+
+    best = all(
+        mean(gains["premem"][i]) >= mean(gains[by][i]) for by in gains for i in range(len(sizes))
+    )
+    return [
+        claim(
+            results,
+            "problems like those of low pre-memorization accuracy are worth 1.5 to 2 times iid "
+            "ones",
+            "Problems of low pre-memorization accuracy are worth 1.5 to 2 others",
+            f"test accuracy minus iid at {', '.join(sizes)} examples: {show(gains['premem'])}; "
+            f"chosen by nll {show(gains['nll'])}, by training accuracy {show(gains['accuracy'])} "
+            f"({len(gains['premem'][0])} seeds, sd)",
+            together(verdict(x) for x in gains["premem"]),
+            "" if best else "another measure of difficulty does as well or better",
+        )
+    ]
 
 
 def scatter(path, panels, title, more=None):
-    """A panel for each {name: result of judge()}: what training shows against test accuracy. more: curation()'s, as one more."""
+    """A panel for each {name: result of judge()}: what training shows against test accuracy.
+    more: curation()'s, as one more."""
     if (plt := pyplot()) is None:
         return
-    fig, axes = plt.subplots(1, len(panels) + bool(more), figsize=(4.8 * (len(panels) + bool(more)), 4.2), squeeze=False,
-                             constrained_layout=True)
+    fig, axes = plt.subplots(
+        1,
+        len(panels) + bool(more),
+        figsize=(4.8 * (len(panels) + bool(more)), 4.2),
+        squeeze=False,
+        constrained_layout=True,
+    )
     for axis, (name, r) in zip(axes[0], panels.items()):
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-        axis.scatter(r["train_accuracy"], r["test"], s=14, color="#E69F00", marker="x", label=f"train accuracy, "
-                     f"R² {r['r2_train_accuracy']:.2f}")
-        axis.scatter(r["premem"], r["test"], s=14, color="#0072B2", label=f"pre-memorization accuracy, R² {r['r2']:.2f} "
-                     f"(held out {r['held_out']['median']:.2f})")
-        axis.set(xlabel="measured on the training set", ylabel="test accuracy", xlim=(0, 1), ylim=(0, 1), title=name)
+        axis.scatter(
+            r["train_accuracy"],
+            r["test"],
+            s=14,
+            color="#E69F00",
+            marker="x",
+            label=f"train accuracy, R² {r['r2_train_accuracy']:.2f}",
+        )
+        axis.scatter(
+            r["premem"],
+            r["test"],
+            s=14,
+            color="#0072B2",
+            label=f"pre-memorization accuracy, R² {r['r2']:.2f} "
+            f"(held out {r['held_out']['median']:.2f})",
+        )
+        axis.set(
+            xlabel="measured on the training set",
+            ylabel="test accuracy",
+            xlim=(0, 1),
+            ylim=(0, 1),
+            title=name,
+        )
         axis.legend(fontsize=7, loc="upper left")
     if more:
         curated(axes[0][-1], more)
@@ -228,66 +476,179 @@ def scatter(path, panels, title, more=None):
 
 
 def curated(axis, more):
-    """Test accuracy by how the examples were chosen: a dot a seed, a bar their mean; the seeds' start is the first column."""
-    columns = [(by, n, a) for n, arms in sorted(more.items(), key=lambda x: int(x[0])) for by, a in arms.items()]
+    """Test accuracy by how the examples were chosen: a dot a seed, a bar their mean; the seeds'
+    start is the first column."""
+    columns = [
+        (by, n, a)
+        for n, arms in sorted(more.items(), key=lambda x: int(x[0]))
+        for by, a in arms.items()
+    ]
     for x, (by, _, a) in enumerate(columns):
-        colour = {"none": "0.5", "iid": "#000000", "premem": "#0072B2", "nll": "#D55E00", "accuracy": "#E69F00"}[by]
+        colour = {
+            "none": "0.5",
+            "iid": "#000000",
+            "premem": "#0072B2",
+            "nll": "#D55E00",
+            "accuracy": "#E69F00",
+        }[by]
         axis.scatter([x] * len(a), a, s=16, color=colour, alpha=0.6)
         axis.hlines(np.mean(a), x - 0.3, x + 0.3, color=colour, linewidth=2)
-    axis.set(xticks=range(len(columns)), ylabel="test accuracy", title="data chosen by a measure of difficulty")
+    axis.set(
+        xticks=range(len(columns)),
+        ylabel="test accuracy",
+        title="data chosen by a measure of difficulty",
+    )
     names = dict(none="start", premem="pre-mem.", accuracy="train acc.")
     axis.set_xticklabels([f"{names.get(by, by)}\n{n}" for by, n, _ in columns], fontsize=8)
 
 
 def row(name, r):
-    return (f"| {name} | {r['runs']} | {r['checkpoints']} | {r['threshold']:.3f} | {r['r2']:.3f} | "
-            f"{r['held_out']['median']:.3f} ({r['held_out']['p10']:.3f}) | {r['r2_train_accuracy']:.2f} |")
+    return (
+        f"| {name} | {r['runs']} | {r['checkpoints']} | {r['threshold']:.3f} | {r['r2']:.3f} | "
+        f"{r['held_out']['median']:.3f} ({r['held_out']['p10']:.3f}) | "
+        f"{r['r2_train_accuracy']:.2f} |"
+    )
 
 
-HEAD = ("| data | runs | checkpoints | threshold (nats) | R² | R², threshold from the other half: median (10th percentile) | "
-        "R² of train accuracy |\n|---|---|---|---|---|---|---|\n")
+HEAD = (
+    "| data | runs | checkpoints | threshold (nats) | R² | R², threshold from the other half: "
+    "median (10th percentile) | R² of train accuracy |\n|---|---|---|---|---|---|---|\n"
+)
 
 
 def minutes(cfg):
     """What all runs took, on one core each, whoever of several calls made them."""
-    return sum(json.loads(p.read_text())["seconds"] for p in Path(cfg.run_dir).glob("*/summary.json")) / 60
+    return (
+        sum(json.loads(p.read_text())["seconds"] for p in Path(cfg.run_dir).glob("*/summary.json"))
+        / 60
+    )
 
 
-def main():
-    cfg, out = parse(Config, None, __doc__), None
-    out = Path(cfg.out if not cfg.smoke else f"{cfg.run_dir}_smoke/results")
-    out.mkdir(parents=True, exist_ok=True)
-    argv = " ".join(sys.argv[1:]).replace(cfg.published or "\0", "FILE.npz")
-    command = f"python experiments/memorization.py {argv}".strip()
-    if cfg.published:
-        panels = {name: judge(runs, fixed=float(np.exp(TAU[name]))) for name, runs in published(cfg.published).items()}
-        found = [published_claim(command, name, r) for name, r in panels.items()]
-        write_json(out / "published.json", plain(dict(command=command, claims=found) | panels))
-        scatter(out / "published.png", panels, "Llama-3-8B, the authors' measurements")
-        (out / "published.md").write_text(HEAD + "\n".join(row(k, v) for k, v in panels.items()) + "\n")
-        print((out / "published.md").read_text())
-        return
-    if cfg.smoke:
-        cfg.run_dir += "_smoke"
-        cfg.sizes, cfg.learning_rates, cfg.steps, cfg.seeds, cfg.snapshots = [32, 64], [3e-3], [4], 2, 2
-        cfg.curation_seeds, cfg.curation_start, cfg.curation_sizes, cfg.curation_steps = 1, 32, [48], 4
-    configs = own_runs(cfg)
+def published_part(cfg, out):
+    panels = {
+        name: judge(runs, fixed=float(np.exp(TAU[name])))
+        for name, runs in published(cfg.published).items()
+    }
+    text = HEAD + "\n".join(row(k, v) for k, v in panels.items())
+    write_results(
+        out,
+        text,
+        "memorization --published FILE.npz",
+        cfg,
+        published_claims,
+        "published",
+        **plain(panels),
+    )
+    scatter(out / "published.png", panels, "Llama-3-8B, the authors' measurements")
+    print(text)
+
+
+def runs_part(cfg, out, configs, name):
+    """-> the R^2 of our own runs; runs.json."""
     result = judge([load_run(c.run_dir) for c in configs])
-    result["robustness"] = robustness(configs, result["threshold"])
-    record = dict(command=command, machine=machine(), torch=torch.__version__, settings=vars(cfg))
-    write_json(out / "runs.json", plain(record | dict(claims=run_claims(command, result)) | result))
-    more = curation(cfg, float(result["threshold"]))
-    scatter(out / "curves.png", {"--task worded, our own runs": result}, "left: each point one snapshot of one run", more)
-    write_json(out / "curation.json", plain(record | dict(claims=[curation_claim(command, more)], threshold=result["threshold"],
-                                                          minutes=minutes(cfg), test_accuracy=more)))
-    lines = [HEAD + row("worded", result), "", f"From a first line in other words, right: {result['robustness']}", "",
-             "| examples | chosen by | test accuracy, mean (sd over seeds) | better than iid, seeds |", "|---|---|---|---|"]
+    text = HEAD + row("worded", result)
+    write_results(out, text, name, cfg, runs_claims, "runs", **plain(result))
+    return result, text
+
+
+def robustness_part(cfg, out, configs, threshold, name):
+    """-> robustness.json, a row a run."""
+    rows = robustness(configs, threshold)
+    lines = [
+        "| run | train accuracy | pre-mem. | test | examples | of them | own first line | other "
+        "letters | cost (standard error) |",
+        "|---" * 9 + "|",
+    ]
+    for r in rows:
+        for k in ("low", "high"):
+            g = r[k]
+            lines.append(
+                f"| {r['run']} | {r['train_accuracy']:.2f} | {r['premem']:.2f} | {r['test']:.2f} "
+                f"| {k} | {g['examples']} | {g['unchanged']:.3f} | {g['changed']:.3f} | "
+                f"{g['cost']:.3f} ({g['error']:.3f}) |"
+            )
+    text = "\n".join(lines)
+    write_results(
+        out,
+        text,
+        name,
+        cfg,
+        robustness_claims,
+        "robustness",
+        threshold=float(threshold),
+        rows=plain(rows),
+    )
+    return text
+
+
+def curation_part(cfg, out, threshold, name):
+    """-> {size: {by: [accuracy a seed]}}; curation.json."""
+    more = curation(cfg, float(threshold))
+    lines = [
+        "| examples | chosen by | test accuracy, mean (sd over seeds) | better than iid, seeds |",
+        "|---|---|---|---|",
+    ]
     for n, arms in sorted(more.items(), key=lambda x: int(x[0])):
         for by, a in arms.items():
-            wins = f"{sum(x > y for x, y in zip(a, arms['iid']))} of {len(a)}" if "iid" in arms and by != "iid" else ""
-            lines.append(f"| {n} | {by} | {np.mean(a):.3f} ({np.std(a, ddof=1) if len(a) > 1 else 0:.3f}) | {wins} |")
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    print_results("\n".join(lines), out, figure="curves", numbers="runs.json, curation")
+            wins = (
+                f"{sum(x > y for x, y in zip(a, arms['iid']))} of {len(a)}"
+                if "iid" in arms and by != "iid"
+                else ""
+            )
+            lines.append(f"| {n} | {by} | {mean_sd(a)} | {wins} |")
+    text = "\n".join(lines)
+    write_results(
+        out,
+        text,
+        name,
+        cfg,
+        curation_claims,
+        "curation",
+        threshold=float(threshold),
+        minutes=minutes(cfg),
+        test_accuracy=plain(more),
+    )
+    return more, text
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    out = Path(cfg.out if not cfg.smoke else f"{cfg.run_dir}_smoke/results")
+    if cfg.published:
+        published_part(cfg, out)
+        return
+    name = " ".join(["memorization", *(sys.argv[1:] if argv is None else argv)])
+    if cfg.smoke:
+        cfg.run_dir += "_smoke"
+        cfg.sizes = [32, 64]
+        cfg.learning_rates = [3e-3]
+        cfg.steps = [4]
+        cfg.seeds = 2
+        cfg.snapshots = 2
+        cfg.curation_seeds = 1
+        cfg.curation_start = 32
+        cfg.curation_sizes = [48]
+        cfg.curation_steps = 4
+    configs = own_runs(cfg)
+    if cfg.robustness:
+        threshold = cfg.threshold or choose_threshold([load_run(c.run_dir) for c in configs], GRID)
+        print(robustness_part(cfg, out, configs, threshold, name))
+        return
+    result, text = runs_part(cfg, out, configs, name)
+    tables = [text, robustness_part(cfg, out, configs, result["threshold"], name)]
+    more, text = curation_part(cfg, out, result["threshold"], name)
+    scatter(
+        out / "curves.png",
+        {"--task worded, our own runs": result},
+        "left: each point one snapshot of one run",
+        more,
+    )
+    print_results(
+        "\n\n".join([*tables, text]),
+        out,
+        figure="curves",
+        numbers="runs.json, robustness.json, curation",
+    )
 
 
 if __name__ == "__main__":

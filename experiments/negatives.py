@@ -1,64 +1,85 @@
-"""What wrong solutions are worth: accuracy against the number of training problems, with and without negatives.
+"""What wrong solutions are worth: accuracy against training problems, with and without them.
 
-    python experiments/negatives.py              # about 20 minutes of one core
-    python experiments/negatives.py --smoke      # the same road in under a minute
+    python -m experiments.negatives              # about 20 minutes of one core
+    python -m experiments.negatives --smoke      # few steps, under a minute
     -> docs/results/negatives/: results.json, table.md, curves.png
 
-The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's own right solutions
-(RFT) is worth twice the problems of SFT, per-step DPO on its wrong ones eight times; DPO on whole solutions is worth
-nothing. Here, on the task `chain` (tasks/chain.py), whose demonstrations end right but contain wrong steps:
+The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's
+own right solutions (RFT) is worth twice the problems of SFT, per-step DPO on its wrong ones eight
+times; DPO on whole solutions is worth nothing. Here, on the task `chain` (didactic.py), whose
+demonstrations end right but contain wrong steps:
 
     sft            demonstrations, one a problem; epochs tuned at every size
-    rft            demonstrations and up to 4 right samples a problem of an SFT policy, from the same random weights;
-                   optimizer steps tuned over the same grid
-    dpo_per_step   from that SFT policy, its negatives cut at their first pit; learning rate and beta tuned
+    rft            demonstrations and up to 4 right samples a problem of an SFT policy, from the
+                   same random weights; optimizer steps tuned over the same grid
+    dpo_per_step   from that SFT policy, its negatives cut at their first pit; learning rate and
+                   beta tuned
     dpo_whole      the same with whole negatives, over the same grid
-    dpo_random_cut the same with negatives cut anywhere: a control, at the setting of dpo_per_step, not tuned
+    dpo_random_cut the same with negatives cut anywhere: a control, at the setting of dpo_per_step,
+    not tuned
 
-The policy that is sampled, and from which DPO starts, has seen every demonstration 20 times: the best policy by
-accuracy is trained longer and makes few mistakes on its own problems (last table). All arms of a seed see the same
-problems and the same 16 samples a problem. Four settings an arm are tried, on a tuning seed and `val`; the reported
-numbers come from other seeds and `test`: greedy accuracy, mean and standard deviation over seeds.
+The policy that is sampled, and from which DPO starts, has seen every demonstration 20 times: the
+best policy by accuracy is trained longer and makes few mistakes on its own problems (last table).
+All arms of a seed see the same problems and the same 16 samples a problem. Four settings an arm are
+tried, on a tuning seed and `val`; the reported numbers come from other seeds and `test`: greedy
+accuracy, mean and standard deviation over seeds.
 
-What would have falsified the claim: per-step DPO not above SFT by more than the spread of the paired differences; or
-whole-solution or randomly cut negatives as good as cut ones, as then the pit is not what helps. "Eight times" would be
-seen as accuracy at D problems equal to SFT's at 8 D: the table's last column is that factor, whatever it is.
-Where it should fail, and is measured: clean demonstrations (strength 1: nothing spurious to unlearn); a reference that
-was trained too long (it has no negatives left) or too briefly; sizes at which SFT is done.
+What would have falsified the claim: per-step DPO not above SFT by more than the spread of the
+paired differences; or whole-solution or randomly cut negatives as good as cut ones, as then the pit
+is not what helps. "Eight times" would be seen as accuracy at D problems equal to SFT's at 8 D: the
+table's last column is that factor, whatever it is. Where it should fail, and is measured: clean
+demonstrations (strength 1: nothing spurious to unlearn); a reference that was trained too long (it
+has no negatives left) or too briefly; sizes at which SFT is done.
 
 Runs, with their samples, stay in runs/negatives: killed, the same command goes on.
 """
 
 import itertools
-import json
 import math
 import shutil
-import sys
-import time
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
-import torch
+import train_sft
+from experiments.toolkit import (
+    METHOD_COLOURS,
+    TUNING,
+    cached,
+    cpu_seconds,
+    finish,
+    mean_sd,
+    opposite,
+    print_results,
+    pyplot,
+    spread,
+    together,
+    verdict,
+    with_sd,
+    write_results,
+)
+from infra.cli import UserError, opt, parse, script
+from infra.runs import mean
+from model import load_model
+from papers import train_dpo
+from papers.train_dpo import load_pairs
+from sample import generate
+from tasks import get_task
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from papers import train_dpo  # noqa: E402
-import train_sft  # noqa: E402
-from infra.cli import UserError, opt, parse, script  # noqa: E402
-from infra.runs import mean, write_json  # noqa: E402
-from model import load_model  # noqa: E402
-from report.figures import METHOD_COLOURS, finish, machine, print_results, pyplot, spread  # noqa: E402
-from sample import generate  # noqa: E402
-from tasks import get_task  # noqa: E402
-from papers.train_dpo import load_pairs  # noqa: E402
-
-NAMES = {"sft": "SFT", "rft": "RFT", "dpo_per_step": "per-step DPO",
-         "dpo_whole": "whole-solution DPO", "dpo_random_cut": "DPO, cut at random (control)"}
-DPO = {"dpo_per_step": dict(pairs="per_step"), "dpo_whole": dict(pairs="whole"), "dpo_random_cut": dict(pairs="random")}
+NAMES = {
+    "sft": "SFT",
+    "rft": "RFT",
+    "dpo_per_step": "per-step DPO",
+    "dpo_whole": "whole-solution DPO",
+    "dpo_random_cut": "DPO, cut at random (control)",
+}
+DPO = {
+    "dpo_per_step": dict(pairs="per_step"),
+    "dpo_whole": dict(pairs="whole"),
+    "dpo_random_cut": dict(pairs="random"),
+}
 UNTUNED = ("dpo_random_cut",)  # takes the setting of dpo_per_step
-TINY = dict(threads=1, device="cpu", save_steps=10**6, eval_problems=32)  # the scripts' own last evaluation is not used
-TUNING = 1000  # seeds from here on choose settings, on val; those below are reported, on test
+# The scripts' own last evaluation is not used.
+TINY = dict(threads=1, device="cpu", save_steps=10**6, eval_problems=32)
 SAMPLING = dict(num_generations=16, slots=1024)
 
 
@@ -67,7 +88,10 @@ class Config:
     sizes: list = opt([192, 256, 384, 576], "numbers of training problems")
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
     tuning_seeds: int = opt(1, "seeds of the search (1000, 1001, ...)", low=1)
-    epochs: list = opt([20, 40, 80, 160], "grid of SFT: passes over the demonstrations; RFT takes as many optimizer steps")
+    epochs: list = opt(
+        [20, 40, 80, 160],
+        "grid of SFT: passes over the demonstrations; RFT takes as many optimizer steps",
+    )
     policy_epochs: int = opt(20, "epochs of the SFT policy that the others sample", low=1)
     learning_rates: list = opt([1e-3, 3e-3], "grid of the DPO arms")
     betas: list = opt([0.5, 2.0], "grid of the DPO arms")
@@ -77,7 +101,7 @@ class Config:
     smoke: bool = opt(False, "a few steps of everything")
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs. Each is a run directory of train_sft.py or train_dpo.py; its accuracy is kept beside it.
 
 
@@ -85,71 +109,127 @@ def accuracy(run, task, split, n, temperature=0.0):
     """Share of n problems solved, and share whose first step is right (for stargraph)."""
     model, tokenizer = load_model(run)
     problems = task.problems(split, n, 0)
-    out = generate(model, [task.prompt_tokens(p, tokenizer) for p in problems], max_new_tokens=task.max_new_tokens,
-                   temperature=temperature, seed=0, stop_ids=tokenizer.eos_ids, slots=256)
+    out = generate(
+        model,
+        [task.prompt_tokens(p, tokenizer) for p in problems],
+        max_new_tokens=task.max_new_tokens,
+        temperature=temperature,
+        seed=0,
+        stop_ids=tokenizer.eos_ids,
+        slots=256,
+    )
     texts = [tokenizer.decode(out.completion(i)) for i in range(len(problems))]
     first = [t[:2] == p.answer[:2] for t, p in zip(texts, problems)]
     return mean(task.grade(p, t) for p, t in zip(problems, texts)), mean(first)
 
 
-def measured(run, cfg, train, config):
-    """Train (or find) one run -> its numbers: greedy accuracy on val (tuning seeds) or test, sampled accuracy, counts."""
-    run, path = Path(run), Path(run) / "accuracy.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    clock = time.process_time()
-    with redirect_stdout(StringIO()):
+def trained(run, cfg, train, config):
+    """Train (or find) one run -> its numbers: greedy accuracy on val (tuning seeds) or test,
+    sampled accuracy, counts."""
+
+    def make():
         summary = train(config)
-    task, row, split = get_task(config), {}, "val" if config.seed >= TUNING else "test"
-    row[split], row["first"] = accuracy(run, task, split, cfg.test_problems)
-    if split == "test":
-        row["test_sampled"], _ = accuracy(run, task, split, cfg.test_problems, temperature=1.0)
-    row |= {k: v for k, v in summary.items() if k not in ("accuracy", "clipped_ratio")}
-    row["cpu_seconds"] = round(time.process_time() - clock, 1)
-    write_json(path, row)
-    return row
+        task = get_task(config)
+        split = "val" if config.seed >= TUNING else "test"
+        solved, first = accuracy(run, task, split, cfg.test_problems)
+        row = {split: solved, "first": first}
+        if split == "test":
+            row["test_sampled"], _ = accuracy(run, task, split, cfg.test_problems, temperature=1.0)
+        return row | {k: v for k, v in summary.items() if k not in ("accuracy", "clipped_ratio")}
+
+    return cached(Path(run) / "accuracy.json", make)
 
 
 def borrow(run, other, pairs=False):
-    """The samples of another run with the same policy, problems and seed: drawn once, used by all arms. With `pairs`
-    also its pairs and the reference's log-probs, which do not depend on learning rate and beta."""
-    run, other = Path(run), Path(other)
+    """The samples of another run with the same policy, problems and seed: drawn once, used by
+    all arms. With `pairs` also its pairs and the reference's log-probs, which do not depend on
+    learning rate and beta."""
+    run = Path(run)
+    other = Path(other)
     if run.exists() or not other.exists():
         return
-    names = ["rollouts/*.safetensors", "pairs.safetensors", "pairs.json"] if pairs else ["rollouts/solutions_*"]
+    names = (
+        ["rollouts/*.safetensors", "pairs.safetensors", "pairs.json"]
+        if pairs
+        else ["rollouts/solutions_*"]
+    )
     for path in [p for name in names for p in sorted(other.glob(name))]:
         (run / path.relative_to(other)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, run / path.relative_to(other))
 
 
 def sft_config(task, size, seed, run, steps, **more):
-    shape = dict(num_hidden_layers=1, learning_rate=5e-3, weight_decay=1.0) if task == "chain" else dict(learning_rate=2e-3)
-    return train_sft.Config(**(TINY | shape | dict(
-        task=task, seed=seed, run_dir=str(run), num_problems=size, num_examples=size, batch_size=64, warmup_steps=10,
-        steps=steps, slots=1024) | more))
+    shape = (
+        dict(num_hidden_layers=1, learning_rate=5e-3, weight_decay=1.0)
+        if task == "chain"
+        else dict(learning_rate=2e-3)
+    )
+    return train_sft.Config(
+        **(
+            TINY
+            | shape
+            | dict(
+                task=task,
+                seed=seed,
+                run_dir=str(run),
+                num_problems=size,
+                num_examples=size,
+                batch_size=64,
+                warmup_steps=10,
+                steps=steps,
+                slots=1024,
+            )
+            | more
+        )
+    )
 
 
 def dpo_config(task, size, seed, run, policy, **more):
-    return train_dpo.Config(**(TINY | SAMPLING | dict(task=task, seed=seed, run_dir=str(run), policy=str(policy),
-                                                      num_problems=size, num_negatives=8, n_mc=5) | more))
+    return train_dpo.Config(
+        **(
+            TINY
+            | SAMPLING
+            | dict(
+                task=task,
+                seed=seed,
+                run_dir=str(run),
+                policy=str(policy),
+                num_problems=size,
+                num_negatives=8,
+                n_mc=5,
+            )
+            | more
+        )
+    )
 
 
 class Arm:
-    """One method at one size and seed: run(setting) trains it (or finds it) and returns its numbers.
+    """One method at one size and seed: run(setting) trains it (or finds it) and returns its
+    numbers.
 
-    All but SFT need a policy to sample, and DPO to start from: SFT of setting["policy"] steps, trained if it is not
-    there. The arms of one home and policy share its samples."""
+    All but SFT need a policy to sample, and DPO to start from: SFT of setting["policy"] steps,
+    trained if it is not there. The arms of one home and policy share its samples."""
 
     def __init__(self, cfg, task, name, size, seed, home, strength=-1.0):
-        self.cfg, self.task, self.name, self.size, self.seed = cfg, task, name, size, seed
-        self.home, self.strength = Path(home), strength
+        self.cfg = cfg
+        self.task = task
+        self.name = name
+        self.size = size
+        self.seed = seed
+        self.home = Path(home)
+        self.strength = strength
 
     def run(self, setting):
         more = {k: v for k, v in setting.items() if k != "policy"} | dict(strength=self.strength)
         tail = Path(self.name) / "_".join(f"{k}{v:g}" for k, v in setting.items() if k != "policy")
         if self.name == "sft":
             run = self.home / tail
-            return measured(run, self.cfg, train_sft.train, sft_config(self.task, self.size, self.seed, run, **more)), run
+            return trained(
+                run,
+                self.cfg,
+                train_sft.train,
+                sft_config(self.task, self.size, self.seed, run, **more),
+            ), run
         sft = Arm(self.cfg, self.task, "sft", self.size, self.seed, self.home, self.strength)
         _, policy = sft.run(dict(steps=setting["policy"]))
         home = self.home / f"policy{setting['policy']}"
@@ -161,12 +241,21 @@ class Arm:
             if (other.parent / "summary.json").exists():
                 borrow(run, other.parent)
         if self.name == "rft":
-            config = sft_config(self.task, self.size, self.seed, run, rft=True, policy=str(policy),
-                                num_generations=SAMPLING["num_generations"], shard_problems=200, **more)
-            return measured(run, self.cfg, train_sft.train, config), run
+            config = sft_config(
+                self.task,
+                self.size,
+                self.seed,
+                run,
+                rft=True,
+                policy=str(policy),
+                num_generations=SAMPLING["num_generations"],
+                shard_problems=200,
+                **more,
+            )
+            return trained(run, self.cfg, train_sft.train, config), run
         more |= dict(max_steps=self.cfg.dpo_steps)
         config = dpo_config(self.task, self.size, self.seed, run, policy, **DPO[self.name], **more)
-        return measured(run, self.cfg, train_dpo.train, config), run
+        return trained(run, self.cfg, train_dpo.train, config), run
 
 
 def steps_of(epochs, size):
@@ -177,25 +266,35 @@ def grids(cfg, size):
     """Settings to try, by method, four each. SFT and RFT: steps. DPO: learning rate x beta."""
     policy = dict(policy=steps_of(cfg.policy_epochs, size))
     steps = [dict(steps=steps_of(e, size)) for e in cfg.epochs]
-    dpo = [policy | dict(learning_rate=lr, beta=b) for lr, b in itertools.product(cfg.learning_rates, cfg.betas)]
+    dpo = [
+        policy | dict(learning_rate=lr, beta=b)
+        for lr, b in itertools.product(cfg.learning_rates, cfg.betas)
+    ]
     return {"sft": steps, "rft": [policy | s for s in steps]} | dict.fromkeys(DPO, dpo)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The comparison.
 
 
 def chain_at(cfg, root, size, strength, arms, given=None):
-    """Tune every arm on the tuning seeds, then run it on the others. -> {arm: {setting, rows (one a seed), tuning}}.
-    given: settings instead of the search."""
-    grid, best, tuning = grids(cfg, size), dict(given or {}), {}
-    home = lambda seed: root / f"strength{strength:g}" / f"size{size}" / f"seed{seed}"  # noqa: E731
+    """Tune every arm on the tuning seeds, then run it on the others. -> {arm: {setting, rows
+    (one a seed), tuning}}. given: settings instead of the search."""
+    grid = grids(cfg, size)
+    best = dict(given or {})
+    tuning = {}
+
+    def home(seed):
+        return root / f"strength{strength:g}" / f"size{size}" / f"seed{seed}"
+
     for name in arms if not given else ():
         scores = []
         for setting in [best["dpo_per_step"]] if name in UNTUNED else grid[name]:
-            found = [Arm(cfg, "chain", name, size, seed, home(seed), strength).run(setting)[0]
-                     for seed in range(TUNING, TUNING + cfg.tuning_seeds)]
-            scores.append((mean(r["val"] for r in found), setting))
+            tuned = [
+                Arm(cfg, "chain", name, size, seed, home(seed), strength).run(setting)[0]
+                for seed in range(TUNING, TUNING + cfg.tuning_seeds)
+            ]
+            scores.append((mean(r["val"] for r in tuned), setting))
         best[name] = max(scores, key=lambda s: s[0])[1]
         tuning[name] = [dict(setting, val=round(s, 4)) for s, setting in scores]
     out = {name: dict(setting=best[name], tuning=tuning.get(name), rows=[]) for name in arms}
@@ -203,32 +302,45 @@ def chain_at(cfg, root, size, strength, arms, given=None):
         for name in arms:
             row, run = Arm(cfg, "chain", name, size, seed, home(seed), strength).run(best[name])
             if name != "sft":
-                start, _ = Arm(cfg, "chain", "sft", size, seed, home(seed), strength).run(dict(steps=best[name]["policy"]))
+                start, _ = Arm(cfg, "chain", "sft", size, seed, home(seed), strength).run(
+                    dict(steps=best[name]["policy"])
+                )
                 row = row | dict(policy_test=start["test"])
             if name == "dpo_per_step":
                 row = row | pit_quality(run)
             out[name]["rows"].append(row)
-    shown = "  ".join(f"{NAMES[n]} {mean(r['test'] for r in o['rows']):.3f}" for n, o in out.items())
-    print(f"chain, strength {strength:g}, {size} problems: {shown}", flush=True)
+    summary = "  ".join(
+        f"{NAMES[n]} {mean(r['test'] for r in o['rows']):.3f}" for n, o in out.items()
+    )
+    print(f"chain, strength {strength:g}, {size} problems: {summary}", flush=True)
     return out
 
 
 def pit_quality(run):
-    """Where the cuts lie against the truth: at the first wrong step, after it (the first one was healed, or seemed so),
-    or before any (too few continuations)."""
+    """Where the cuts lie against the truth: at the first wrong step, after it (the first one was
+    healed, or seemed so), or before any (too few continuations)."""
     task = get_task("chain")
-    tokenizer, counts = task.tokenizer(), dict.fromkeys(("pit_exact", "pit_later", "pit_early"), 0)
+    tokenizer = task.tokenizer()
+    counts = dict.fromkeys(("pit_exact", "pit_later", "pit_early"), 0)
     pairs, *_ = load_pairs(run)
     problems = {p.prompt: p for p in task.problems("train")}
     for prompt, _, rejected in pairs:
         text = tokenizer.decode(rejected)
-        first, cut = task.first_illegal_step(problems[tokenizer.decode(prompt)], text), text.count("=") - 1
-        counts["pit_early" if first is None or first > cut else "pit_exact" if first == cut else "pit_later"] += 1
+        first = task.first_illegal_step(problems[tokenizer.decode(prompt)], text)
+        cut = text.count("=") - 1
+        counts[
+            "pit_early"
+            if first is None or first > cut
+            else "pit_exact"
+            if first == cut
+            else "pit_later"
+        ] += 1
     return {k: v / len(pairs) for k, v in counts.items()}
 
 
 def reference_regimes(cfg, root, size, setting):
-    """Per-step and whole DPO from SFT policies that were trained for too few, enough, and too many steps."""
+    """Per-step and whole DPO from SFT policies that were trained for too few, enough, and too
+    many steps."""
     rows = []
     for epochs in (max(1, cfg.epochs[0] // 2), cfg.policy_epochs, cfg.epochs[-1]):
         steps = steps_of(epochs, size)
@@ -238,22 +350,32 @@ def reference_regimes(cfg, root, size, setting):
             row = dict(steps=steps, seed=seed, sft=sft["test"])
             for name in ("dpo_per_step", "dpo_whole"):
                 try:
-                    dpo, _ = Arm(cfg, "chain", name, size, seed, home, 0.7).run(setting[name] | dict(policy=steps))
-                    row |= {name: dpo["test"], "pairs": dpo["pairs"], "wrong_share": 1 - dpo["correct"] / dpo["sampled"]}
+                    dpo, _ = Arm(cfg, "chain", name, size, seed, home, 0.7).run(
+                        setting[name] | dict(policy=steps)
+                    )
+                    row |= {
+                        name: dpo["test"],
+                        "pairs": dpo["pairs"],
+                        "wrong_share": 1 - dpo["correct"] / dpo["sampled"],
+                    }
                 except UserError:  # no negative left
                     row |= {name: sft["test"], "pairs": 0, "wrong_share": 0.0}
             rows.append(row)
     for steps in sorted({r["steps"] for r in rows}):
-        mine = [r for r in rows if r["steps"] == steps]
-        print(f"reference of {steps} steps: SFT {mean(r['sft'] for r in mine):.3f}, per-step DPO "
-              f"{mean(r['dpo_per_step'] for r in mine):.3f}, whole {mean(r['dpo_whole'] for r in mine):.3f}, pairs "
-              f"{mean(r['pairs'] for r in mine):.0f}", flush=True)
+        at_steps = [r for r in rows if r["steps"] == steps]
+        print(
+            f"reference of {steps} steps: SFT {mean(r['sft'] for r in at_steps):.3f}, per-step DPO "
+            f"{mean(r['dpo_per_step'] for r in at_steps):.3f}, whole "
+            f"{mean(r['dpo_whole'] for r in at_steps):.3f}, pairs "
+            f"{mean(r['pairs'] for r in at_steps):.0f}",
+            flush=True,
+        )
     return rows
 
 
 def worth(sizes, sft, size, value):
-    """Problems that SFT would need for this accuracy, as a multiple of size: its mean curve, linear in log(size).
-    None where the curve does not reach so far up or down."""
+    """Problems that SFT would need for this accuracy, as a multiple of size: its mean curve,
+    linear in log(size). None where the curve does not reach so far up or down."""
     for (a, b), (x, y) in zip(itertools.pairwise(sft), itertools.pairwise(map(math.log, sizes))):
         if min(a, b) <= value <= max(a, b) and a != b:
             return math.exp(x + (y - x) * (value - a) / (b - a)) / size
@@ -261,7 +383,8 @@ def worth(sizes, sft, size, value):
 
 
 def chain_summary(results, sizes):
-    """One row per size and method: mean, spread, paired difference to SFT, worth in problems, samples, cost."""
+    """One row per size and method: mean, spread, paired difference to SFT, worth in problems,
+    samples, cost."""
     sft = [mean(r["test"] for r in results[str(s)]["sft"]["rows"]) for s in sizes]
     rows = []
     for size in sizes:
@@ -269,100 +392,198 @@ def chain_summary(results, sizes):
         for name, arm in results[str(size)].items():
             test = [r["test"] for r in arm["rows"]]
             gain = [a - b for a, b in zip(test, base)]
-            rows.append(dict(size=size, method=name, setting=arm["setting"], policy_test=mean(
-                r.get("policy_test", r["test"]) for r in arm["rows"]), policy_per_seed=[
-                    r.get("policy_test", r["test"]) for r in arm["rows"]], test=mean(test), sd=spread(test), per_seed=test,
-                             sampled=mean(r["test_sampled"] for r in arm["rows"]), gain=mean(gain), gain_sd=spread(gain),
-                             worth=worth(sizes, sft, size, mean(test)),
-                             tokens=mean(r.get("sampled_tokens", 0) for r in arm["rows"])))
+            rows.append(
+                dict(
+                    size=size,
+                    method=name,
+                    setting=arm["setting"],
+                    policy_test=mean(r.get("policy_test", r["test"]) for r in arm["rows"]),
+                    policy_per_seed=[r.get("policy_test", r["test"]) for r in arm["rows"]],
+                    test=mean(test),
+                    sd=spread(test),
+                    per_seed=test,
+                    sampled=mean(r["test_sampled"] for r in arm["rows"]),
+                    gain=mean(gain),
+                    gain_sd=spread(gain),
+                    worth=worth(sizes, sft, size, mean(test)),
+                    tokens=mean(r.get("sampled_tokens", 0) for r in arm["rows"]),
+                )
+            )
     return rows
 
 
-def verdict(differences):
-    """differences: one list of paired differences (over seeds) a size -> True if each mean is above two standard errors,
-    False if none is, else "partly"."""
-    above = [mean(d) > 2 * spread(d) / len(d) ** 0.5 for d in differences]
-    return True if all(above) else "partly" if any(above) else False
+class Rows:
+    """The rows of chain_summary, and what the claims ask of them."""
+
+    def __init__(self, results):
+        self.at = {(r["size"], r["method"]): r for r in results["rows"]}
+        self.sizes = results["settings"]["sizes"]
+        self.seeds = results["settings"]["seeds"]
+        self.shared = dict(paper="2406.14532", command=results["command"])
+        self.where = f"at {', '.join(map(str, self.sizes))} problems"
+
+    def minus(self, a, b):
+        """Paired differences of two methods, a list a size."""
+        pairs = [(self.at[s, a]["per_seed"], self.at[s, b]["per_seed"]) for s in self.sizes]
+        return [[x - y for x, y in zip(*pair)] for pair in pairs]
+
+    def over_policy(self, a):
+        """The same of a method and the policy that it sampled and started from."""
+        rows = [self.at[s, a] for s in self.sizes]
+        return [[x - y for x, y in zip(r["per_seed"], r["policy_per_seed"])] for r in rows]
 
 
-def chain_claims(rows, sizes, seeds):
-    """What the paper says against the rows of chain_summary, for README (experiments/claims.py)."""
-    at = {(r["size"], r["method"]): r for r in rows}
-    minus = lambda a, b: [[x - y for x, y in zip(at[s, a]["per_seed"], at[s, b]["per_seed"])] for s in sizes]  # noqa: E731
-    show = lambda d: ", ".join(f"{mean(x):+.3f} ({spread(x):.3f})" for x in d)  # noqa: E731
-    over = f"at {', '.join(map(str, sizes))} problems"
-    shared = dict(paper="2406.14532", command="python experiments/negatives.py")
-    found = []
-    for name, says in (("rft", "RFT on a policy's own right solutions is worth 2 times the problems of SFT"),
-                       ("dpo_per_step", "per-step DPO on its wrong ones is worth 8 times the problems of SFT")):
-        factors = [at[s, name]["worth"] for s in sizes]
-        words = ", ".join("off SFT's curve" if f is None else f"{f:.2f}" for f in factors)
-        found.append(shared | dict(
-            claim=says, holds=verdict(minus(name, "sft")),
-            measured=f"{over}, minus SFT with as many epochs as help it: {show(minus(name, 'sft'))}; worth {words} times the "
-                     f"problems (chain, greedy accuracy, {seeds} seeds, sd of the paired differences in brackets)",
-            fails_when="SFT may train as long as it helps (the longest of its grid won at every size): on this task that alone "
-                       "goes further, and leaves hardly a wrong sample to learn from"))
-    policy = [[x - y for x, y in zip(at[s, "dpo_per_step"]["per_seed"], at[s, "dpo_per_step"]["policy_per_seed"])] for s in sizes]
-    found.append(shared | dict(
-        claim="negatives cut at the first pit improve the policy they were sampled from; whole negatives do not",
-        holds=verdict(policy + minus("dpo_per_step", "dpo_whole")),
-        measured=f"{over}: per-step DPO minus its own policy {show(policy)}; minus whole-solution DPO "
-                 f"{show(minus('dpo_per_step', 'dpo_whole'))}; minus random cuts {show(minus('dpo_per_step', 'dpo_random_cut'))}",
-        fails_when="the policy was trained until it makes few mistakes on its own problems (last table of the files)"))
-    return found
+def show(differences):
+    return ", ".join(mean_sd(d, signed=True) for d in differences)
+
+
+def claims_of(results):
+    """What the paper says against the rows of chain_summary."""
+    rows = Rows(results)
+    rft = "RFT on a policy's own right solutions is worth 2 times the problems of SFT"
+    dpo = "per-step DPO on its wrong ones is worth 8 times the problems of SFT"
+    claims = (
+        worth_claim(rows, "rft", rft, "RFT on right samples doubles what the problems are worth"),
+        worth_claim(
+            rows, "dpo_per_step", dpo, "Per-step DPO makes the problems worth 8 times as many"
+        ),
+        pit_claim(rows),
+        whole_claim(rows),
+    )
+    return [rows.shared | c for c in claims]
+
+
+def worth_claim(rows, name, says, short):
+    gains = rows.minus(name, "sft")
+    factors = [rows.at[s, name]["worth"] for s in rows.sizes]
+    words = ", ".join("off SFT's curve" if f is None else f"{f:.2f}" for f in factors)
+    return dict(
+        claim=says,
+        short=short,
+        holds=together(verdict(d) for d in gains),
+        measured=f"{rows.where}, minus SFT with as many epochs as help it: {show(gains)}; worth "
+        f"{words} times the problems (chain, greedy accuracy, {rows.seeds} seeds, sd of the paired "
+        "differences in brackets)",
+        fails_when="SFT may train as long as it helps (the longest of its grid won at every size): "
+        "on this task that alone goes further, and leaves hardly a wrong sample to learn from",
+    )
+
+
+def pit_claim(rows):
+    policy = rows.over_policy("dpo_per_step")
+    rival = rows.minus("dpo_per_step", "dpo_whole")
+    random_cuts = rows.minus("dpo_per_step", "dpo_random_cut")
+    return dict(
+        claim="negatives cut at the first pit improve the policy they were sampled from, and more "
+        "than whole ones",
+        short="Negatives cut at the first pit help, and more than whole ones",
+        holds=together(verdict(d) for d in policy + rival),
+        measured=f"{rows.where}: per-step DPO minus its own policy {show(policy)}; minus "
+        f"whole-solution DPO {show(rival)}; minus random cuts, which were not tuned for "
+        f"themselves, {show(random_cuts)}",
+        fails_when="the policy was trained until it makes few mistakes on its own problems (last "
+        "table of the files)",
+    )
+
+
+def whole_claim(rows):
+    whole = rows.over_policy("dpo_whole")
+    unclear = [str(size) for size, d in zip(rows.sizes, whole) if verdict(d) == "open"]
+    return dict(
+        claim="whole negatives do not improve the policy they were sampled from",
+        short="Whole negatives do not help",
+        holds=together(opposite(verdict(d)) for d in whole),
+        measured=f"{rows.where}: whole-solution DPO minus its own policy {show(whole)} "
+        f"({rows.seeds} seeds, sd)",
+        fails_when=f"not shown either way at {', '.join(unclear)} problems" if unclear else "",
+    )
 
 
 def chain_table(rows):
-    lines = ["| problems | method | setting | greedy accuracy, test (sd) | minus SFT, paired (sd) | minus its policy | "
-             "at T=1 | tokens sampled | worth, in SFT's problems |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| problems | method | setting | greedy accuracy, test (sd) | minus SFT, paired (sd) | "
+        "minus its policy | at T=1 | tokens sampled | worth, in SFT's problems |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
-        setting = ", ".join(f"{k.replace('learning_rate', 'lr')} {v:g}" for k, v in r["setting"].items() if k != "policy")
-        gain, own, factor = "", "", "1"
+        setting = ", ".join(
+            f"{k.replace('learning_rate', 'lr')} {v:g}"
+            for k, v in r["setting"].items()
+            if k != "policy"
+        )
+        gain = ""
+        over_policy = ""
+        factor = "1"
         if r["method"] != "sft":
-            gain, own = f"{r['gain']:+.3f} ({r['gain_sd']:.3f})", f"{r['test'] - r['policy_test']:+.3f}"
+            gain = with_sd(r["gain"], r["gain_sd"], signed=True)
+            over_policy = f"{r['test'] - r['policy_test']:+.3f}"
             factor = "off SFT's curve" if r["worth"] is None else f"{r['worth']:.2f}"
-        lines.append(f"| {r['size']} | {NAMES[r['method']]} | {setting} | {r['test']:.3f} ({r['sd']:.3f}) | {gain} | {own} | "
-                     f"{r['sampled']:.3f} | {r['tokens'] / 1e3:.0f}k | {factor} |")
+        lines.append(
+            f"| {r['size']} | {NAMES[r['method']]} | {setting} | {with_sd(r['test'], r['sd'])} | "
+            f"{gain} | {over_policy} | {r['sampled']:.3f} | {r['tokens'] / 1e3:.0f}k | {factor} |"
+        )
     return "\n".join(lines)
 
 
-def chain_figure(rows, clean, reference, sizes, path):
-    """Left: accuracy against problems. Middle: paired gain over SFT, sloppy (full) and clean (hollow) demonstrations.
-    Right: gain against the training of the reference."""
-    plt = pyplot()
-    if plt is None:
-        return
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
+def logarithmic(axis, ticks):
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+
+
+def size_panels(left, middle, rows, clean, sizes):
+    """Accuracy against problems; paired gain over SFT, sloppy (full) and clean (hollow)
+    demonstrations."""
     for name, label in NAMES.items():
-        mine = [r for r in rows if r["method"] == name]
-        style = dict(color=METHOD_COLOURS[name], label=label, linewidth=2, marker="o", markersize=4, capsize=3)
-        left.errorbar([r["size"] for r in mine], [r["test"] for r in mine], [r["sd"] for r in mine], **style)
-        if name != "sft":
-            middle.errorbar([r["size"] for r in mine], [r["gain"] for r in mine], [r["gain_sd"] for r in mine], **style)
-            other = [r for r in clean if r["method"] == name]
-            middle.plot([r["size"] for r in other], [r["gain"] for r in other], linestyle="", marker="D", markersize=6,
-                        markerfacecolor="white", color=METHOD_COLOURS[name])
+        of = [r for r in rows if r["method"] == name]
+        x = [r["size"] for r in of]
+        colour = METHOD_COLOURS[name]
+        style = dict(color=colour, label=label, linewidth=2, marker="o", markersize=4, capsize=3)
+        left.errorbar(x, [r["test"] for r in of], [r["sd"] for r in of], **style)
+        if name == "sft":
+            continue
+        middle.errorbar(x, [r["gain"] for r in of], [r["gain_sd"] for r in of], **style)
+        other = [(r["size"], r["gain"]) for r in clean if r["method"] == name]
+        hollow = dict(marker="D", markersize=6, markerfacecolor="white", color=colour)
+        middle.plot([s for s, _ in other], [g for _, g in other], linestyle="", **hollow)
     for axis in (left, middle):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, sizes)
-        axis.minorticks_off()
+        logarithmic(axis, sizes)
         axis.set_xlabel("training problems")
-    left.set(ylabel="greedy accuracy on new problems", title="Accuracy (bars: sd over seeds)", ylim=(0, 1.02))
+    left.set(
+        ylabel="greedy accuracy on new problems",
+        title="Accuracy (bars: sd over seeds)",
+        ylim=(0, 1.02),
+    )
     left.legend(frameon=False, fontsize=8)
     middle.axhline(0, color="#aaaaaa", linewidth=1)
-    middle.set(ylabel="accuracy minus SFT, same seed", title="Gain over SFT (hollow: clean demonstrations)")
+    middle.set(
+        ylabel="accuracy minus SFT, same seed", title="Gain over SFT (hollow: clean demonstrations)"
+    )
+
+
+def reference_panel(axis, reference, size):
+    """Gain against the training of the reference."""
     steps = sorted({r["steps"] for r in reference})
     for name in ("dpo_per_step", "dpo_whole"):
         gains = [[r[name] - r["sft"] for r in reference if r["steps"] == s] for s in steps]
-        right.errorbar(steps, [mean(g) for g in gains], [spread(g) for g in gains], color=METHOD_COLOURS[name],
-                       label=NAMES[name], linewidth=2, marker="o", markersize=4, capsize=3)
-    right.axhline(0, color="#aaaaaa", linewidth=1)
-    right.set_xscale("log", base=2)
-    right.set_xticks(steps, steps)
-    right.minorticks_off()
-    right.set(xlabel="SFT steps of the reference", ylabel="accuracy minus that SFT policy",
-              title=f"Which reference ({sizes[len(sizes) // 2]} problems)")
+        style = dict(linewidth=2, marker="o", markersize=4, capsize=3)
+        bars = [mean(g) for g in gains], [spread(g) for g in gains]
+        axis.errorbar(steps, *bars, color=METHOD_COLOURS[name], label=NAMES[name], **style)
+    axis.axhline(0, color="#aaaaaa", linewidth=1)
+    logarithmic(axis, steps)
+    axis.set(
+        xlabel="SFT steps of the reference",
+        ylabel="accuracy minus that SFT policy",
+        title=f"Which reference ({size} problems)",
+    )
+
+
+def chain_figure(rows, clean, reference, sizes, path):
+    if (plt := pyplot()) is None:
+        return
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
+    size_panels(left, middle, rows, clean, sizes)
+    reference_panel(right, reference, sizes[len(sizes) // 2])
     finish(plt, fig, (left, middle, right), path)
 
 
@@ -370,37 +591,64 @@ def chain(cfg, root, out):
     results = {str(s): chain_at(cfg, root, s, 0.7, list(NAMES)) for s in cfg.sizes}
     size = cfg.sizes[len(cfg.sizes) // 2]
     chosen = {name: arm["setting"] for name, arm in results[str(size)].items()}
-    clean = {str(size): chain_at(cfg, root, size, 1.0, ["sft", "rft", "dpo_per_step", "dpo_whole"], chosen)}
+    clean = {
+        str(size): chain_at(
+            cfg, root, size, 1.0, ["sft", "rft", "dpo_per_step", "dpo_whole"], chosen
+        )
+    }
     reference = reference_regimes(cfg, root, size, chosen)
-    rows, clean_rows = chain_summary(results, cfg.sizes), chain_summary(clean, [size])
-    out.mkdir(parents=True, exist_ok=True)
-    tables = [f"Sloppy demonstrations (strength 0.7), {cfg.seeds} seeds:", chain_table(rows),
-              "Clean demonstrations (strength 1), at the settings chosen above:", chain_table(clean_rows),
-              reference_table(reference)]
-    (out / "table.md").write_text("\n\n".join(tables) + "\n")
-    write_json(out / "results.json", dict(
-        command="python experiments/negatives.py" + (" --smoke" if cfg.smoke else ""), machine=machine(),
-        torch=torch.__version__, settings=vars(cfg), claims=chain_claims(rows, cfg.sizes, cfg.seeds), rows=rows,
-        clean=clean_rows, reference=reference,
-        pits={s: {k: mean(r[k] for r in arm["dpo_per_step"]["rows"]) for k in ("pit_exact", "pit_later", "pit_early")}
-              for s, arm in results.items() if "dpo_per_step" in arm},
+    rows = chain_summary(results, cfg.sizes)
+    clean_rows = chain_summary(clean, [size])
+    tables = [
+        f"Sloppy demonstrations (strength 0.7), {cfg.seeds} seeds:",
+        chain_table(rows),
+        "Clean demonstrations (strength 1), at the settings chosen above:",
+        chain_table(clean_rows),
+        reference_table(reference),
+    ]
+    pits = {
+        s: {
+            k: mean(r[k] for r in arm["dpo_per_step"]["rows"])
+            for k in ("pit_exact", "pit_later", "pit_early")
+        }
+        for s, arm in results.items()
+        if "dpo_per_step" in arm
+    }
+    text = "\n\n".join(tables)
+    write_results(
+        out,
+        text,
+        "negatives" + " --smoke" * cfg.smoke,
+        cfg,
+        claims_of,
+        rows=rows,
+        clean=clean_rows,
+        reference=reference,
+        pits=pits,
         tuning={s: {n: a["tuning"] for n, a in arm.items()} for s, arm in results.items()},
         details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in results.items()},
         clean_details={s: {n: a["rows"] for n, a in arm.items()} for s, arm in clean.items()},
-        cpu_seconds=round(sum(json.loads(p.read_text())["cpu_seconds"] for p in root.glob("**/accuracy.json")))))
+        cpu_seconds=cpu_seconds(root.glob("**/accuracy.json")),
+    )
     chain_figure(rows, clean_rows, reference, cfg.sizes, out / "curves.png")
-    print_results("\n\n".join(tables), out)
+    print_results(text, out)
 
 
 def reference_table(rows):
-    lines = ["Other references, same DPO setting:\n", "| SFT steps | SFT | per-step DPO minus SFT (sd) | whole minus SFT (sd) | "
-             "wrong among the samples | pairs |", "|---|---|---|---|---|---|"]
+    lines = [
+        "Other references, same DPO setting:\n",
+        "| SFT steps | SFT | per-step DPO minus SFT (sd) | whole minus SFT (sd) | "
+        "wrong among the samples | pairs |",
+        "|---|---|---|---|---|---|",
+    ]
     for steps in sorted({r["steps"] for r in rows}):
-        mine = [r for r in rows if r["steps"] == steps]
-        gain = {n: [r[n] - r["sft"] for r in mine] for n in ("dpo_per_step", "dpo_whole")}
-        cells = " | ".join(f"{mean(g):+.3f} ({spread(g):.3f})" for g in gain.values())
-        lines.append(f"| {steps} | {mean(r['sft'] for r in mine):.3f} | {cells} | {mean(r['wrong_share'] for r in mine):.2f} | "
-                     f"{mean(r['pairs'] for r in mine):.0f} |")
+        at_steps = [r for r in rows if r["steps"] == steps]
+        gain = {n: [r[n] - r["sft"] for r in at_steps] for n in ("dpo_per_step", "dpo_whole")}
+        cells = " | ".join(mean_sd(g, signed=True) for g in gain.values())
+        sft = mean(r["sft"] for r in at_steps)
+        wrong = mean(r["wrong_share"] for r in at_steps)
+        pairs = mean(r["pairs"] for r in at_steps)
+        lines.append(f"| {steps} | {sft:.3f} | {cells} | {wrong:.2f} | {pairs:.0f} |")
     return "\n".join(lines)
 
 
@@ -409,9 +657,16 @@ def main(argv=None):
     root = Path("runs/negatives_smoke" if cfg.smoke else "runs/negatives")
     out = Path("runs/negatives_smoke/results" if cfg.smoke else cfg.out)
     if cfg.smoke:
-        cfg.sizes, cfg.seeds, cfg.tuning_seeds, cfg.epochs, cfg.test_problems = [32, 48, 64], 2, 1, [2, 4], 32
+        cfg.sizes = [32, 48, 64]
+        cfg.seeds = 2
+        cfg.tuning_seeds = 1
+        cfg.epochs = [2, 4]
+        cfg.test_problems = 32
         cfg.policy_epochs = 2
-        cfg.learning_rates, cfg.betas, cfg.dpo_steps, SAMPLING["num_generations"] = [1e-3], [0.3], 2, 4
+        cfg.learning_rates = [1e-3]
+        cfg.betas = [0.3]
+        cfg.dpo_steps = 2
+        SAMPLING["num_generations"] = 4
     chain(cfg, root / "chain", out)
 
 

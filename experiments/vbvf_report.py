@@ -1,177 +1,367 @@
-"""What experiments/vbvf.py measured, in words: tables, claims against the paper's, figure. It computes nothing anew:
+"""Tables, claims and figure of experiments/vbvf.py, from its cells; nothing is computed anew.
 
-    python experiments/vbvf.py        # whose cells, under runs/vbvf, are then only read
+python -m experiments.vbvf        # whose cells, under runs/vbvf, are then only read
 """
 
 import itertools
-import sys
-from pathlib import Path
+import math
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from infra.runs import mean  # noqa: E402
-from report.figures import METHOD_COLOURS, finish, pyplot  # noqa: E402
+from experiments.toolkit import METHOD_COLOURS, finish, mean_sd, opposite, pyplot, together, verdict
+from infra.runs import mean
 
 BUDGETS = (1, 2, 4, 8, 16)  # N of best-of-N
-MIXTURES = {"concentrated": (12.0,), "mixed": (3.0, 48.0), "widest": (1.0, 144.0)}  # geometric mean 12, each
+# Geometric mean 12, each.
+MIXTURES = {"concentrated": (12.0,), "mixed": (3.0, 48.0), "widest": (1.0, 144.0)}
+
+
+def best_of_vf(r, N):
+    """J of the better of VF's sample and its likeliest of N."""
+    return max(r["vf"]["J"], r["vf"]["likeliest"][N])
+
+
+def in_cell(rows, mixture, n, H):
+    return [r for r in rows if (r["mixture"], r["n"], r["H"]) == (mixture, n, H)]
+
 
 VALUES = {
-    "base": lambda r: r["base"]["J"], "vf": lambda r: r["vf"]["J"], "rl": lambda r: r["rl"]["J"],
-    "bon": lambda r: r["bon"]["J"]["16"], "likeliest": lambda r: r["vf"]["likeliest"]["16"],
-    "oracle": lambda r: r["base"]["oracle"]["16"], "greedy_base": lambda r: r["base"]["greedy"]["J"],
-    "greedy_vf": lambda r: r["vf"]["greedy"]["J"], "greedy_rl": lambda r: r["rl"]["greedy"]["J"],
-    "gap": lambda r: (r["rl"]["J"] - r["vf"]["J"]) * r["H"],  # tokens after the first right point; H tokens at test time
-    "gap_bon": lambda r: (r["bon"]["J"]["16"] - max(r["vf"]["J"], r["vf"]["likeliest"]["16"])) * r["H"],  # 16 H tokens
-    "sigma": lambda r: r["base"]["sigma"] * r["H"], "c": lambda r: r["base"]["c_1"],
+    "base": lambda r: r["base"]["J"],
+    "vf": lambda r: r["vf"]["J"],
+    "rl": lambda r: r["rl"]["J"],
+    "bon": lambda r: r["bon"]["J"]["16"],
+    "likeliest": lambda r: r["vf"]["likeliest"]["16"],
+    "oracle": lambda r: r["base"]["oracle"]["16"],
+    "greedy_base": lambda r: r["base"]["greedy"]["J"],
+    "greedy_vf": lambda r: r["vf"]["greedy"]["J"],
+    "greedy_rl": lambda r: r["rl"]["greedy"]["J"],
+    # In tokens after the first right point; the first costs H tokens at test time, the second 16 H.
+    "gap": lambda r: (r["rl"]["J"] - r["vf"]["J"]) * r["H"],
+    "gap_bon": lambda r: (r["bon"]["J"]["16"] - best_of_vf(r, "16")) * r["H"],
+    "sigma": lambda r: r["base"]["sigma"] * r["H"],
+    "c": lambda r: r["base"]["c_1"],
 }
 
 
 def per_seed(rows, name, mixture, n, H):
     """[seeds] of one value in one cell, in the order of seeds."""
-    mine = sorted((r for r in rows if (r["mixture"], r["n"], r["H"]) == (mixture, n, H)), key=lambda r: r["seed"])
-    return np.array([VALUES.get(name, lambda r: r[name])(r) for r in mine])
-
-
-def shown(values, digits=3):
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
-
-
-def clear(values):
-    """Above 0 by more than two standard errors over the seeds."""
-    return bool(values.mean() > 2 * values.std(ddof=1) / len(values) ** 0.5)
+    cell = sorted(in_cell(rows, mixture, n, H), key=lambda r: r["seed"])
+    return np.array([VALUES[name](r) for r in cell])
 
 
 def tables(rows, cfg):
-    """Markdown. J: mean trace reward in [0,1); gaps in tokens; mean ± sd over seeds."""
+    """Markdown. J: mean trace reward in [0,1); gaps in tokens; mean (sd over seeds)."""
     cells = [("mixed", n, H) for n, H in itertools.product(cfg.sizes, cfg.horizons)]
     cells += sorted({(r["mixture"], r["n"], r["H"]) for r in rows if r["mixture"] != "mixed"})
-    find = lambda name, c, digits=3: shown(per_seed(rows, name, *c), digits)  # noqa: E731
-    out = [f"J = E[(H - t_solve)/H] on new prompts, mean ± sd over {cfg.seeds} seeds. At H tokens: base, VF and VB-RL, one "
-           "sample. At 16 H: VB best-of-16 of the base, and the VF policy's likeliest of 16. Gaps in tokens after the first "
-           "right point: VB-RL minus VF; best-of-16 minus the better of VF's two.\n",
-           "| base | n | H | base J | VF | VB-RL | VF likeliest of 16 | VB best-of-16 | oracle of 16 | gap at H | gap at 16 H |",
-           "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for c in cells:
-        names = ("base", "vf", "rl", "likeliest", "bon", "oracle")
-        out.append(f"| {c[0]} | {c[1]} | {c[2]} | " + " | ".join(find(name, c) for name in names)
-                   + f" | {find('gap', c, 2)} | {find('gap_bon', c, 2)} |")
-    out += ["\nThe same cells, what lies behind: sigma (tokens; root of the median variance of a trace's reward), "
-            "anti-concentration c = Pr[r >= mean + sd], accuracy, greedy decoding, the verifier's correlation with the true "
-            "reward, VF's right traces and the base traces drawn for them, KL of the RL policy to the base in nats a trace.\n",
-            "| base | n | H | sigma | c | accuracy base / VF / VB-RL | greedy J base / VF / VB-RL | correlation | "
-            "traces of VF | KL |",
-            "|---|---|---|---|---|---|---|---|---|---|"]
-    for c in cells:
-        mine = [r for r in rows if (r["mixture"], r["n"], r["H"]) == c]
-        trio = lambda f: " / ".join(f"{mean(f(r[a]) for r in mine):.2f}" for a in ("base", "vf", "rl"))  # noqa: E731, B023
-        out.append(f"| {c[0]} | {c[1]} | {c[2]} | {find('sigma', c, 2)} | {find('c', c, 2)} | {trio(lambda a: a['accuracy'])} | "
-                   f"{trio(lambda a: a['greedy']['J'])} | {mean(r['bon']['correlation'] for r in mine):.2f} | "
-                   f"{mean(r['vf']['traces'] for r in mine):.0f} of {mean(r['vf']['base_traces'] for r in mine):.0f} | "
-                   f"{mean(r['rl']['kl'] for r in mine):.1f} |")
-    n, H = cfg.sizes[-1], cfg.horizons[-1]
-    mine = [r for r in rows if (r["mixture"], r["n"], r["H"]) == ("mixed", n, H)]
-    out += [f"\nJ against N (mixed, n = {n}, H = {H}); lambda = {cfg.pessimism:g} is the pessimistic score.\n",
-            "| N | VF likeliest of N | VB best-of-N | VB, lambda 0 | oracle |", "|---|---|---|---|---|"]
+    text = "\n".join(
+        [
+            f"J = E[(H - t_solve)/H] on new prompts, mean (sd over {cfg.seeds} seeds). At H tokens "
+            "base, VF and VB-RL, one sample. At 16 H: VB best-of-16 of the base, and the VF "
+            "policy's likeliest of 16. Gaps in tokens after the first right point: VB-RL minus VF; "
+            "best-of-16 minus the better of VF's two.\n",
+            "| base | n | H | base J | VF | VB-RL | VF likeliest of 16 | VB best-of-16 | oracle of "
+            "16 | gap at H | gap at 16 H |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+            *(result_line(rows, c) for c in cells),
+            "\nThe same cells, what lies behind: sigma (tokens; root of the median variance of a "
+            "trace's reward), anti-concentration c = Pr[r >= mean + sd], accuracy, greedy "
+            "decoding, the verifier's correlation with the true reward, VF's right traces and the "
+            "base traces drawn for them, KL of the RL policy to the base, nats a trace.\n",
+            "| base | n | H | sigma | c | accuracy base / VF / VB-RL | greedy J base / VF / VB-RL "
+            "| correlation | traces of VF | KL |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *(background_line(rows, c) for c in cells),
+            *by_samples(rows, cfg),
+        ]
+    )
+    return text.replace("nan", "")
+
+
+def result_line(rows, cell):
+    names = ("base", "vf", "rl", "likeliest", "bon", "oracle")
+    J = [mean_sd(per_seed(rows, name, *cell)) for name in names]
+    gaps = [mean_sd(per_seed(rows, name, *cell), 2) for name in ("gap", "gap_bon")]
+    return f"| {' | '.join([*map(str, cell), *J, *gaps])} |"
+
+
+def background_line(rows, cell):
+    of = in_cell(rows, *cell)
+
+    def trio(value):
+        return " / ".join(f"{mean(value(r[arm]) for r in of):.2f}" for arm in ("base", "vf", "rl"))
+
+    traces = mean(r["vf"]["traces"] for r in of), mean(r["vf"]["base_traces"] for r in of)
+    cells = [
+        *map(str, cell),
+        *(mean_sd(per_seed(rows, name, *cell), 2) for name in ("sigma", "c")),
+        trio(lambda a: a["accuracy"]),
+        trio(lambda a: a["greedy"]["J"]),
+        f"{mean(r['bon']['correlation'] for r in of):.2f}",
+        "{:.0f} of {:.0f}".format(*traces),
+        f"{mean(r['rl']['kl'] for r in of):.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def by_samples(rows, cfg):
+    """J against N in the largest mixed cell."""
+    n = cfg.sizes[-1]
+    H = cfg.horizons[-1]
+    of = in_cell(rows, "mixed", n, H)
+    columns = (
+        [r["vf"]["likeliest"] for r in of],
+        [r["bon"]["J"] for r in of],
+        [r["bon"]["J_mean"] for r in of],
+        [r["base"]["oracle"] for r in of],
+    )
+    lines = [
+        f"\nJ against N (mixed, n = {n}, H = {H}); lambda = {cfg.pessimism:g} is the pessimistic "
+        "score.\n",
+        "| N | VF likeliest of N | VB best-of-N | VB, lambda 0 | oracle |",
+        "|---|---|---|---|---|",
+    ]
     for N in map(str, BUDGETS):
-        at = lambda f: f"{mean(f(r).get(N, float('nan')) for r in mine):.3f}"  # noqa: B023, E731
-        out.append(f"| {N} | {at(lambda r: r['vf']['likeliest'])} | {at(lambda r: r['bon']['J'])} | "
-                   f"{at(lambda r: r['bon']['J_mean'])} | {at(lambda r: r['base']['oracle'])} |")
-    return "\n".join(out).replace("nan", "")
+        means = [mean(by_n.get(N, math.nan) for by_n in column) for column in columns]
+        lines.append(f"| {N} | {' | '.join(f'{m:.3f}' for m in means)} |")
+    return lines
 
 
-def verdict(*parts):
-    return True if all(parts) else "partly" if any(parts) else False
+class Cells:
+    """The rows of a results file, by cell, and what the claims ask of them. Defaults: mixed
+    base, largest n, longest H."""
+
+    def __init__(self, results):
+        settings = results["settings"]
+        self.rows = results["rows"]
+        self.seeds = settings["seeds"]
+        self.horizons = settings["horizons"]
+        self.sizes = settings["sizes"]
+        self.command = results["command"]
+
+    def get(self, name, n=None, H=None, mixture="mixed"):
+        """[seeds]"""
+        return per_seed(self.rows, name, mixture, n or self.sizes[-1], H or self.horizons[-1])
+
+    def tokens(self, values):
+        return mean_sd(values, 2)
+
+    def fair_gap(self, n=None, H=None):
+        """[seeds] VB-RL minus VF in tokens, VF being given the best n up to this one: whoever
+        has 1000 traces can train on 256 of them, and verifier-free training here gets worse with
+        more."""
+        n = n or self.sizes[-1]
+        H = H or self.horizons[-1]
+        vf = max((self.get("vf", m, H) for m in self.sizes if m <= n), key=lambda v: v.mean())
+        return (self.get("rl", n, H) - vf) * H
 
 
-def claims(rows, cfg, command):
-    """The paper's statements beside ours, judged by the rule that the head of this file announces."""
-    H0, H1, n0, n1, mid = cfg.horizons[0], cfg.horizons[-1], cfg.sizes[0], cfg.sizes[-1], cfg.sizes[len(cfg.sizes) // 2]
-    get = lambda name, n=n1, H=H1, mixture="mixed": per_seed(rows, name, mixture, n, H)  # noqa: E731
-    tokens, seeds = lambda v: shown(v, 2), f"over {cfg.seeds} seeds"  # noqa: E731
-    wins = [f"{m} base, n = {n}, H = {H}" for m, n, H in sorted({(r["mixture"], r["n"], r["H"]) for r in rows})
-            if clear(-get("gap", n, H, m))]
-    won = "VF is ahead with " + "; ".join(wins) if wins else "VF is ahead by two standard errors in no cell of the sweep"
-    greedy = (f"decoded greedily even the base reaches J {get('greedy_base').mean():.2f} and VF {get('greedy_vf').mean():.2f} "
-              f"(VB-RL {get('greedy_rl').mean():.2f}): the claim is about sampled policies")
-    growth, many = get("gap") - get("gap", H=H0), get("gap") - get("gap", n=n0)
-    contrast, few = get("gap", mid) - get("gap", mid, mixture="concentrated"), get("gap_bon")
-    enough = next((N for N in map(str, BUDGETS) if clear(np.array(
-        [r["bon"]["J"][N] - max(r["vf"]["J"], r["vf"]["likeliest"][N]) for r in rows
-         if (r["mixture"], r["n"], r["H"]) == ("mixed", n1, H1)]))), None)
-    return [dict(paper="2502.12118", command=command, claim=claim, measured=measured, holds=holds, fails_when=fails)
-            for claim, measured, holds, fails in [
-        ("From a heterogeneous base the advantage of verifier-based over verifier-free training grows with the test budget H.",
-         f"VB-RL minus VF at n = {n1}, in tokens after the first right point: "
-         + ", ".join(f"{tokens(get('gap', H=H))} at H = {H}" for H in cfg.horizons) + f" (mean ± sd {seeds}).",
-         verdict(clear(get("gap")), clear(growth)), won + "; " + greedy + "."),
-        ("The advantage of verifier-based methods grows with the number of training problems n.",
-         f"VB-RL minus VF at H = {H1}, in tokens: " + ", ".join(f"{tokens(get('gap', n=n))} at n = {n}" for n in cfg.sizes)
-         + f" (mean ± sd {seeds}).", verdict(clear(get("gap")), clear(many)),
-         f"The difference between n = {n1} and n = {n0} is {tokens(many)} tokens."),
-        ("The gap needs heterogeneity: from a concentrated base verifier-free training can keep up.",
-         f"VB-RL minus VF at n = {mid}, H = {H1}: " + ", ".join(
-             f"{tokens(get('gap', mid, mixture=m))} tokens from the {m} base (sigma {get('sigma', mid, mixture=m).mean():.1f}, "
-             f"c {get('c', mid, mixture=m).mean():.2f})" for m in MIXTURES) + f" ({seeds}).",
-         verdict(clear(contrast), not clear(get("gap", mid, mixture="concentrated"))),
-         f"At H = {H0} the gaps are " + ", ".join(f"{tokens(get('gap', mid, H0, m))} ({m}, sigma "
-                                                  f"{get('sigma', mid, H0, m).mean():.1f})" for m in MIXTURES) + "."),
-        ("At equal test tokens N H, best-of-N by a learned verifier beats the verifier-free policy.",
-         f"Best-of-16 minus the better of VF's sample and its likeliest of 16, n = {n1}: "
-         + ", ".join(f"{tokens(get('gap_bon', H=H))} tokens at H = {H}" for H in cfg.horizons) + f" ({seeds}).",
-         verdict(clear(few), clear(get("gap_bon", H=H0))),
-         f"With small N: at n = {n1}, H = {H1} best-of-N is ahead from N = {enough} on." if enough else
-         f"At n = {n1}, H = {H1} best-of-N is ahead for no N up to 16."),
-    ]]
+def claims_of(results):
+    """The paper's statements beside ours, judged by the rule that the head of vbvf.py announces."""
+    cells = Cells(results)
+    shared = dict(paper="2502.12118", command=cells.command)
+    return [
+        shared | part(cells)
+        for part in (grows_with_H, grows_with_n, needs_heterogeneity, best_of_n_wins)
+    ]
+
+
+def grows_with_H(c):
+    n = c.sizes[-1]
+    H = c.horizons
+    growth = c.fair_gap() - c.fair_gap(H=H[0])
+    wins = [
+        f"{m} base, n = {k}, H = {h}"
+        for m, k, h in sorted({(r["mixture"], r["n"], r["H"]) for r in c.rows})
+        if verdict(c.get("gap", k, h, m)) is False
+    ]
+    won = (
+        "VF is ahead with " + "; ".join(wins)
+        if wins
+        else "VF is ahead by two standard errors in no cell of the sweep"
+    )
+    return dict(
+        claim="From a heterogeneous base the advantage of verifier-based over verifier-free "
+        "training grows with the test budget H.",
+        short="Verifier-based training's lead grows with the test budget H",
+        measured=f"VB-RL (n = {n}) minus VF at its best n, in tokens after the first right point: "
+        + ", ".join(f"{c.tokens(c.fair_gap(H=h))} at H = {h}" for h in H)
+        + f" (sd over {c.seeds} seeds); minus VF at n = {n}: "
+        + ", ".join(c.tokens(c.get("gap", H=h)) for h in H)
+        + ".",
+        holds=together([verdict(c.fair_gap()), verdict(growth)]),
+        fails_when=f"{won}; decoded greedily even the base reaches J "
+        f"{c.get('greedy_base').mean():.2f} and VF {c.get('greedy_vf').mean():.2f} "
+        f"(VB-RL {c.get('greedy_rl').mean():.2f}): the claim is about sampled "
+        f"policies. VF is tuned at H = {H[len(H) // 2]} alone.",
+    )
+
+
+def grows_with_n(c):
+    """VF at n must not be worse than VF with fewer problems: fair_gap."""
+    sizes = c.sizes
+    H = c.horizons[-1]
+    growth = {n: c.fair_gap() - c.fair_gap(n) for n in sizes[:-1]}
+    J = ", ".join(f"{mean_sd(c.get('vf', n))} at n = {n}" for n in sizes)
+    return dict(
+        claim="The advantage of verifier-based methods grows with the number of training "
+        "problems n.",
+        short="Verifier-based training's lead grows with the problems n",
+        measured=f"VB-RL minus VF at H = {H}, in tokens, VF at its best n up to that: "
+        + ", ".join(f"{c.tokens(c.fair_gap(n))} at n = {n}" for n in sizes)
+        + "; growth up to the last "
+        + ", ".join(f"{c.tokens(g)} from n = {n}" for n, g in growth.items())
+        + f" (sd over {c.seeds} seeds).",
+        holds=together(verdict(g) for g in growth.values()),
+        fails_when="VF is taken at each n as it is "
+        f"({', '.join(c.tokens(c.get('gap', n)) for n in sizes)}): its J is {J}, so "
+        "that the gap grows because VF, tuned at a shorter H, gets worse with more "
+        "data.",
+    )
+
+
+def needs_heterogeneity(c):
+    mid = c.sizes[len(c.sizes) // 2]
+    H0 = c.horizons[0]
+    H1 = c.horizons[-1]
+    gap = {(m, H): c.get("gap", mid, H, m) for m in MIXTURES for H in (H0, H1)}
+    contrast = gap["mixed", H1] - gap["concentrated", H1]
+    return dict(
+        claim="The gap needs heterogeneity: from a concentrated base verifier-free training can "
+        "keep up.",
+        short="From a concentrated base verifier-free training can keep up",
+        measured=f"VB-RL minus VF at n = {mid}, H = {H1}: "
+        + ", ".join(
+            f"{c.tokens(gap[m, H1])} tokens from the {m} base (sigma "
+            f"{c.get('sigma', mid, mixture=m).mean():.1f}, c "
+            f"{c.get('c', mid, mixture=m).mean():.2f})"
+            for m in MIXTURES
+        )
+        + f"; mixed minus concentrated {mean_sd(contrast, 2, signed=True)} ({c.seeds} seeds, sd).",
+        holds=together([verdict(contrast), opposite(verdict(gap["concentrated", H1]))]),
+        fails_when=f"At H = {H0} the gaps are "
+        + ", ".join(
+            f"{c.tokens(gap[m, H0])} ({m}, sigma {c.get('sigma', mid, H0, m).mean():.1f})"
+            for m in MIXTURES
+        )
+        + ".",
+    )
+
+
+def best_of_n_wins(c):
+    n = c.sizes[-1]
+    H = c.horizons
+    N = str(BUDGETS[-1])
+    of = [r for r in c.rows if (r["mixture"], r["n"], r["H"]) == ("mixed", n, H[-1])]
+    ahead = [
+        N
+        for N in map(str, BUDGETS)
+        if verdict(r["bon"]["J"][N] - max(r["vf"]["J"], r["vf"]["likeliest"][N]) for r in of)
+        is True
+    ]
+    return dict(
+        claim="At equal test tokens N H, best-of-N by a learned verifier beats the "
+        "verifier-free policy.",
+        short="Best-of-N by a learned verifier beats the verifier-free policy",
+        measured=f"Best-of-{N} of the base minus the better of VF's sample and VF's likeliest of "
+        f"{N}, a rival that the paper does not have, n = {n}: "
+        + ", ".join(f"{c.tokens(c.get('gap_bon', H=h))} tokens at H = {h}" for h in H)
+        + f" ({c.seeds} seeds, sd). Against VF's sample alone, at H = {H[-1]}: J "
+        f"{mean_sd(c.get('bon'))} against {mean_sd(c.get('vf'))}.",
+        holds=together(verdict(c.get("gap_bon", H=h)) for h in (H[0], H[-1])),
+        fails_when=f"Against that rival best-of-N, at n = {n} and H = {H[-1]}, is ahead "
+        + (f"from N = {ahead[0]} on." if ahead else f"for no N up to {N}."),
+    )
+
+
+BARS = dict(linewidth=2, markersize=5, capsize=3, marker="o")
+
+
+def bars(axis, x, values, **style):
+    """values: [seeds] for each x."""
+    axis.errorbar(x, [v.mean() for v in values], [v.std(ddof=1) for v in values], **BARS | style)
+
+
+def logarithmic(axis, ticks):
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+
+
+def horizon_panel(axis, rows, cfg):
+    """The gap against H, by n."""
+    gaps = (("gap", "vb_rl", "RL at H tokens"), ("gap_bon", "vb_bon", "best-of-16 at 16 H"))
+    for (n, line), (name, arm, label) in itertools.product(
+        zip(cfg.sizes, (":", "--", "-", "-.")), gaps
+    ):
+        values = [per_seed(rows, name, "mixed", n, H) for H in cfg.horizons]
+        style = dict(linestyle=line, color=METHOD_COLOURS[arm], label=f"{label}, n = {n}")
+        bars(axis, cfg.horizons, values, **style)
+    axis.axhline(0, color="#aaaaaa", linewidth=1)
+    logarithmic(axis, cfg.horizons)
+    axis.set(
+        xlabel="H, tokens of a trace",
+        ylabel="VB minus VF, tokens after the first right point",
+        title="Mixed base (bars: sd over seeds)",
+    )
+
+
+def samples_panel(axis, rows, n, H):
+    """J against N."""
+    of = in_cell(rows, "mixed", n, H)
+    curves = (
+        ("VB best-of-N", "vb_bon", "-", [r["bon"]["J"] for r in of]),
+        ("oracle best-of-N of the base", "base", ":", [r["base"]["oracle"] for r in of]),
+        ("VF, its likeliest of N", "vf", "--", [r["vf"]["likeliest"] for r in of]),
+    )
+    for label, arm, line, seeds in curves:
+        x = [N for N in BUDGETS if str(N) in seeds[0]]
+        values = [np.array([by_n[str(N)] for by_n in seeds]) for N in x]
+        bars(axis, x, values, linestyle=line, color=METHOD_COLOURS[arm], label=label)
+    one = (("rl", "vb_rl", "VB-RL, one sample"), ("vf", "vf", "VF, one sample"))
+    for name, arm, label in one:
+        J = per_seed(rows, name, "mixed", n, H).mean()
+        axis.axhline(J, color=METHOD_COLOURS[arm], linewidth=1.5, label=label)
+    logarithmic(axis, BUDGETS)
+    axis.set(
+        xlabel="N, traces at test time",
+        ylabel="J = E[(H - t)/H], new prompts",
+        title=f"Mixed base, n = {n}, H = {H}",
+    )
+
+
+def heterogeneity_panel(axis, rows, n, horizons):
+    """The gap against sigma, every cell of the three bases."""
+    for (mixture, marker), (H, size) in itertools.product(
+        zip(MIXTURES, "osD"), ((horizons[0], 5), (horizons[-1], 10))
+    ):
+        sigma = per_seed(rows, "sigma", mixture, n, H)
+        gap = per_seed(rows, "gap", mixture, n, H)
+        style = dict(
+            color=METHOD_COLOURS["vb_rl"],
+            marker=marker,
+            markersize=size,
+            capsize=2,
+            linestyle="",
+            markerfacecolor="white" if mixture == "concentrated" else None,
+            alpha=0.5 if mixture == "widest" else 1,
+        )
+        spreads = gap.std(ddof=1), sigma.std(ddof=1)
+        axis.errorbar(sigma.mean(), gap.mean(), *spreads, label=f"{mixture}, H = {H}", **style)
+    axis.axhline(0, color="#aaaaaa", linewidth=1)
+    axis.set(
+        xlabel="heterogeneity sigma of the base, tokens",
+        ylabel="VB-RL minus VF, tokens",
+        title=f"Heterogeneity, n = {n}",
+    )
 
 
 def figure(rows, cfg, path):
-    """Left: the gap against H, by n. Middle: J against N. Right: the gap against sigma, every cell of the three bases."""
-    plt = pyplot()
-    if plt is None:
+    if (plt := pyplot()) is None:
         return
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
-    bars = dict(linewidth=2, markersize=5, capsize=3)
-    for n, style in zip(cfg.sizes, (":", "--", "-", "-.")):
-        for name, colour, label in (("gap", "vb_rl", "RL at H tokens"), ("gap_bon", "vb_bon", "best-of-16 at 16 H")):
-            v = [per_seed(rows, name, "mixed", n, H) for H in cfg.horizons]
-            left.errorbar(cfg.horizons, [x.mean() for x in v], [x.std(ddof=1) for x in v], linestyle=style, marker="o",
-                          color=METHOD_COLOURS[colour], label=f"{label}, n = {n}", **bars)
-    left.axhline(0, color="#aaaaaa", linewidth=1)
-    left.set_xscale("log", base=2)
-    left.set_xticks(cfg.horizons, cfg.horizons)
-    left.set(xlabel="H, tokens of a trace", ylabel="VB minus VF, tokens after the first right point",
-             title="Mixed base (bars: sd over seeds)")
-    left.legend(frameon=False, fontsize=7)
-    n, H = cfg.sizes[-1], cfg.horizons[-1]
-    mine = [r for r in rows if (r["mixture"], r["n"], r["H"]) == ("mixed", n, H)]
-    for label, colour, style, f in (
-            ("VB best-of-N", "vb_bon", "-", lambda r: r["bon"]["J"]),
-            ("oracle best-of-N of the base", "base", ":", lambda r: r["base"]["oracle"]),
-            ("VF, its likeliest of N", "vf", "--", lambda r: r["vf"]["likeliest"])):
-        x = [N for N in BUDGETS if str(N) in f(mine[0])]
-        v = np.array([[f(r)[str(N)] for N in x] for r in mine])
-        middle.errorbar(x, v.mean(0), v.std(0, ddof=1), color=METHOD_COLOURS[colour], linestyle=style, marker="o",
-                        label=label, **bars)
-    for name, colour, label in (("rl", "vb_rl", "VB-RL, one sample"), ("vf", "vf", "VF, one sample")):
-        middle.axhline(per_seed(rows, name, "mixed", n, H).mean(), color=METHOD_COLOURS[colour], linewidth=1.5, label=label)
-    middle.set_xscale("log", base=2)
-    middle.set_xticks(BUDGETS, BUDGETS)
-    middle.set(xlabel="N, traces at test time", ylabel="J = E[(H - t)/H], new prompts", title=f"Mixed base, n = {n}, H = {H}")
-    middle.legend(frameon=False, fontsize=7)
-    for mixture, marker in zip(MIXTURES, "osD"):
-        for H, size in ((cfg.horizons[0], 5), (cfg.horizons[-1], 10)):
-            at = (mixture, cfg.sizes[len(cfg.sizes) // 2], H)
-            s, g = per_seed(rows, "sigma", *at), per_seed(rows, "gap", *at)
-            right.errorbar(s.mean(), g.mean(), g.std(ddof=1), s.std(ddof=1), color=METHOD_COLOURS["vb_rl"], marker=marker,
-                           markersize=size, capsize=2, linestyle="", label=f"{mixture}, H = {H}",
-                           markerfacecolor="white" if mixture == "concentrated" else None,
-                           alpha=0.5 if mixture == "widest" else 1)
-    right.axhline(0, color="#aaaaaa", linewidth=1)
-    right.set(xlabel="heterogeneity sigma of the base, tokens", ylabel="VB-RL minus VF, tokens",
-              title=f"Heterogeneity, n = {cfg.sizes[len(cfg.sizes) // 2]}")
-    right.legend(frameon=False, fontsize=7)
-    for axis in (left, middle):
-        axis.minorticks_off()
-    finish(plt, fig, (left, middle, right), path)
+    fig, axes = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
+    horizon_panel(axes[0], rows, cfg)
+    samples_panel(axes[1], rows, cfg.sizes[-1], cfg.horizons[-1])
+    heterogeneity_panel(axes[2], rows, cfg.sizes[len(cfg.sizes) // 2], cfg.horizons)
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=7)
+    finish(plt, fig, axes, path)

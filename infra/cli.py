@@ -65,6 +65,12 @@ def _depth(cls, name):
 
 # Flags that earlier versions had -> what to type now. Recorded commands and old notes meet them.
 MOVED = {
+    "planted-prompts": "--task-args prompts=N",
+    "planted-length": "--task-args length=N",
+    "question-field": "--task-args question_field=NAME",
+    "answer-field": "--task-args answer_field=NAME",
+    "template": "--task-args template=NAME",
+    "shots": "--task-args shots=N",
     "search": "python search.py --method ...",
     "eval": "python -m report.evaluate",
     "show": "python -m report.show",

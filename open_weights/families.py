@@ -76,7 +76,7 @@ class Config:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
     model_type: str = "llama"
-    rope_scaling: dict | None = None  # Llama 3.1's: see model.rope_frequencies
+    rope_scaling: dict | None = None  # Llama 3.1's: see kernels.pointwise.rope_frequencies
     sliding_window: int | None = None  # tokens that a layer marked "sliding_attention" sees, itself included
     layer_types: list | None = None  # "full_attention" or "sliding_attention" for each layer; None: all full
     query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: by the root of head_dim

@@ -160,7 +160,7 @@ def curate(run, task, problems, n, by, threshold, seed):
     whose solutions are least likely, "accuracy" those least often right in training, "iid" any. The hardest quarter of
     the seeds is used in turn, ties broken at random; task.similar must make a new problem like a given one.
     """
-    if not hasattr(task, "similar"):
+    if task.similar(problems[0], seed) is None:
         raise UserError("curation needs a task that can make similar problems (task.similar), such as --task worded")
     rng = np.random.default_rng(seed)
     hardness = dict(iid=np.zeros(len(problems)), accuracy=-run["accuracy"][-1], nll=run["nll"][-1],

@@ -28,7 +28,7 @@ backtracking variant, a learned model of J. Siblings: papers/mrt_star.py (the ST
 import copy
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -40,9 +40,10 @@ from infra.cli import UserError, opt, parse, print_next_command, script
 from infra.runs import Run, Timer, one_thread_if_tiny, read_metrics, require_finite, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, write_model
+from report.watch import evaluate, rollout_logs, summarize
 from rollouts import continue_and_grade, distinct, grades, pad_ends, step_ends
 from sample import generate
-from tasks import get_task
+from tasks import get_task, task_class
 
 TERMINATION = "\nTime is up. The answer is"  # where the task has no words of its own
 
@@ -215,7 +216,7 @@ def train(cfg):
     G = cfg.num_generations
     B = cfg.num_prompts * G
     if state["step"] == 0:
-        run.log(0, num_tokens=0, episodes=0, **train_rl.evaluate(model, tokenizer, task, None, cfg, limit))
+        run.log(0, num_tokens=0, episodes=0, **evaluate(model, tokenizer, task, None, cfg, limit))
 
     for step in with_progress_bar(range(state["step"] + 1, cfg.steps + 1), "rl mrt"):
         timer = Timer("generate", "grade", "verify", "logprob", "backward", "update", "evaluate")
@@ -249,15 +250,15 @@ def train(cfg):
         tokens_seen += rollouts.num_tokens()
         if step % cfg.eval_steps == 0 or step == cfg.steps:
             timer.mark("other")
-            logs |= train_rl.evaluate(model, tokenizer, task, None, cfg, limit)
+            logs |= evaluate(model, tokenizer, task, None, cfg, limit)
             timer.mark("evaluate")
         timer.mark("other")
-        logs |= train_rl.rollout_logs(rollouts) | timer.metrics()
+        logs |= rollout_logs(rollouts) | timer.metrics()
         run.log(step, num_tokens=tokens_seen, episodes=step * B, **logs)
         if step % cfg.save_steps == 0 or step == cfg.steps:
             run.save(step, lambda folder, whole: write_model(folder, whole, tokenizer), tokens=tokens_seen)
     mrt_tokens = sum(row.get("mrt/sampled_tokens", 0) for row in read_metrics(run.folder))
-    return train_rl.summarize(run, tokens_seen, cfg.steps * B, "mrt", mrt_tokens=mrt_tokens)
+    return summarize(run, tokens_seen, cfg.steps * B, "mrt", mrt_tokens=mrt_tokens)
 
 
 def main(argv=None):
@@ -265,10 +266,9 @@ def main(argv=None):
     cfg = parse(pipeline.with_flags(Config), argv, __doc__)
     if not cfg.policy or not cfg.run_dir:
         scripts = {"mrt": (["-m", "papers.mrt"], Config), "": (["train_rl.py"], train_rl.Config)}
-        return pipeline.run(cfg, scripts, given=pipeline.typed(argv))
-    if cfg.smoke:
-        cfg.steps, cfg.eval_steps, cfg.eval_problems = min(cfg.steps, 3), 1, min(cfg.eval_problems, 32)
-    summary = train(Config(**pipeline.fields_of(cfg, Config)))
+        return pipeline.run(cfg, scripts, argv)
+    arm = Config(**pipeline.fields_of(cfg, Config))
+    summary = train(replace(arm, **task_class(cfg.task).smoke["rl"]) if cfg.smoke else arm)
     measure = ["-m", "papers.mrt_star", "--policy", cfg.run_dir, "--rounds", 0]
     print_next_command(cfg, ("its budget curve and regret", measure))
     return summary

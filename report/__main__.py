@@ -1,144 +1,327 @@
-"""Read the runs below a directory, print the table, draw the figures. Nothing is computed twice: every number
-comes from metrics.jsonl and summary.json of a stage.
+"""The report of a run or of a comparison: table, figures and a page, from the files of the runs.
 
-    python report.py runs/planted                              # -> report.html, table.md, curves.png, results.json there
-    python report.py runs/planted --out docs/results/planted   # ... or elsewhere, to keep
+    python -m report runs/planted                             # a comparison: all its finished arms
+    python -m report runs/planted/seed0/rl_pav                # one run
+    python -m report runs/planted --out docs/results/planted  # written elsewhere, to keep
+
+Written: report.html (for people, self-contained), table.md, curves.png, results.json. Every number
+comes from metrics.jsonl and summary.json of a stage; nothing is computed twice. Runs whose settings
+differ in more than seed and folders are not averaged (report/runs.py).
 """
 
-import argparse
+import dataclasses
 import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from infra.cli import UserError, script
-from infra.runs import mean, read_metrics, write_json
-from report.arms import ARMS, arm_of, in_order
+from infra.cli import UserError, opt, parse, script
+from infra.runs import mean, write_json
+from report.arms import arm_of
 from report.figures import accuracy_at, finish, machine, pyplot
-from report.webpage import page
+from report.runs import commands, load_arms, unequal_arms
+from report.statistics import spread
+from report.webpage import goodhart_points, learning_curves, learning_label, page, shown_end
+from tasks import TaskFlags, get_task
 
-CONTROLS = [name for name, arm in ARMS.items() if arm.control]
+FEW = 30  # problems of a task that the page lists with their answers
 
 
-def load_arms(root):
-    """root/seedS/rl_ARM -> {arm: [(seed, evaluations, verifier summary or None)]}, complete runs only."""
-    arms = {}
-    for run in sorted(Path(root).glob("seed*/rl_*")):
-        if not (run / "summary.json").exists():
-            continue
-        evaluations = [r for r in read_metrics(run) if "eval/accuracy" in r]
-        config = json.loads((run / "run_config.json").read_text())
-        beside = run.parent / Path(config["verifier"]).name / "summary.json"  # the runs may have been moved since
-        places = [p for p in (Path(config["verifier"]) / "summary.json", beside) if config["verifier"] and p.exists()]
-        info = json.loads(places[0].read_text()) if places else None
-        if run.name == "rl_mrt":  # its prover's tokens are sampled during RL
-            info = dict(sampled_tokens=json.loads((run / "summary.json").read_text())["mrt_tokens"])
-        arms.setdefault(run.name[3:], []).append((run.parent.name, evaluations, info, config))
-    if not arms:
-        raise UserError(f"{root} holds no finished RL run; start one with train_rl.py --run-dir {root}")
-    return {name: arms[name] for name in in_order(list(arms))}
+@dataclass
+class Config:
+    run: str = opt("", "folder of a comparison or of one run; the first argument is it, too")
+    out: str = opt("", "where table, figures and numbers go (default: that folder)")
+
+
+# --------------------------------------------------------------------------------------------------
+# The table.
+
+
+def paid_by_verifier(arm, run):
+    """Whether the run's reward needed rollouts of a verifier's prover."""
+    reward = run.config.get("reward", arm_of(arm).reward)
+    return reward != "outcome" and run.config.get("verifier") != "constant"
 
 
 def summarise(arms):
-    """Numbers of the table, one dict an arm. The budget is what the shortest run sampled, equal for all; a control whose
-    solutions shrink does not shorten it for the others: where it ended earlier, its end counts."""
-    compared = [n for n in arms if n not in CONTROLS] or list(arms)
-    budget = min(evaluations[-1]["num_tokens"] for name in compared for _, evaluations, *_ in arms[name])
+    """Numbers of the table, one dict an arm. The budget is what the shortest run sampled, equal for
+    all; a control whose solutions shrink does not shorten it for the others: where it ended
+    earlier, its end counts."""
+    compared = [name for name in arms if not arm_of(name).control] or list(arms)
+    budget = min(run.evaluations[-1]["num_tokens"] for n in compared for run in arms[n])
     rows = {}
     for name, runs in arms.items():
-        final = [accuracy_at(e, budget) for _, e, *_ in runs]
-        paid = name not in ("outcome", "outcome-long")  # whose reward needed the verifier's rollouts
-        extra = mean(info["sampled_tokens"] for *_, info, _ in runs if info) if paid and name != "constant" else 0.0
+        curves = [run.evaluations for run in runs]
+        at_budget = [accuracy_at(curve, budget) for curve in curves]
+        paid = [run.verifier for run in runs if run.verifier and paid_by_verifier(name, run)]
         rows[name] = dict(
             seeds=len(runs),
             budget_tokens=budget,
-            accuracy_quarter=mean(accuracy_at(e, budget / 4) for _, e, *_ in runs),
-            accuracy_half=mean(accuracy_at(e, budget / 2) for _, e, *_ in runs),
-            accuracy_budget=mean(final),
-            accuracy_sd=float(np.std(final, ddof=1)) if len(final) > 1 else None,
-            accuracy_per_seed=final,
-            accuracy_end=mean(e[-1]["eval/accuracy"] for _, e, *_ in runs),
-            tokens_end=mean(e[-1]["num_tokens"] for _, e, *_ in runs),
-            verifier_tokens=extra,
-            corr_advantage_exact=[info.get("corr_advantage_exact") for *_, info, _ in runs if info] if extra else [],
-            n=runs[0][3]["eval_problems"],
+            accuracy_quarter=mean(accuracy_at(curve, budget / 4) for curve in curves),
+            accuracy_half=mean(accuracy_at(curve, budget / 2) for curve in curves),
+            accuracy_budget=mean(at_budget),
+            accuracy_sd=spread(at_budget) if len(at_budget) > 1 else None,
+            accuracy_per_seed=at_budget,
+            accuracy_end=mean(curve[-1]["eval/accuracy"] for curve in curves),
+            tokens_end=mean(curve[-1]["num_tokens"] for curve in curves),
+            verifier_tokens=mean(v.get("sampled_tokens", 0) for v in paid),
+            corr_advantage_exact=[v.get("corr_advantage_exact") for v in paid],
+            n=runs[0].config.get("eval_problems"),
         )
     return rows
 
 
 def table(rows):
-    """Markdown. Accuracies are sampled (temperature of training); sd is over seeds, not over problems."""
-    budget = next(iter(rows.values()))["budget_tokens"]
-    lines = [f"| arm | seeds | at {budget / 4e3:.0f}k tokens | at {budget / 2e3:.0f}k | at {budget / 1e3:.0f}k (sd) | its end | "
-             "tokens sampled | with the verifier's | corr. of A with exact A |", "|---|---|---|---|---|---|---|---|---|"]
+    """Markdown. Accuracies are sampled at the temperature of training; sd is over seeds, not over
+    problems."""
+    budget = next(iter(rows.values()))["budget_tokens"] / 1e3
+    head = [
+        "arm",
+        "seeds",
+        f"at {budget / 4:.0f}k tokens",
+        f"at {budget / 2:.0f}k",
+        f"at {budget:.0f}k (sd)",
+        "in the end",
+        "tokens sampled",
+        "with the verifier's",
+        "corr. of A with exact A",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, r in rows.items():
         sd = "" if r["accuracy_sd"] is None else f" ({r['accuracy_sd']:.3f})"
         corr = [c for c in r["corr_advantage_exact"] if c is not None]
-        lines.append(f"| {arm_of(name).label} | {r['seeds']} | {r['accuracy_quarter']:.3f} | {r['accuracy_half']:.3f} | "
-                     f"{r['accuracy_budget']:.3f}{sd} | {r['accuracy_end']:.3f} | {r['tokens_end'] / 1e3:.0f}k | "
-                     f"{(r['tokens_end'] + r['verifier_tokens']) / 1e3:.0f}k | {f'{mean(corr):.2f}' if corr else ''} |")
+        cells = [
+            arm_of(name).label,
+            str(r["seeds"]),
+            f"{r['accuracy_quarter']:.3f}",
+            f"{r['accuracy_half']:.3f}",
+            f"{r['accuracy_budget']:.3f}{sd}",
+            f"{r['accuracy_end']:.3f}",
+            f"{r['tokens_end'] / 1e3:.0f}k",
+            f"{(r['tokens_end'] + r['verifier_tokens']) / 1e3:.0f}k",
+            f"{mean(corr):.2f}" if corr else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------------------------------
+# curves.png.
+
+
 def figure(arms, path, title):
-    """Left: accuracy against sampled tokens, mean over seeds, band from the worst to the best seed. Right: the
-    Goodhart plot, what the verifier believes against what is true, one line a seed, a dot where it ends."""
+    """Left: accuracy against sampled tokens, mean over seeds and each seed. Right: the Goodhart
+    plot, V of the verifier against the accuracy of the same solutions, one line a seed, a dot where
+    it ends."""
     if (plt := pyplot()) is None:
         return
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
+    end = shown_end(arms, lambda run: run.evaluations[-1]["num_tokens"])
     for name, runs in arms.items():
-        end = min(e[-1]["num_tokens"] for _, e, *_ in runs)
-        x = np.linspace(0, end, 200)
-        y = np.array([[accuracy_at(e, t) for t in x] for _, e, *_ in runs])
-        label = f"{arm_of(name).label} (n={len(runs)})"
-        left.plot(x / 1e3, y.mean(0), color=arm_of(name).colour, label=label, linewidth=2)
-        if len(runs) > 1:
-            left.fill_between(x / 1e3, y.min(0), y.max(0), color=arm_of(name).colour, alpha=0.15, linewidth=0)
-        for _, e, info, _ in runs:
-            points = [(r["eval/verifier_score"], r["eval/accuracy"]) for r in e if "eval/verifier_score" in r]
-            if points and (info or name == "constant") and name != "outcome-long":
-                a, b = zip(*points)
-                right.plot(a, b, color=arm_of(name).colour, alpha=0.7, linewidth=1)
-                right.plot(a[-1], b[-1], "o", color=arm_of(name).colour, markersize=5)
-    left.set(xlabel="sampled tokens, thousands (without the verifier's)", ylabel="sampled accuracy", ylim=(-0.02, 1.02),
-             title=title)
-    left.legend(frameon=False, fontsize=8)
+        draw_learning(left, name, runs, end)
+        for run in runs:
+            points = goodhart_points(run)
+            if points and run.verifier and not arm_of(name).longer:
+                value, accuracy = zip(*points)
+                colour = arm_of(name).colour
+                right.plot(value, accuracy, color=colour, alpha=0.7, linewidth=1)
+                right.plot(value[-1], accuracy[-1], "o", color=colour, markersize=5)
+    left.set(
+        xlabel="sampled tokens, thousands (without the verifier's)",
+        ylabel="sampled accuracy",
+        xlim=(0, end / 1e3),
+        ylim=(-0.02, 1.02),
+        title=title,
+    )
+    left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     right.plot([0, 1], [0, 1], color="#aaaaaa", linestyle=":", linewidth=1)
-    right.set(xlabel="verifier's mean score of the same solutions", ylabel="true accuracy", xlim=(-0.02, 1.02),
-              ylim=(-0.02, 1.02), title="Goodhart plot: below the diagonal it is fooled")
+    right.set(
+        xlabel="V: the verifier's mean value of the same solutions",
+        ylabel="true accuracy",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        title="Goodhart plot: below the diagonal it is fooled",
+    )
     finish(plt, fig, (left, right), path)
 
 
+def draw_learning(axis, name, runs, end):
+    """One arm's mean over seeds up to `end` tokens, and thin lines of the seeds."""
+    arm = arm_of(name)
+    tokens, average, seeds = learning_curves(runs, end)
+    x = np.array(tokens) / 1e3
+    label = learning_label(name, runs, end)
+    style = "--" if arm.longer else "-"
+    axis.plot(x, average, style, color=arm.colour, label=label, linewidth=2, zorder=3)
+    if len(runs) > 1 and not arm.longer:
+        for accuracies in seeds:
+            axis.plot(x, accuracies, color=arm.colour, alpha=0.4, linewidth=0.7)
+
+
+# --------------------------------------------------------------------------------------------------
+# What stands beside the numbers.
+
+
+def task_facts(config):
+    """What the page says of the task: dict(name, text, truth, ends_with_eos).
+
+    A task may offer describe() -> a sentence or two for people, and truth() -> [(prompt, answer)],
+    what it hides; without truth() the answers of a task of few problems are listed. A task whose
+    files are gone costs the page this section and nothing else.
+    """
+    facts = dict(name=config.get("task", "run"), text=None, truth=[], ends_with_eos=True)
+    try:
+        known = {f.name for f in dataclasses.fields(TaskFlags)}  # a later flag: its default
+        flags = TaskFlags(**{name: value for name, value in config.items() if name in known})
+        if flags.task_seed < 0:
+            flags.task_seed = config.get("seed", 0)
+        task = get_task(flags)
+        facts["ends_with_eos"] = getattr(task, "ends_with_eos", True)
+        facts["text"] = task.describe() if hasattr(task, "describe") else None
+        if hasattr(task, "truth"):
+            facts["truth"] = list(task.truth())
+        else:
+            problems = task.problems("val", None, 0)
+            if len(problems) <= FEW:
+                facts["truth"] = [(p.prompt, p.answer) for p in problems]
+    except (UserError, OSError, AttributeError, KeyError, TypeError) as e:
+        print(f"the page says nothing of the task: {e}")
+    return facts
+
+
+def commit():
+    """The commit of this code, "+ changes" where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown commit (git is not installed)"
+    if head.returncode:
+        return "unknown commit (no git repository)"
+    return f"commit {head.stdout.strip()[:12]}" + (" + changes" if changes.stdout.strip() else "")
+
+
+def command_line(command):
+    """A stage's command as one line: argv, a line, or anything else as JSON."""
+    if isinstance(command, list):
+        return shlex.join(["python", *map(str, command)])
+    return command if isinstance(command, str) else json.dumps(command)
+
+
+def commands_of(root, arms):
+    """{stage: command line}: from commands.json where a pipeline wrote it, else the training script
+    with every setting of the run."""
+    stages = {label: command_line(command) for label, command in commands(root).items()}
+    runs = [run for some in arms.values() for run in some]
+    if len(runs) == 1 and stages:  # one run: what it was made of, not all that lies beside it
+        home = runs[0].folder.resolve().parent.name
+        return {k: v for k, v in stages.items() if k.startswith(f"{home}/")} or stages
+    if stages:
+        return stages
+    return {run.folder.name: settings_command(run) for run in runs}
+
+
+def settings_command(run):
+    argv = ["train_rl.py", "--run-dir", str(run.folder)]
+    for name, value in run.config.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            argv += [f"--{flag}", *map(str, value)] if value else []
+        elif value not in (None, ""):
+            argv.append(f"--{flag}={value}")
+    return shlex.join(["python", *argv])
+
+
+def provenance(root, out, arms):
+    """What the page and results.json record of the runs and of themselves."""
+    day = "%Y-%m-%d %H:%M"
+    files = [run.folder / "metrics.jsonl" for runs in arms.values() for run in runs]
+    trained = sorted(time.strftime(day, time.localtime(f.stat().st_mtime)) for f in files)
+    elsewhere = ["--out", str(out)] if out != root else []
+    return dict(
+        commit=commit(),
+        machine=machine(),
+        torch=torch.__version__,
+        written=time.strftime(day),
+        trained=trained[0] if trained[0] == trained[-1] else f"{trained[0]} to {trained[-1]}",
+        command=shlex.join(["python", "-m", "report", str(root), *elsewhere]),
+        commands=commands_of(root, arms),
+    )
+
+
+def notes_on(arms):
+    """Sentences on arms that differ in more than their reward."""
+    out = []
+    first = arm_of(next(iter(arms))).label
+    for name, changed in unequal_arms(arms).items():
+        flags = ", ".join("--" + k.replace("_", "-") for k in changed)
+        label = arm_of(name).label
+        out.append(f"{label} differs from {first} in {flags} too: not a fair comparison.")
+    return out
+
+
 def write(root, out=None):
-    """Table, figure and numbers of all finished arms below root, into out (default: root)."""
-    root, out = Path(root), Path(out or root)
-    out.mkdir(parents=True, exist_ok=True)
+    """Table, figure, page and numbers of all finished arms below root, into out (default: root).
+    UserError: there is no run, or a file of one is damaged; then nothing is written."""
+    root = Path(root)
+    out = Path(out or root)
     arms = load_arms(root)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
     rows = summarise(arms)
-    task = next(iter(arms.values()))[0][3]["task"]
     text = table(rows)
-    figure(arms, out / "curves.png", f"--task {task}")
+    config = next(iter(arms.values()))[0].config
+    task = task_facts(config)
+    record = provenance(root, out, arms)
+    notes = notes_on(arms)
+    html = page(arms, text, task, record, notes)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
-    curves = {name: {seed: [(r["num_tokens"], r["eval/accuracy"], r.get("eval/verifier_score")) for r in e]
-                     for seed, e, *_ in runs} for name, runs in arms.items()}
-    settings = {name: runs[0][3] for name, runs in arms.items()}
-    write_json(out / "results.json", dict(task=task, arms=rows, machine=machine(), torch=torch.__version__, settings=settings,
-                                          curves=curves))
-    (out / "report.html").write_text(page(f"nanoPAV: {task}", text, arms, {n: arm_of(n).label for n in arms},
-                                          {n: arm_of(n).colour for n in arms}, accuracy_at, root,
-                                          f"python report.py {root}"), encoding="utf-8")
-    print("\n" + text + f"\n\nto read: {out}/report.html   figure: {out}/curves.png   table: {out}/table.md   "
+    write_json(out / "results.json", results(arms, rows, task, record))
+    (out / "report.html").write_text(html, encoding="utf-8")
+    figure(arms, out / "curves.png", f"--task {task['name']}")
+    print("\n" + "\n".join([text, *notes]))
+    print(f"\nto read: {out}/report.html   figure: {out}/curves.png   table: {out}/table.md   "
           f"numbers: {out}/results.json")
-    print("metrics of each arm: " + ", ".join(f"{root}/seed*/rl_{a}/metrics.jsonl" for a in rows))
+    folders = {f"{runs[0].folder}/metrics.jsonl" for runs in arms.values()}
+    print("metrics of each arm's first seed: " + ", ".join(sorted(folders)))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", help="a directory with seed*/rl_* runs, as train_rl.py makes it")
-    parser.add_argument("--out", help="where table, figure and numbers go (default: root)")
-    args = parser.parse_args()
-    write(args.root, args.out)
+def results(arms, rows, task, record):
+    """The content of results.json: numbers, curves, and the settings of every seed."""
+    curves = {
+        name: {
+            run.seed: [
+                (r["num_tokens"], r["eval/accuracy"], r.get("eval/verifier_score"))
+                for r in run.evaluations
+            ]
+            for run in runs
+        }
+        for name, runs in arms.items()
+    }
+    settings = {name: {run.seed: run.config for run in runs} for name, runs in arms.items()}
+    return dict(task=task["name"], arms=rows, **record, settings=settings, curves=curves)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--run")
+    cfg = parse(Config, argv, __doc__)
+    if not cfg.run:
+        raise UserError("which run? python -m report RUN_DIR, what train_rl.py --run-dir was given")
+    write(cfg.run, cfg.out or None)
 
 
 if __name__ == "__main__":

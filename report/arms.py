@@ -5,7 +5,9 @@ colour and label from it; an arm that is not in the table is drawn in grey under
 Imports nothing.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+GREY = "#7f7f7f"
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class Arm:
     reward: str  # --reward of the RL run
     verifier: str | None  # the stage whose verifier the reward needs; None: the reward needs none
     flags: dict = field(default_factory=dict)  # other settings of the RL run that make the arm
-    colour: str = "#7f7f7f"
+    colour: str = GREY
     label: str = ""
     policy: str = "sft"  # the stage whose policy the RL run starts from
     control: bool = False  # expected to be worse: its run does not shorten the others' curves
@@ -35,7 +37,7 @@ ARMS = {
         "outcome", None, colour="#999933", label="outcome only, from the prover", policy="prover"
     ),
     "constant": Arm(
-        "pav", "verifier", {"constant_value": True}, "#E69F00", "control: constant value",
+        "pav", None, {"verifier": "constant"}, "#E69F00", "control: constant value",
         control=True,
     ),
     "base-prover": Arm(
@@ -50,8 +52,15 @@ REWARDS = list(dict.fromkeys(arm.reward for arm in ARMS.values()))  # choices of
 
 
 def arm_of(name):
-    """The arm's line of the table; for a name that is not in it a grey arm of that name."""
-    return ARMS.get(name) or Arm(reward=name, verifier=None, label=name)
+    """The arm's line of the table; for a name that is not in it a grey arm of that name. "pav
+    (steps=3)" is the arm pav with other settings: grey too, labelled with them."""
+    if name in ARMS:
+        return ARMS[name]
+    known, _, settings = name.partition(" (")
+    if known in ARMS:
+        arm = ARMS[known]
+        return replace(arm, colour=GREY, label=f"{arm.label} ({settings}")
+    return Arm(reward=name, verifier=None, label=name)
 
 
 def in_order(names):

@@ -6,9 +6,7 @@ import platform
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from infra.runs import write_json
 from report.arms import ARMS
 from report.statistics import spread  # noqa: F401 (the experiments take it from here)
 
@@ -68,24 +66,6 @@ def machine():
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
-
-
-def keep_results(out, text, script, argv, settings, rows):
-    """Write an experiment's table.md and results.json, with the command that made them.
-
-    out: folder; text: the table; script: its file name in experiments/; argv: its arguments;
-    settings: an object whose attributes are the settings; rows: the numbers.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(text + "\n")
-    record = dict(
-        command=" ".join([f"python experiments/{script}", *argv]),
-        machine=machine(),
-        torch=torch.__version__,
-        settings=vars(settings),
-        rows=rows,
-    )
-    write_json(out / "results.json", record)
 
 
 def print_results(text, out, seconds=0, figure="curves", numbers="results"):

@@ -78,7 +78,7 @@ def judge(verifier, base, prover, tokenizer, task, cfg):
     options = dict(temperature=cfg.temperature, stop_ids=task.stop_ids(tokenizer), slots=cfg.slots)
     prompts = [task.prompt_tokens(p, tokenizer) for p in problems]
     seeds = generate(base, prompts, max_new_tokens=limit, seed=derive(cfg.seed, "judge"), **options)
-    ends = step_ends(task, seeds, tokenizer)
+    ends = step_ends(task, seeds, tokenizer, credit=True)  # an EOS alone is no step to judge
     value = step_values(verifier, seeds.tokens, ends)  # (B, S+1)
     auc_outcome = auc(value[:, -1], grades(task, problems, seeds, tokenizer) > 0.5)
     steps = judged_steps(ends, cfg.seed)

@@ -11,6 +11,7 @@ __all__ = ["TASKS", "TaskFlags", "answers_equal", "extract_answer", "get_task", 
 TASKS = {  # name: module:class, imported when it is asked for
     "planted": "tasks.planted:Planted",
     "countdown": "tasks.countdown:Countdown",
+    "grid": "tasks.grid:Grid",
     "chain": "tasks.chain:Chain",
     "stargraph": "tasks.stargraph:StarGraph",
     "worded": "tasks.worded:Worded",
@@ -21,29 +22,36 @@ TASKS = {  # name: module:class, imported when it is asked for
     "jsonl": "tasks.files:Jsonl",
 }
 
+GROUP = "problems"  # infra.cli.print_next_command repeats the flags of this group
+
 
 @dataclass
 class TaskFlags:
     """The flags that name a task: class Config(TaskFlags, RunConfig)."""
 
-    task: str = opt("planted", "what to solve", "problems", choices=list(TASKS))
-    task_seed: int = opt(-1, "fixes what planted and contextual hide, and the worked examples (-1: --seed)", "problems", low=-1)
-    data: list = opt([], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", "problems")
-    question_field: str = opt("", "name of the question in --data (default: guessed)", "problems")
-    answer_field: str = opt("", "name of the answer in --data (default: guessed)", "problems")
-    template: str = opt("auto", "prompts for problems from files (auto: chat where the model has a format, else plain)",
-                        "problems", choices=["auto", "chat", "plain", "fewshot"])
-    shots: int = opt(0, "worked examples before each problem, from the training split (0: 4 with fewshot)", "problems", low=0)
-    grader: str = opt("exact", "of answers from files; math-verify knows more formulas, and must be installed", "problems",
-                      choices=["exact", "math-verify"])
-    planted_prompts: int = opt(4, "prompts of --task planted, each with a sequence of its own", "problems", low=1, high=26)
-    planted_length: int = opt(6, "letters of each hidden sequence: the dial of difficulty", "problems", low=1, high=12)
+    task: str = opt("planted", "what to solve", GROUP, choices=TASKS)
+    task_seed: int = opt(
+        -1, "fixes what planted and contextual hide, and the worked examples (-1: --seed)",
+        GROUP, low=-1,
+    )
+    data: list = opt(
+        [], "files of --task gsm8k, math or jsonl; train=, val=, test=FILE name a split", GROUP
+    )
+    task_args: list = opt(
+        [], "KEY=VALUE ... of the task: prompts length (planted); template shots question_field "
+        "answer_field (files)", GROUP
+    )
+    grader: str = opt(
+        "exact", "of answers from files; math-verify knows more formulas, and must be installed", GROUP,
+        choices=["exact", "math-verify"],
+    )
 
 
 def task_class(name):
     """Name -> the task's class. UserError: a name that TASKS does not have."""
     if name not in TASKS:
-        raise UserError(f"task {name!r} is unknown; use {', '.join(list(TASKS)[:-1])} or {list(TASKS)[-1]}")
+        *others, last = TASKS
+        raise UserError(f"task {name!r} is unknown; use {', '.join(others)} or {last}")
     module, name = TASKS[name].split(":")
     return getattr(importlib.import_module(module), name)
 

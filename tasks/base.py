@@ -12,7 +12,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-from infra.cli import UserError
+from infra.cli import UserError, key_values
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,17 @@ class Task:
         rl=dict(steps=3, eval_steps=1, eval_problems=32),
     )
 
+    args = {}  # the KEYs of --task-args that the class takes, each with its default
+
     @classmethod
     def from_config(cls, cfg, **options):
-        """The task that the flags describe (tasks.TaskFlags, and seed); options go to the class."""
-        return cls(**options)
+        """The task that the flags describe (tasks.TaskFlags, and seed); options go to the class.
+        UserError: --data for a task that reads none, a KEY of --task-args that it does not have."""
+        if cfg.data:
+            raise UserError(f"--task {cfg.task} reads no files: leave out --data, or give --task jsonl")
+        return cls(**(key_values(cfg.task_args, cls.args, "--task-args") | options))
 
-    # ------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # What every task must give.
 
     def tokenizer(self):
@@ -74,7 +79,7 @@ class Task:
         """-> 0.0 or 1.0, from the completion's text alone."""
         raise NotImplementedError
 
-    # ------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # Problems and prompts.
 
     def problems(self, split, n=None, seed=0):
@@ -84,7 +89,9 @@ class Task:
             raise UserError(f"split {split!r} is unknown; use train, val or test")
         problems = list(self.by_split[split])
         if not problems:
-            raise UserError(f"no problem is left in split {split!r}; give more data, or --data {split}=FILE")
+            raise UserError(
+                f"no problem is left in split {split!r}; give more data, or --data {split}=FILE"
+            )
         random.Random(f"{split}/{seed}").shuffle(problems)
         return problems[:n]
 
@@ -100,7 +107,7 @@ class Task:
         """-> a new training problem like the given one; None: the task cannot make one."""
         return None
 
-    # ------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # Steps.
 
     def step_ends(self, tokens, prompt_len, length, tokenizer):
@@ -119,11 +126,13 @@ class Task:
         """step_ends for credit in training: an EOS alone is no decision worth a step of its own
         and belongs to the step before it."""
         ends = self.step_ends(tokens, prompt_len, length, tokenizer)
-        if self.ends_with_eos and len(ends) > 1 and all(t in tokenizer.eos_ids for t in tokens[ends[-2] : length]):
+        if not self.ends_with_eos or len(ends) < 2:
+            return ends
+        if all(t in tokenizer.eos_ids for t in tokens[ends[-2] : length]):
             del ends[-2]
         return ends
 
-    # ------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # What only some tasks can say.
 
     def final_answer(self, problem, completion):
@@ -140,7 +149,7 @@ class Task:
 
     def exact_value(self, problem, prefix, strength):
         """Chance that the demonstrator of that strength succeeds from this text; None: no solver.
-        It goes on from any text and cannot see an EOS: at a response's end the outcome is its value.
+        It goes on from any text and cannot see an EOS: a finished response's value is its grade.
         """
         return None
 

@@ -1,28 +1,33 @@
-"""The task countdown: use all the numbers to reach the target, one operation a line; it asks for planning.
+"""The task countdown: use all the numbers to reach the target, one operation a line; it asks for
+planning.
 
     python train_sft.py --task countdown
 """
 
 import functools
 import itertools
-import random
 
 import numpy as np
 
 from infra.cli import UserError
-from tasks.base import Problem, Task, split_of
+from tasks.base import Problem, split_of
+from tasks.moves import LineGame
 
 
 @functools.lru_cache(maxsize=1 << 17)
 def countdown_moves(state, ops, cap):
-    """state: tuple of numbers -> {line: next state}, one line for each pair of values and operation.
+    """state: tuple of numbers -> {line: next state}, one line for each pair of values and
+    operation.
 
-    The larger number stands first, results lie in 0..cap. As zero is allowed, any pair can be subtracted: no
-    state is stuck. The number of moves depends on the multiset alone, not on the order of the list.
+    The larger number stands first, results lie in 0..cap. As zero is allowed, any pair can be
+    subtracted: no state is stuck. The number of moves depends on the multiset alone, not on the
+    order of the list.
     """
     out = {}
     for x, y in itertools.combinations(state, 2):
-        a, b, rest = max(x, y), min(x, y), list(state)
+        a = max(x, y)
+        b = min(x, y)
+        rest = list(state)
         rest.remove(a)
         rest.remove(b)
         tail = f" | {' '.join(map(str, rest))}" if rest else ""
@@ -38,36 +43,43 @@ def countdown_values(state, ops, cap, strength):
     if len(state) == 1:
         return np.eye(cap + 1)[state[0]]
     moves = countdown_moves(state, ops, cap).values()
-    v = np.array([countdown_values(tuple(sorted(s)), ops, cap, strength) for s in moves])  # [moves, cap+1]
-    # A move keeps the target reachable iff its value is positive, whatever the strength in [0, 1].
+    v = np.array([countdown_values(tuple(sorted(s)), ops, cap, strength) for s in moves])
+    # v [moves, cap+1]. A move keeps the target reachable iff its value is positive, whatever the
+    # strength in [0, 1].
     return (1 - strength) * v.mean(0) + strength * v.sum(0) / np.maximum((v > 0).sum(0), 1)
 
 
-class Countdown(Task):
-    """Prompt "3 12 7 :24 ", response "12 - 3 = 9 | 7 ", ...: a line takes two numbers, the larger first, and
-    after the bar repeats those it leaves, in order: result and rest are the whole state. Success: every line
-    legal, and the one number left is the target.
+class Countdown(LineGame):
+    """Prompt "3 12 7 :24 ", response "12 - 3 = 9 | 7 ", ...: a line takes two numbers, the larger
+    first, and after the bar repeats those it leaves, in order: result and rest are the whole state.
+    Success: every line legal, and the one number left is the target.
 
-    The demonstrator of strength s plays, with chance s, a move from which the target can be reached (any of
-    them alike), else any legal move; its failures are kept. Blanks belong to the token before them ("12 ")
-    and the target has tokens of its own (":24 "), which a small model finds by content, not by position.
-    Three numbers to 12 and values to 30, because it is what a 2-layer model of width 64 could both learn to
-    write legally and improve at by RL; with four or five numbers it wrote legally, and RL did not move it.
+    The demonstrator of strength s plays, with chance s, a move from which the target can be reached
+    (any of them alike), else any legal move; its failures are kept. Blanks belong to the token
+    before them ("12 ") and the target has tokens of its own (":24 "), which a small model finds by
+    content, not by position. Three numbers to 12 and values to 30, because it is what a 2-layer
+    model of width 64 could both learn to write legally and improve at by RL; with four or five
+    numbers it wrote legally, and RL did not move it.
     """
 
     strengths = dict(base=0.3, prover=0.5, strong=1.0)
-    random_demonstrations = True
     stages = dict(
         sft=dict(steps=1200, num_examples=100000),
-        verifier=dict(num_problems=100000, n_cov=1, cuts=1, n_mc=1, epochs=6),  # 470 steps fit nothing, 4,700 do
-        rl=dict(num_prompts=64, gate="legal"),  # with 128 samples a step no arm moves
+        # 470 steps of fitting learn nothing, 4,700 do.
+        verifier=dict(num_problems=100000, n_cov=1, cuts=1, n_mc=1, epochs=6),
+        # With 128 samples a step no arm moves.
+        rl=dict(num_prompts=64, guards=["anchor", "center", "legal"]),
         long=3,
     )
 
     def __init__(self, numbers=3, largest=12, cap=30, ops="+-*"):
-        if not (2 <= numbers <= 5 and 1 <= largest <= cap <= 99 and "-" in ops and set(ops) <= set("+-*")):
-            raise UserError("countdown needs 2-5 numbers, largest <= cap <= 99, and ops out of +-* with -")
-        self.numbers, self.largest, self.cap, self.ops = numbers, largest, cap, ops
+        known = "-" in ops and set(ops) <= set("+-*")
+        if not (2 <= numbers <= 5 and 1 <= largest <= cap <= 99 and known):
+            raise UserError(
+                "countdown needs 2-5 numbers, largest <= cap <= 99, and ops out of +-* with -"
+            )
+        self.numbers, self.largest, self.cap = numbers, largest, cap
+        self.ops = ops
         # Each legal response has this length: 6 tokens a line, more for bar and rest, and EOS.
         self.max_new_tokens = sum(6 + (1 + rest if rest else 0) for rest in range(numbers - 1)) + 1
 
@@ -82,65 +94,20 @@ class Countdown(Task):
     def by_split(self):
         """Every order of the numbers is a problem; all orders share a key, hence a split."""
         out = dict(train=[], val=[], test=[])
-        for nums in itertools.combinations_with_replacement(range(1, self.largest + 1), self.numbers):
+        values = range(1, self.largest + 1)
+        for nums in itertools.combinations_with_replacement(values, self.numbers):
             orders = sorted(set(itertools.permutations(nums)))
             for t in range(1, self.cap + 1):
                 if self._value(nums, t, 0) > 0:
                     key = f"{' '.join(map(str, nums))} : {t}"
-                    out[split_of(key)] += [
-                        Problem(key, f"{' '.join(map(str, o))} :{t} \n", str(t), (o, t)) for o in orders]
+                    for order in orders:
+                        prompt = f"{' '.join(map(str, order))} :{t} \n"
+                        out[split_of(key)].append(Problem(key, prompt, str(t), (order, t)))
         return out
 
     def _moves(self, state):
         return countdown_moves(state, self.ops, self.cap)
 
     def _value(self, state, target, strength):
-        return float(countdown_values(tuple(sorted(state)), self.ops, self.cap, float(strength))[target])
-
-    def _walk(self, problem, text):
-        """-> (state, number of legal lines, the text from the first other line on, or None)."""
-        state, lines = problem.data[0], text.split("\n")
-        lines = lines[:-1] if lines[-1] == "" else lines
-        for i, line in enumerate(lines):
-            after = self._moves(state).get(line.rstrip(" "))
-            if after is None:
-                return state, i, "\n".join(lines[i:])
-            state = after
-        return state, len(lines), None
-
-    def demonstration(self, problem, strength, seed):
-        (state, target), rng, text = problem.data, random.Random(f"{problem.prompt}/{seed}"), ""
-        while len(state) > 1:
-            moves = self._moves(state)
-            lines = list(moves)
-            if rng.random() < strength:
-                lines = [x for x in lines if self._value(moves[x], target, 0) > 0] or lines
-            line = rng.choice(lines)
-            text, state = f"{text}{line} \n", moves[line]
-        return text
-
-    def grade(self, problem, completion):
-        state, _, rest = self._walk(problem, completion)
-        return float(rest is None and state == (problem.data[1],))
-
-    def exact_value(self, problem, prefix, strength):
-        """Also within a line: the demonstrator's moves that begin like it, by their chances. Illegal: 0."""
-        state, _, rest = self._walk(problem, prefix)
-        if rest is None:
-            return self._value(state, problem.data[1], strength)
-        begun = rest.rstrip(" ").split(" ")
-        value = {x: self._value(s, problem.data[1], strength) for x, s in self._moves(state).items()}
-        good = sum(v > 0 for v in value.values())
-        if prefix.endswith("\n") or not good:
-            return 0.0
-        chance = {x: (1 - strength) / len(value) + strength * (v > 0) / good
-                  for x, v in value.items() if x.split(" ")[: len(begun)] == begun}
-        total = sum(chance.values())  # 0: no legal line begins so, or only losing ones that strength 1 avoids
-        return sum(p * value[x] for x, p in chance.items()) / total if total else 0.0
-
-    def solvable(self, problem, prefix):
-        return self.exact_value(problem, prefix, 0) > 0
-
-    def first_illegal_step(self, problem, completion):
-        _, legal, rest = self._walk(problem, completion)
-        return None if rest is None else legal
+        values = countdown_values(tuple(sorted(state)), self.ops, self.cap, float(strength))
+        return float(values[target])

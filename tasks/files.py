@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from infra.cli import UserError
+from infra.cli import UserError, key_values
 from tasks.answers import MAX_ANSWER, answers_equal, canonical, extract_answer, parse_number, without_thought
 from tasks.base import Problem, Task, split_of, task_seed
 from tasks.symbolic import available, symbolically_equal
@@ -107,14 +107,14 @@ def _field(row, name, guesses, where, flag):
 
 def to_problem(row, where, question_field, answer_field):
     """One row -> Problem; data holds the worked solution, "" where the file has none."""
-    question = _field(row, question_field, QUESTION_FIELDS, where, "--question-field")
-    text = _field(row, answer_field, ANSWER_FIELDS, where, "--answer-field")
+    question = _field(row, question_field, QUESTION_FIELDS, where, "--task-args question_field=")
+    text = _field(row, answer_field, ANSWER_FIELDS, where, "--task-args answer_field=")
     answer = " ".join((extract_answer(text) or text).split())
     number = parse_number(answer)
     if number and not number[1] and number[0] == int(number[0]):
         answer = str(int(number[0]))  # 43.0 is 43
     if len(answer) > MAX_ANSWER:
-        raise UserError(f"{where}: the answer is longer than {MAX_ANSWER} characters; choose --answer-field")
+        raise UserError(f"{where}: the answer is longer than {MAX_ANSWER} characters; choose --task-args answer_field=")
     solution = row.get("solution")
     solution = solution if isinstance(solution, str) and solution.strip() else text
     solution = re.sub(r"<<[^<>\n]*>>", "", solution).strip()  # GSM8K's calculator annotations
@@ -176,21 +176,24 @@ class Jsonl(Task):
         verifier=dict(num_problems=64, n_cov=2, cuts=2, n_mc=2, epochs=1, batch_size=32, learning_rate=5e-5, prover_k=4,
                       slots=128, eval_problems=24, eval_mc=8, shard_problems=16, save_steps=4),
         rl=dict(num_prompts=8, num_generations=8, steps=10, learning_rate=5e-6, temperature=0.5, micro_batch_size=16,
-                eval_steps=5, eval_problems=64, slots=128, save_steps=1),
+                eval_steps=5, eval_problems=64, save_steps=1),
         long=5,
     )
     ask = '\nWork step by step, one step a line. Your last sentence is "The answer is", then the answer alone.'
     shot = "Question: {}\nAnswer:\n"
 
+    # template: auto (chat where the model has a format, else plain), chat, plain or fewshot; shots: worked
+    # examples before each problem (0: 4 with fewshot); the fields' names in the rows (empty: guessed).
+    args = dict(template="auto", shots=0, question_field="", answer_field="")
+
     @classmethod
     def from_config(cls, cfg, **options):
-        flags = dict(data=cfg.data, question_field=cfg.question_field, answer_field=cfg.answer_field,
-                     seed=task_seed(cfg), template=cfg.template, shots=cfg.shots, grader=cfg.grader)
-        return cls(**(flags | options))
+        flags = key_values(cfg.task_args, cls.args, "--task-args")
+        return cls(**(flags | dict(data=cfg.data, seed=task_seed(cfg), grader=cfg.grader) | options))
 
     def __init__(self, data=(), question_field="", answer_field="", seed=0, template="auto", shots=0, grader="exact"):
         if template not in ("auto", "chat", "plain", "fewshot") or (template == "chat" and shots):
-            raise UserError("--template is auto, chat, plain or fewshot; worked examples (--shots) need plain text")
+            raise UserError("--task-args template= is auto, chat, plain or fewshot; worked examples (shots=) need plain text")
         if not data:
             raise UserError(f"--task {self.name} needs --data FILE (JSON lines)")
         if grader == "math-verify" and not available():
@@ -204,7 +207,7 @@ class Jsonl(Task):
         if shots:  # from the training split alone, whichever split is answered
             if len(self.by_split["train"]) < shots:
                 raise UserError(f"{shots} worked examples are drawn from the training split, which holds "
-                                f"{len(self.by_split['train'])} problems; add --data train=FILE, or lower --shots")
+                                f"{len(self.by_split['train'])} problems; add --data train=FILE, or lower --task-args shots=")
             self.shots = self.problems("train", shots, seed)
 
     def to_problem(self, row, where, question_field, answer_field):

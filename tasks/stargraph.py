@@ -17,9 +17,10 @@ POOL = 24000  # problems made; eight tenths are for training
 class StarGraph(Task):
     """Find the arm of a star that ends at the goal (Bachmann and Nagarajan 2024, arXiv 2403.06963).
 
-    Prompt: the shuffled edges of `degree` arms that leave one source, then source and goal; response: the `path`-1
-    nodes from the source's neighbour to the goal. After the first, *critical* one every node is the only successor of
-    the one before, a look-up that hides from imitation that the first needs looking ahead. A step is a token.
+    Prompt: the shuffled edges of `degree` arms that leave one source, then source and goal;
+    response: the `path`-1 nodes from the source's neighbour to the goal. After the first,
+    *critical* one every node is the only successor of the one before, a look-up that hides from
+    imitation that the first needs looking ahead. A step is a token.
     """
 
     # There is no scripted teacher: the prover is Best-of-4 of the base policy.
@@ -30,8 +31,11 @@ class StarGraph(Task):
 
     def __init__(self, degree=2, path=3, nodes=8):
         if not (degree >= 2 and path >= 3 and degree * (path - 1) + 1 <= nodes <= 99):
-            raise UserError("stargraph needs degree >= 2, path >= 3 and degree * (path - 1) + 1 <= nodes <= 99")
-        self.degree, self.path, self.nodes, self.max_new_tokens = degree, path, nodes, path - 1
+            raise UserError(
+                "stargraph needs degree >= 2, path >= 3 and degree * (path - 1) + 1 <= nodes <= 99"
+            )
+        self.degree, self.path, self.nodes = degree, path, nodes
+        self.max_new_tokens = path - 1
 
     def tokenizer(self):
         from open_weights.tokenizer import alphabet_tokenizer
@@ -45,7 +49,8 @@ class StarGraph(Task):
     @staticmethod
     @functools.lru_cache(maxsize=4)
     def _pool(degree, path, nodes):
-        out, rng = dict(train=[], val=[], test=[]), random.Random(f"stargraph/{degree}/{path}/{nodes}")
+        out = dict(train=[], val=[], test=[])
+        rng = random.Random(f"stargraph/{degree}/{path}/{nodes}")
         for _ in range(POOL):
             source, *rest = (f"{n:02d}" for n in rng.sample(range(nodes), degree * (path - 1) + 1))
             arms = [rest[i::degree] for i in range(degree)]

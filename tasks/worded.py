@@ -1,20 +1,23 @@
-"""The task worded: a model can learn the skill or learn the solutions by heart: chains of digit arithmetic.
+"""The task worded: a model can learn the skill or learn the solutions by heart: chains of digit
+arithmetic.
 
     python train_sft.py --task worded --num-examples 500 --steps 800 --track-memorization 10
 
-Prompt "7*3-4+6=": from left to right, everything modulo 10. The solution writes one operation a line and ends each
-line with two letters that mean nothing:
+Prompt "7*3-4+6=": from left to right, everything modulo 10. The solution writes one operation a
+line and ends each line with two letters that mean nothing:
 
     7*3=1bd
     1-4=7ca
     7+6=3ae
 
-The letters are drawn once per training problem. They stand for the wording of a human solution: nobody can predict
-them, so a model whose likelihood of a solution is higher than chance allows has memorised it, while a right final
-digit on a solution that it cannot yet recite shows the skill. That is the difference which pre-memorization accuracy
-(Kang et al. 2024, arXiv 2411.07681) measures; see memorization.py.
+The letters are drawn once per training problem. They stand for the wording of a human solution:
+nobody can predict them, so a model whose likelihood of a solution is higher than chance allows has
+memorised it, while a right final digit on a solution that it cannot yet recite shows the skill.
+That is the difference which pre-memorization accuracy (Kang et al. 2024, arXiv 2411.07681)
+measures; see papers/memorization.py.
 
-Difficulty varies between problems: 1 to 4 operations, of which * is rare (200 digit facts in all, 100 of them for *).
+Difficulty varies between problems: 1 to 4 operations, of which * is rare (200 digit facts in all,
+100 of them for *).
 """
 
 import functools
@@ -23,12 +26,14 @@ import re
 
 from tasks.base import Problem, Task, split_of
 
-OPS, SHARE = "+-*", (5, 3, 1)
+OPS = "+-*"
+SHARE = (5, 3, 1)  # relative frequency of each operation
 WORDING = "abcdefgh"
 LINE = re.compile(r"[0-9][+*-][0-9]=([0-9])[a-h]*")
 
 
 def compute(a, op, b):
+    """One operation on digits, modulo 10."""
     return {"+": a + b, "-": a - b, "*": a * b}[op] % 10
 
 
@@ -51,25 +56,28 @@ class Worded(Task):
         """A random problem; ops fixes its operations."""
         ops = ops or "".join(rng.choices(OPS, SHARE, k=rng.randint(1, self.longest)))
         value = first = rng.randrange(10)
-        text, lines = str(first), []
+        text = str(first)
+        lines = []
         for op in ops:
             b = rng.randrange(10)
             result = compute(value, op, b)
             lines.append(f"{value}{op}{b}={result}")
-            text, value = f"{text}{op}{b}", result
+            text += f"{op}{b}"
+            value = result
         return Problem(text, text + "=", str(value), (ops, tuple(lines)))
 
     def similar(self, problem, seed):
         """A training problem with the same operations and other digits: what curation collects."""
         rng = random.Random(f"similar/{problem.key}/{seed}")
         while True:
-            found = self.make(rng, problem.data[0])
-            if split_of(found.key) == "train":
-                return found
+            candidate = self.make(rng, problem.data[0])
+            if split_of(candidate.key) == "train":
+                return candidate
 
     @functools.cached_property
     def by_split(self):
-        rng, seen = random.Random("worded"), {}
+        rng = random.Random("worded")
+        seen = {}
         while len(seen) < self.pool:
             p = self.make(rng)
             seen[p.key] = p
@@ -79,8 +87,11 @@ class Worded(Task):
         return out
 
     def demonstration(self, problem, strength, seed):
-        rng = random.Random(f"wording/{problem.key}")  # one solution per problem, whatever the run's seed
-        return "".join(f"{line}{rng.choice(WORDING)}{rng.choice(WORDING)}\n" for line in problem.data[1])
+        rng = random.Random(f"wording/{problem.key}")  # one solution a problem, whatever the seed
+        text = ""
+        for line in problem.data[1]:
+            text += line + rng.choice(WORDING) + rng.choice(WORDING) + "\n"
+        return text
 
     def grade(self, problem, completion):
         lines = completion.rstrip("\n").rsplit("\n", 1)

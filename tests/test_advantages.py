@@ -6,13 +6,12 @@ import pytest
 import torch
 from toy import EOS, ToyTask, make_rollouts
 
-from rollouts import grades, step_ends
+from rollouts import first_illegal, grades, step_ends
 from train_rl import (
     Config,
     advantages,
     center_by_step,
     credit_tokens,
-    first_illegal,
     k2_loss,
     outcome_advantage,
     policy_loss,

@@ -22,7 +22,13 @@ from tasks import get_task
 from verifier import Verifier, save_verifier
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["train_sft", "train_dpo", "pav", "train_rl", "sample"]
+SCRIPTS = ["train_sft", "pav", "train_rl", "sample", "search", "papers.train_dpo", "papers.rft", "papers.memorization",
+           "papers.mrt", "papers.mrt_star", "report.evaluate", "report.show"]
+
+
+def command(script):
+    """What is typed to run it."""
+    return f"python -m {script}" if "." in script else f"python {script}.py"
 
 
 def call(monkeypatch, capsys, script, *argv):
@@ -68,14 +74,14 @@ def test_help_lists_every_flag(monkeypatch, capsys, script):
     assert code == 0 and not err
     for name in importlib.import_module(script).Config.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in out, name
-    assert f"python {script}.py" in out and "%%" not in out  # the commands of the header are there
+    assert command(script) in out and "%%" not in out  # the commands of the header are there
 
 
 def test_report_explains_itself(monkeypatch, capsys, refuse):
-    code, out, err = call(monkeypatch, capsys, "report", "--help")
-    assert code == 0 and "python report.py" in out
-    assert call(monkeypatch, capsys, "report")[0] == 2
-    refuse("no finished RL run", "report", "nowhere")
+    code, out, err = call(monkeypatch, capsys, "report.__main__", "--help")
+    assert code == 0 and "python -m report" in out
+    assert call(monkeypatch, capsys, "report.__main__")[0] == 2
+    refuse("nowhere", "report.__main__", "nowhere")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -102,8 +108,8 @@ def test_an_impossible_value_is_refused_by_its_flag(refuse, script, argv, flag):
 def test_nothing_to_do_is_said(refuse):
     refuse("--prompt TEXT, or --task NAME", "sample")
     refuse("--policy is missing", "pav", "--run-dir", "v")
-    refuse("--policy is missing", "train_dpo", "--run-dir", "d")
-    refuse("--task chain has no settings", "train_rl", "--task", "chain")
+    refuse("--policy is missing", "papers.train_dpo", "--run-dir", "d")
+    refuse("python -m papers.mrt", "train_rl", "--reward", "mrt")
 
 
 def test_missing_files_are_named(refuse, tmp_path, policy):
@@ -152,7 +158,7 @@ def test_weights_that_are_not_numbers_end_the_run(refuse, tmp_path, policy):
 EXPLODES = {"train_sft": ["--num-examples", 16, "--batch-size", 8, "--hidden-size", 16],
             "train_rl": ["--reward", "outcome", "--num-prompts", 2, "--num-generations", 2, "--eval-problems", 4],
             "pav": ["--num-problems", 8, "--epochs", 8, "--batch-size", 4],
-            "train_dpo": ["--num-problems", 8, "--epochs", 8, "--planted-length", 1]}
+            "papers.train_dpo": ["--num-problems", 8, "--epochs", 8, "--task-args", "length=1"]}
 
 
 @pytest.mark.parametrize("script", EXPLODES)
@@ -181,36 +187,41 @@ def test_as_its_own_process(tmp_path, script, argv, code):
 
 def test_tensorboard_is_optional_and_gets_the_numbers(tmp_path, monkeypatch):
     """The package is not needed by the project: a stand-in with its one class takes what is written."""
+    from report import tensorboard
+
     seen = []
 
     class Writer:
-        def __init__(self, folder, purge_step):
-            seen.append((str(folder), purge_step))
+        def __init__(self, folder):
+            seen.append(str(folder))
 
         def add_scalar(self, name, value, step):
             seen.append((name, value, step))
 
-        def flush(self):
+        def close(self):
             pass
 
+    common.Metrics(tmp_path, 4).write(5, loss=0.5, kl=float("nan"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(cli.UserError, match="pip install tensorboard"):
-        common.Metrics(tmp_path, 0, tensorboard=True)
+        tensorboard.main([str(tmp_path)])
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("Module", (), dict(SummaryWriter=Writer)))
-    common.Metrics(tmp_path, 4, tensorboard=True).write(5, loss=0.5, kl=float("nan"))
-    assert seen == [(str(tmp_path / "tensorboard"), 5), ("step", 5, 5), ("loss", 0.5, 5)]
-    common.Metrics(tmp_path).write(1, loss=1.0)
-    assert len(seen) == 3
+    tensorboard.main([str(tmp_path)])
+    assert seen == [str(tmp_path / "tensorboard"), ("loss", 0.5, 5)]
+    with pytest.raises(cli.UserError, match="no metrics.jsonl"):
+        tensorboard.main([str(tmp_path / "nowhere")])
 
 
 @pytest.mark.parametrize("script, argv, said", [
-    ("train_sft", ["--task", "jsonl", "--data", "a b.jsonl", "test=c.jsonl"], ["sample", "pav"]),
-    ("pav", ["--policy", "p"], ["train_rl", "sample"]),
+    ("train_sft", ["--task", "jsonl", "--data", "a b.jsonl", "test=c.jsonl"], ["report.evaluate", "pav"]),
+    ("pav", ["--policy", "p"], ["train_rl", "search"]),
     ("pav", ["--policy", "p", "--prover", "another"], ["train_rl"]),
-    ("pav", ["--policy", "p", "--label", "outcome", "--planted-length", "3"], ["train_rl", "sample"]),
-    ("train_rl", ["--policy", "p", "--reward", "outcome", "--seed", "3"], ["sample"]),
-    ("train_dpo", ["--policy", "p"], ["sample"]),
-    ("mrt", ["--policy", "p", "--task", "probe"], ["train_rl"]),
+    ("pav", ["--policy", "p", "--label", "outcome", "--task-args", "length=3"], ["train_rl", "search"]),
+    ("train_rl", ["--policy", "p", "--reward", "outcome", "--seed", "3"], ["report.evaluate"]),
+    ("papers.train_dpo", ["--policy", "p"], ["report.evaluate"]),
+    ("papers.rft", ["--policy", "p"], ["report.evaluate"]),
+    ("papers.mrt", ["--policy", "p", "--task", "probe"], ["papers.mrt_star"]),
+    ("papers.mrt_star", ["--policy", "p", "--task", "probe"], ["papers.mrt"]),
 ])
 def test_what_a_script_says_to_run_next_would_run(script, argv, said, monkeypatch, capsys):
     """Its flags exist there, and name the same task, seed and run."""
@@ -219,9 +230,10 @@ def test_what_a_script_says_to_run_next_would_run(script, argv, said, monkeypatc
     monkeypatch.setattr(module, "get_task", lambda cfg: get_task("planted"), raising=False)  # no file is looked for
     module.main([*argv, "--run-dir", "here is/it"])
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  python ")]
-    assert [c[1] for c in commands] == [f"{s}.py" for s in said]
+    modules = [c[2] if c[1] == "-m" else c[1].removesuffix(".py") for c in commands]
+    assert modules == said and all(shlex.join(c).startswith(command(m)) for c, m in zip(commands, modules))
     cfg = cli.parse(module.Config, argv)
-    for command in commands:
-        assert any(a.startswith("here is/it") for a in command)
-        theirs = cli.parse(importlib.import_module(command[1][:-3]).Config, command[2:])
-        assert all(getattr(theirs, f) == getattr(cfg, f) for f in ("task", "data", "seed", "planted_length"))
+    for words, name in zip(commands, modules):
+        assert any(a.startswith("here is/it") for a in words)
+        theirs = cli.parse(importlib.import_module(name).Config, words[3 if words[1] == "-m" else 2 :])
+        assert all(getattr(theirs, f) == getattr(cfg, f) for f in ("task", "data", "seed", "task_args"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import re
 import tomllib
 import types
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import pipeline
 import tasks
 import train_rl
 import train_sft
+from infra import cli
 from papers import train_dpo
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +38,7 @@ def test_flags_of_the_trl_table_exist(heading):
 
 
 def test_metrics_of_the_trl_table_are_written():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train_rl", "train_dpo"))
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train_rl", "papers/train_dpo", "infra/runs", "report/watch"))
     for _, cell, _ in rows(TRL, "Metrics (`metrics.jsonl`)"):
         for name in re.findall(r"`([\w/]+)`", cell):
             assert f'"{name}"' in source or f"{name}=" in source, name
@@ -52,44 +55,46 @@ def test_the_left_column_is_trl():
 
 def test_readme_names_files_that_exist():
     paths = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README) + re.findall(r"`((?:\w+/)*\w+\.(?:py|md))`", README)
-    missing = [p for p in paths if not (ROOT / p).exists() and p != "sums.py"]
+    missing = [p for p in paths if not (ROOT / p).exists() and p != "tasks/sums.py"]
     assert len(paths) > 20 and not missing
 
 
-def test_an_installation_has_every_module():
+def test_an_installation_brings_no_module():
+    """A repository to clone: names such as model, sample and kernels would collide with other packages."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert listed["py-modules"] == sorted(p.stem for p in ROOT.glob("*.py")) and listed["packages"] == ["kernels"]
+    assert listed == {"py-modules": [], "packages": []}
 
 
 def test_every_function_that_readme_points_to_exists():
-    named = re.findall(r"`(\w+)\.(\w+)`", README.split("## The equations and their lines")[1].split("\n## ")[0])
+    named = re.findall(r"`([\w.]+)\.(\w+)`", README.split("## The equations and their lines")[1].split("\n## ")[0])
     assert len(named) > 8
     for module, name in named:
-        module = importlib.import_module(f"kernels.{module}" if (ROOT / f"kernels/{module}.py").exists() else module)
+        module = importlib.import_module(module)
         assert hasattr(module, name), (module, name)
 
 
 def test_flags_in_readme_commands_exist():
-    """python SCRIPT.py --flag ...: every flag is a field of that script's config."""
-    commands = re.findall(r"python (\w+)\.py ([^\n`]*)", README)
+    """python SCRIPT.py --flag ..., python -m MODULE --flag ...: every flag is a field of its config."""
+    commands = re.findall(r"python (?:(\w+)\.py|-m ([\w.]+)) ([^\n`]*)", README)
     assert len(commands) > 5
-    for script, arguments in commands:
-        module = importlib.import_module(script)
+    for script, module, arguments in commands:
+        module = importlib.import_module(script or module)
         if hasattr(module, "Config") and dataclasses.is_dataclass(module.Config):
-            known = {f.name.replace("_", "-") for f in dataclasses.fields(module.Config)} | {"help"}
+            config = pipeline.with_flags(module.Config) if script == "train_rl" else module.Config
+            known = {f.name.replace("_", "-") for f in dataclasses.fields(config)} | {"help"}
             for flag in re.findall(r"--([a-z][a-z-]*)", arguments.split("#")[0]):
-                assert flag in known or flag.removeprefix("no-") in known, (script, flag)
+                assert flag in known or flag.removeprefix("no-") in known, (module, flag)
 
 
 def example_task():
-    block = README.split("```python\n# sums.py")[1].split("```")[0]
+    block = README.split("```python\n# tasks/sums.py")[1].split("```")[0]
     module = types.ModuleType("sums")
-    exec(compile("# sums.py" + block, "sums.py", "exec"), module.__dict__)  # our own README, no model's text
+    exec(compile("# tasks/sums.py" + block, "sums.py", "exec"), module.__dict__)  # our own README, no model's text
     return module.Sums()
 
 
 def test_the_example_task_is_short_and_consistent():
-    block = README.split("```python\n# sums.py")[1].split("```")[0]
+    block = README.split("```python\n# tasks/sums.py")[1].split("```")[0]
     assert len(block.strip().splitlines()) <= 40
     task = example_task()
     tokenizer = task.tokenizer()
@@ -101,10 +106,17 @@ def test_the_example_task_is_short_and_consistent():
         assert ends == sorted(set(ends)) and ends[-1] == len(prompt) + len(answer) and len(ends) > 1
 
 
-def test_the_example_task_trains(tmp_path, monkeypatch):
-    task = example_task()
-    monkeypatch.setattr(train_sft, "get_task", lambda cfg: task)
-    monkeypatch.setattr(tasks, "get_task", lambda cfg: task)
-    summary = train_sft.train(train_sft.Config(run_dir=str(tmp_path / "sft"), steps=2, batch_size=8, num_examples=16, threads=1,
-                                               eval_problems=4, hidden_size=16, device="cpu"))
+def test_the_example_task_is_one_file_and_one_line(tmp_path, monkeypatch):
+    """As README says: a file, a line in TASKS, and every script and the pipeline know it."""
+    (tmp_path / "sums.py").write_text(README.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(tasks.TASKS, "sums", "sums:Sums")
+    train_sft.main(["--task", "sums", "--run-dir", str(tmp_path / "sft"), "--steps", "2", "--batch-size", "8",
+                    "--num-examples", "16", "--threads", "1", "--eval-problems", "4", "--hidden-size", "16",
+                    "--device", "cpu"])
+    summary = json.loads((tmp_path / "sft" / "summary.json").read_text())
     assert 0 <= summary["accuracy"] <= 1 and summary["examples"] == 16
+    cfg = cli.parse(pipeline.with_flags(train_rl.Config), ["--reward", "pav", "--task", "sums"])
+    _, jobs = pipeline.plan(cfg, {"": (["train_rl.py"], train_rl.Config)}, set())
+    strength = {Path(job.label).name: job.config.strength for job in jobs if job.script == ["train_sft.py"]}
+    assert strength == dict(sft=0.7, prover=0.95)

@@ -310,10 +310,10 @@ def rft(tmp_path, monkeypatch, tokenizer):
 
     def go(name, **options):
         trained.clear()
-        small = dict(rft=True, policy=str(tmp_path / "policy"), run_dir=str(tmp_path / name), num_problems=10, num_examples=10,
+        small = dict(policy=str(tmp_path / "policy"), run_dir=str(tmp_path / name), num_problems=10, num_examples=10,
                      num_generations=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, steps=2,
                      batch_size=100, eval_problems=4, device="cpu")
-        return train_sft.train(train_sft.Config(**(small | options))), list(trained)
+        return solutions_module.train(solutions_module.Config(**(small | options))), list(trained)
 
     return go
 
@@ -338,7 +338,7 @@ def test_rft_starts_from_the_base_and_needs_a_policy(rft, tmp_path):
     weights = load_file(tmp_path / "rft" / "step_000002" / "model.safetensors")
     assert weights["model.embed_tokens.weight"].shape == (12, 16) and len(weights) < len(
         load_file(tmp_path / "policy" / "model.safetensors"))  # one layer, the policy has two
-    with pytest.raises(UserError, match="--rft needs --policy"):
+    with pytest.raises(UserError, match="--policy is missing"):
         rft("none", policy="")
 
 
@@ -378,7 +378,8 @@ def test_chain_demonstrations_end_right_and_go_wrong_on_the_way():
         start = len(tokenizer.encode(problem.prompt))
         assert start == 6 and len(ids) == 11 and tokenizer.decode(ids[start:]) == sloppy
         with_eos = ids + [tokenizer.eos_ids[0]]
-        assert task.step_ends(with_eos, 6, 12, tokenizer) == [7, 8, 9, 10, 12]
+        assert task.step_ends(with_eos, 6, 12, tokenizer) == [7, 8, 9, 10, 11, 12]
+        assert task.credit_ends(with_eos, 6, 12, tokenizer) == [7, 8, 9, 10, 12]
         assert task.step_ends(ids, 6, 11, tokenizer) == [7, 8, 9, 10, 11]
         assert task.step_ends(ids, 6, 6, tokenizer) == []
         other = (int(problem.answer) + 1) % 10

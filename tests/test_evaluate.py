@@ -10,9 +10,8 @@ from toy import tiny_model
 from infra.cli import UserError
 from open_weights.tokenizer import alphabet_tokenizer
 from report import evaluate
-from report.evaluate import summarize
+from report.evaluate import Config, main, summarize
 from report.statistics import interval, vote
-from sample import Config, main
 from tasks import get_task
 
 
@@ -80,7 +79,7 @@ def test_an_evaluation_goes_on_after_a_kill(sums, tmp_path, capsys, monkeypatch)
     with pytest.raises(UserError, match="with seed 0, not 1"):
         main([*sums, "--seed", "1"])
     out.with_suffix(".json").unlink()
-    with pytest.raises(UserError, match="not an evaluation"):
+    with pytest.raises(UserError, match="not the file of an evaluation"):
         main(sums)
 
 
@@ -93,14 +92,14 @@ def test_slots_do_not_change_a_completion(sums, tmp_path):
 
 def test_eval_names_its_file_after_the_settings(sums, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main([*sums[:-2], "--eval", "--greedy"])
+    main([*sums[:-2], "--greedy"])
     assert [p.suffix for p in sorted((tmp_path / "runs" / "eval").iterdir())] == [".json", ".jsonl"]
 
 
 def test_data_is_checked_before_the_weights_are_read(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(dict(question="1+1", answer="#### 2")) + "\n")
     with pytest.raises(UserError, match="split 'test'"):
-        main(["--model", "nowhere", "--task", "gsm8k", "--data", str(tmp_path / "train.jsonl"), "--eval"])
+        main(["--model", "nowhere", "--task", "gsm8k", "--data", str(tmp_path / "train.jsonl")])
 
 
 def test_summary_counts_what_it_says(tmp_path):
@@ -114,3 +113,8 @@ def test_summary_counts_what_it_says(tmp_path):
     assert out["unparsable"] == pytest.approx(2 / 6) and out["truncated"] == pytest.approx(1 / 6)
     assert out["majority"] == 0.5 and out["pass@2"] == pytest.approx(1 / 3)
     assert Config().task == ""
+
+
+def test_an_evaluation_needs_a_task():
+    with pytest.raises(UserError, match="--task is missing"):
+        main([])

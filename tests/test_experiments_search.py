@@ -1,34 +1,10 @@
 """The arithmetic behind experiments/pav_search.py and pav_data.py, on toys that can be counted by hand."""
 
-import itertools
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import pav_data  # noqa: E402
-import pav_search  # noqa: E402
-import pav_search_report  # noqa: E402
-
-from infra.runs import mean  # noqa: E402
-from pav import bce_weights, value_loss  # noqa: E402
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_expected_best_is_the_mean_over_all_subsets(n):
-    scores, right = [0.1, 0.9, 0.9, 0.3, 0.2], [1.0, 0.0, 1.0, 1.0, 0.0]
-    best = lambda subset: max(subset, key=lambda i: scores[i])  # noqa: E731 (ties: the earlier)
-    by_hand = mean(right[best(s)] for s in itertools.combinations(range(5), n))
-    assert pav_search.expected_best(scores, right, n) == pytest.approx(by_hand)
-
-
-def test_a_vote_is_taken_block_by_block():
-    answers, right = ["3", "5", "5", "7", "7", "5", "1"], [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
-    assert pav_search.vote_accuracy(answers, right, 3) == 0.5  # 5 wins the first block, 7 the second; the rest is no block
-    assert pav_search.vote_accuracy(answers, right, 1) == pytest.approx(3 / 7)
+from experiments import pav_data, pav_search_report
+from pav import bce_weights, value_loss
 
 
 def test_tokens_to_reach_interpolates_in_log_tokens_and_marks_bounds():
@@ -37,13 +13,6 @@ def test_tokens_to_reach_interpolates_in_log_tokens_and_marks_bounds():
     assert pav_search_report.tokens_to_reach(tokens, accuracy, 0.1) == (10, True)
     assert pav_search_report.tokens_to_reach(tokens, accuracy, 0.9) == (None, False)
     assert pav_search_report.tokens_to_reach(tokens, [0.2, 0.1, 0.8], 0.3)[0] < 160  # a dip is no crossing
-
-
-def test_verdicts_need_two_standard_errors():
-    assert pav_search_report.verdict([0.1, 0.12, 0.11]) and not pav_search_report.verdict([0.1, -0.1, 0.1])
-    assert pav_search_report.together([True, True]) is True and pav_search_report.together([False]) is False
-    assert pav_search_report.together([True, False]) == "partly"
-    assert [pav_data.sign(g) for g in ([0.1, 0.12, 0.11], [-0.1, -0.12, -0.11], [0.1, -0.1, 0.1])] == [1, -1, 0]
 
 
 def point(n, accuracy):

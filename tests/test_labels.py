@@ -9,7 +9,8 @@ from toy import EOS, ToyTask, make_rollouts
 
 import pav
 from infra.cli import UserError
-from pav import Config, check, collect, walk_to_pits, wrong_walks
+from pav import Config, check, collect, roll_out, walk_to_pits, wrong_walks
+from tasks.countdown import Countdown
 
 
 class Steps(ToyTask):
@@ -50,6 +51,45 @@ def test_a_walk_ends_with_the_first_prefix_that_nobody_survives(tokenizer):
     assert at_cut == [1.0, 1.0, 0.0]
     assert spent == 4 * (5 + 4 + 3)
     assert all(float(d["weight"][:, 0].sum()) == 0 for d in found)  # the prompt was not estimated here
+
+
+def test_a_continuation_that_is_eos_at_once_keeps_the_label_of_its_cut():
+    """And a solution that ends with EOS is labelled in front of it too, where a beam ranks it before EOS is drawn."""
+    task = Countdown()
+    tokenizer = task.tokenizer()
+    problem = task.problems("train", 1, 0)[0]
+    prompt = task.prompt_tokens(problem, tokenizer)
+    text = tokenizer.encode(task.demonstration(problem, 1.0, 0))
+    first = 1 + text.index(tokenizer.encode("\n")[0])
+    n, end, eos = len(prompt), len(prompt) + len(text), tokenizer.eos_ids[0]
+    prefixes = [prompt + text, prompt + text[:first]]
+    complete = lambda *a, **k: make_rollouts(prefixes, [[eos], text[first:] + [eos]])  # noqa: E731
+    starts = [(problem, prefix, n) for prefix in prefixes]
+    data, outcome, spent = roll_out(complete, task, tokenizer, starts, 1, task.max_new_tokens, 0)
+    rows = zip(*(data[k].tolist() for k in ("ends", "target", "weight")))
+    labelled = [[(e, t) for e, t, w in zip(*row) if w] for row in rows]
+    assert labelled == [[(end, 1.0), (end + 1, 1.0)], [(n + first, 1.0), (end, 1.0), (end + 1, 1.0)]]
+    assert outcome.tolist() == [[1.0], [1.0]] and spent == 1 + len(text) - first + 1
+
+
+def test_no_solution_is_cut_in_front_of_its_eos(monkeypatch):
+    task = Countdown()
+    tokenizer = task.tokenizer()
+    cuts = []
+
+    def generate(model, prompts, max_new_tokens, **options):
+        """Seeds are solved problems; what the prover is asked to continue is written down."""
+        if isinstance(max_new_tokens, int):
+            texts = [tokenizer.encode(task.demonstration(p, 1.0, 0)) for p in problems]
+            return make_rollouts([list(p) for p in prompts], [[*t, tokenizer.eos_ids[0]] for t in texts])
+        cuts.extend(len(p) for p in prompts)
+        return make_rollouts([list(p) for p in prompts], [[tokenizer.eos_ids[0]]] * len(prompts))
+
+    monkeypatch.setattr(pav, "generate", generate)
+    problems = task.problems("train", 3, 0)
+    collect(None, None, tokenizer, task, problems, Config(task="countdown", cuts=0), 0)
+    prompt = len(task.prompt_tokens(problems[0], tokenizer))
+    assert cuts == [prompt, prompt + 8] * 3
 
 
 def test_walks_start_from_good_states_that_can_fail_and_go_past_the_cut():

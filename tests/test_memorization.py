@@ -8,11 +8,11 @@ import pytest
 import torch
 from toy import tiny_model
 
-import train_sft
 from infra.cli import UserError
 from model import resolve
 from papers import memorization
 from papers.memorization import choose_threshold, curate, held_out_r_squared, load_run, pre_memorization, r_squared, solution_nll
+from tasks.base import Task
 from tasks.worded import Worded
 
 
@@ -123,7 +123,7 @@ def test_curation_takes_the_examples_that_were_memorised_before_they_were_learne
     assert not {p.data[0] for p in curate(make_run(40), task, problems, 30, "iid", 0.1, seed=0)} <= hard
     assert [p.key for p in new] == [p.key for p in curate(make_run(40), task, problems, 30, "premem", 0.1, seed=0)]
     with pytest.raises(UserError, match="similar"):
-        curate(make_run(40), object(), problems, 3, "premem", 0.1, seed=0)
+        curate(make_run(40), Task(), problems, 3, "premem", 0.1, seed=0)
 
 
 SMALL = dict(task="worded", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, steps=6, batch_size=8, threads=1,
@@ -131,14 +131,14 @@ SMALL = dict(task="worded", hidden_size=16, num_hidden_layers=1, num_attention_h
 
 
 def test_snapshots_of_a_run_and_a_curated_run_after_it(tmp_path):
-    cfg = train_sft.Config(run_dir=str(tmp_path / "a"), track_memorization=3, **SMALL)
-    train_sft.train(cfg)
+    cfg = memorization.Config(run_dir=str(tmp_path / "a"), snapshots=3, **SMALL)
+    memorization.train(cfg)
     run = load_run(tmp_path / "a")
     assert run["accuracy"].shape == run["nll"].shape == (3, 24) and run["test_each"].shape == (3, 5)
     assert run["step"].tolist() == [2, 4, 6]
     assert set(np.unique(run["accuracy"])) <= {0, 0.5, 1} and (run["nll"] > 0).all()
     assert run["nll"][2].mean() < run["nll"][0].mean()  # it learns something even in six steps
-    train_sft.train(train_sft.Config(run_dir=str(tmp_path / "b"), curate=str(tmp_path / "a"), track_memorization=1,
+    memorization.train(memorization.Config(run_dir=str(tmp_path / "b"), curate=str(tmp_path / "a"), snapshots=1,
                                      **SMALL | dict(num_examples=30)))
     assert load_run(tmp_path / "b")["accuracy"].shape == (1, 30)
     assert json.loads((resolve(tmp_path / "b").parent / "summary.json").read_text())["examples"] == 30
@@ -147,11 +147,10 @@ def test_snapshots_of_a_run_and_a_curated_run_after_it(tmp_path):
 def test_bad_settings_are_refused_before_work(tmp_path):
     def refused(match, **settings):
         with pytest.raises(UserError, match=match):
-            train_sft.train(train_sft.Config(run_dir=str(tmp_path / match), **SMALL | settings))
+            memorization.train(memorization.Config(run_dir=str(tmp_path / match), **SMALL | settings))
         assert not list((tmp_path / match).glob("step_*"))
 
     refused("no snapshots", curate=str(tmp_path))
-    refused("leave out --rft", rft=True, track_memorization=2)
-    train_sft.train(train_sft.Config(run_dir=str(tmp_path / "a"), track_memorization=1, **SMALL))
+    memorization.train(memorization.Config(run_dir=str(tmp_path / "a"), snapshots=1, **SMALL))
     refused("larger --num-examples", curate=str(tmp_path / "a"))
     refused("give the same here", curate=str(tmp_path / "a"), seed=3, num_examples=30)

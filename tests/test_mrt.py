@@ -12,7 +12,7 @@ import tasks
 import train_rl
 from infra.cli import UserError
 from model import save_model
-from papers import mrt
+from papers import mrt, mrt_star
 from papers.mrt import (
     Config,
     answer_now,
@@ -25,7 +25,7 @@ from papers.mrt import (
     split_episodes,
 )
 from papers.mrt_star import best_prefix, choose, curve, measure, regret
-from rollouts import step_ends
+from rollouts import grades, step_ends
 from tasks.base import split_of
 from tasks.probe import CANDIDATES, FUNCTION, TEST, Probe
 
@@ -184,8 +184,8 @@ def test_sampled_values_are_the_exact_ones(monkeypatch):
     yes, no, no2 = good_bad(p)
     texts = [no + no2 + yes + f"!{p.answer}", no + no + f"!{no[0]}", f"!{p.answer}"]
     out = rollouts_of([p] * 3, texts)
-    cfg = train_rl.Config(reward="mrt", task="probe", mu_samples=60)  # 60 answers go round 6, 5, 4 candidates evenly
-    ends, values, spent = meta_values(None, TOKENS, PROBE, cfg, 1, [p] * 3, out)
+    cfg = mrt.Config(task="probe", mu_samples=60)  # 60 answers go round 6, 5, 4 candidates evenly
+    ends, values, spent = meta_values(None, TOKENS, PROBE, cfg, 1, [p] * 3, out, grades(PROBE, [p] * 3, out, TOKENS))
     assert torch.equal(ends, step_ends(PROBE, out, TOKENS))
     expected = [[1 / 6, 1 / 5, 1 / 4, 1, 1], [1 / 6, 1 / 5, 1 / 5, 0, 0], [1 / 6, 1, 1, 1, 1]]
     torch.testing.assert_close(values, torch.tensor(expected))
@@ -200,13 +200,15 @@ def test_progress_pays_the_episode_that_made_it_and_no_other(monkeypatch):
     p = PROBE.problems("train", 1)[0]
     yes, no, _ = good_bad(p)
     out = rollouts_of([p, p], [f"~~,{yes}{yes}!{p.answer}", f"~~,{no}~~,!{no[0]}"])
-    cfg = train_rl.Config(reward="mrt", task="probe", mu_samples=60, num_generations=2, center_bonus=False, alpha=2.0)
-    score = lambda problems, rollouts: meta_values(None, TOKENS, PROBE, cfg, 1, problems, rollouts)  # noqa: E731
-    adv, logs = train_rl.advantages(cfg, PROBE, [p, p], out, TOKENS, score)
+    cfg = mrt.Config(task="probe", mu_samples=60, num_generations=2, alpha=2.0)
+    cfg.guards = ("anchor",)
+    outcome = grades(PROBE, [p, p], out, TOKENS)
+    ends, values, spent = meta_values(None, TOKENS, PROBE, cfg, 1, [p, p], out, outcome)
+    adv, _ = train_rl.advantages(cfg, out.mask(), outcome, ends, values)
     paid = adv[:, 7:] - torch.tensor([[0.5], [-0.5]]) * out.mask()[:, 7:]  # without the outcome's own advantage
     torch.testing.assert_close(paid[0], torch.tensor([0, 0, 0] + [2 * 5 / 6] * 3 + [0.0] * 6), atol=1e-6, rtol=0)
     torch.testing.assert_close(paid[1], torch.tensor([0, 0, 0] + [2 / 30] * 3 + [0.0] * 3 + [-2 / 5] * 3), atol=1e-6, rtol=0)
-    assert logs["mrt/sampled_tokens"] == 60 * 8 * 2
+    assert spent == 60 * 8 * 2
 
 
 def test_equal_prefixes_share_their_answers():
@@ -220,21 +222,22 @@ def test_the_scalar_form_credits_what_follows_the_cut(monkeypatch):
     p = PROBE.problems("train", 1)[0]
     yes, no, no2 = good_bad(p)
     out = rollouts_of([p] * 40, [no + no2 + yes + f"!{p.answer}"] * 20 + [no + no2 + f"!{no[0]}"] * 20)
-    cfg = train_rl.Config(reward="mrt", task="probe", mu_samples=60, mrt_credit="scalar")
-    ends, values, spent = meta_values(None, TOKENS, PROBE, cfg, 1, [p] * 40, out)
+    cfg = mrt.Config(task="probe", mu_samples=60, mrt_credit="scalar")
+    outcome = grades(PROBE, [p] * 40, out, TOKENS)
+    ends, values, spent = meta_values(None, TOKENS, PROBE, cfg, 1, [p] * 40, out, outcome)
     assert spent == 40 * 60 * 2 and ends.shape == values.shape == (40, 3)
     table = {0: 1 / 6, 3: 1 / 5, 6: 1 / 4, 9: 1.0}
     for b in range(40):
         assert values[b, 0] == values[b, 1] and values[b, 1].item() == pytest.approx(table[int(ends[b, 1]) - 7])
         assert values[b, 2] == (b < 20) and ends[b, 2] == out.length[b]
     assert set((ends[:20, 1] - 7).tolist()) == {0, 3, 6, 9}  # every place is cut at, the end and the answer never
-    assert torch.equal(ends, random_cuts(step_ends(PROBE, out, TOKENS), mrt.derive(0, "cut", 1)))
+    assert torch.equal(ends, random_cuts(step_ends(PROBE, out, TOKENS, credit=True), mrt.derive(0, "cut", 1)))
 
 
 def test_the_meta_prover_is_the_policy_and_its_draws_are_fixed(model, task, tokenizer):
     p = task.problems("train", 2, 0)
     starts = [(p[0], tokenizer.encode(p[0].prompt), 3), (p[1], tokenizer.encode(p[1].prompt + "12"), 3)]
-    cfg = train_rl.Config(reward="mrt", mu_samples=3, mu_tokens=2, termination_text="==")
+    cfg = mrt.Config(mu_samples=3, mu_tokens=2, termination_text="==")
     right, answers, spent = answer_now(model, tokenizer, task, starts, cfg, 7)
     again = answer_now(model, tokenizer, task, starts, cfg, 7)
     other = answer_now(model, tokenizer, task, starts, cfg, 8)
@@ -242,41 +245,33 @@ def test_the_meta_prover_is_the_policy_and_its_draws_are_fixed(model, task, toke
     for row in answers:
         assert len(row) == 3 and all(a[:2] == [10, 10] and 3 <= len(a) <= 4 for a in row)
     assert spent == sum(len(a) - 2 for row in answers for a in row)
-    for (problem, tokens, start), row, grades in zip(starts, answers, right.tolist()):
-        assert grades == [task.grade(problem, tokenizer.decode(tokens[start:] + a)) for a in row]
-
-
-def test_legal_gate_and_foreign_episodes_do_not_mix():
-    out = rollouts_of(PROBE.problems("train", 1), ["!A"])
-    cfg = train_rl.Config(reward="mrt", task="probe", gate="legal", max_episodes=3)
-    with pytest.raises(UserError, match="--gate"):
-        meta_values(None, TOKENS, PROBE, cfg, 1, PROBE.problems("train", 1), out)
+    for (problem, tokens, start), row, graded in zip(starts, answers, right.tolist()):
+        assert graded == [task.grade(problem, tokenizer.decode(tokens[start:] + a)) for a in row]
 
 
 def test_alpha_zero_asks_nobody_and_is_the_outcome_run(tmp_path, monkeypatch, tokenizer, task):
     save_model(tmp_path / "policy", tiny_model(), tokenizer)
     monkeypatch.setattr(train_rl, "get_task", lambda cfg: task)
+    monkeypatch.setattr(mrt, "get_task", lambda cfg: task)
 
-    def run(name, **options):
+    def run(script, name, **options):
         small = dict(policy=str(tmp_path / "policy"), run_dir=str(tmp_path / name), steps=2, num_prompts=4, num_generations=4,
-                     eval_problems=4, device="cpu", threads=1, mu_tokens=2, termination_text="=")
-        summary = train_rl.train(train_rl.Config(**(small | options)))
+                     eval_problems=4, device="cpu", threads=1)
+        summary = script.train(script.Config(**(small | options)))
         return (tmp_path / name / "step_000002" / "model.safetensors").read_bytes(), summary
 
-    outcome, zero, paid = run("outcome", reward="outcome"), run("zero", reward="mrt", alpha=0.0), run("paid", reward="mrt")
+    mu = dict(mu_tokens=2, termination_text="=")
+    outcome = run(train_rl, "outcome", reward="outcome")
+    zero = run(mrt, "zero", alpha=0.0, **mu)
+    paid = run(mrt, "paid", **mu)
     assert outcome[0] == zero[0] != paid[0]
     assert zero[1]["mrt_tokens"] == 0 < paid[1]["mrt_tokens"]
-    assert run("short", reward="outcome", length_penalty=0.5)[0] != outcome[0]
+    assert run(mrt, "short", alpha=0.0, length_penalty=0.5)[0] != outcome[0]
 
 
-def test_a_length_penalty_prefers_the_short_one_of_two_right_solutions():
-    p = PROBE.problems("train", 1)[0]
-    out = rollouts_of([p] * 3, [f"~~,~~,!{p.answer}", f"!{p.answer}", "~~,~~,~~,!"])
-    cfg = train_rl.Config(reward="outcome", task="probe", num_generations=3, length_penalty=0.5)
-    adv, logs = train_rl.advantages(cfg, PROBE, [p] * 3, out, TOKENS, None)
-    reward = [1 - 0.5 * 9 / 63, 1 - 0.5 * 3 / 63, 0.0]
-    assert adv[:, 7].tolist() == pytest.approx([r - sum(reward) / 3 for r in reward], abs=1e-6)
-    assert logs["rewards/outcome/mean"] == pytest.approx(2 / 3)
+def test_the_rl_script_names_the_sibling():
+    with pytest.raises(UserError, match="python -m papers.mrt"):
+        train_rl.main(["--reward", "mrt", "--task", "probe"])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -333,18 +328,18 @@ def test_star_keeps_short_traces_that_end_right(monkeypatch):
 
 
 def test_star_resumes_and_measures(tmp_path, monkeypatch, task, tokenizer):
-    monkeypatch.setattr(tasks, "get_task", lambda cfg: task)
+    monkeypatch.setattr(mrt_star, "get_task", lambda cfg: task)
     save_model(tmp_path / "policy", tiny_model(), tokenizer)
     small = dict(policy=str(tmp_path / "policy"), num_prompts=8, num_generations=4, steps=2, batch_size=8, eval_problems=6,
                  threads=1, device="cpu", mu_samples=2, mu_tokens=3, termination_text="=", min_value=0.0)
-    before = mrt.train(Config(**small, rounds=0, run_dir=str(tmp_path / "measure")))
+    before = mrt_star.train(mrt_star.Config(**small, rounds=0, run_dir=str(tmp_path / "measure")))
     assert len(before["curve"]) == task.max_new_tokens + 1 and 0 < before["regret"] < 1 and "curve_exact" not in before
-    two = mrt.train(Config(**small, rounds=2, run_dir=str(tmp_path / "star")))
+    two = mrt_star.train(mrt_star.Config(**small, rounds=2, run_dir=str(tmp_path / "star")))
     weights = (tmp_path / "star" / "step_000002" / "model.safetensors").read_bytes()
     assert weights != (tmp_path / "star" / "step_000001" / "model.safetensors").read_bytes()
     (tmp_path / "star" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "star" / "step_000002")
-    again = mrt.train(Config(**small, rounds=2, run_dir=str(tmp_path / "star")))
+    again = mrt_star.train(mrt_star.Config(**small, rounds=2, run_dir=str(tmp_path / "star")))
     assert again | dict(seconds=0) == two | dict(seconds=0)
     assert (tmp_path / "star" / "step_000002" / "model.safetensors").read_bytes() == weights
     rows = [json.loads(x) for x in (tmp_path / "star" / "metrics.jsonl").read_text().splitlines()]
@@ -353,7 +348,7 @@ def test_star_resumes_and_measures(tmp_path, monkeypatch, task, tokenizer):
 
 def test_the_exact_values_are_measured_beside_the_sampled_ones():
     model = tiny_model(vocab=TOKENS.n_vocab, context=96)
-    found = measure(model, TOKENS, PROBE, PROBE.problems("val", 6), Config(mu_samples=2), 0)
+    found = measure(model, TOKENS, PROBE, PROBE.problems("val", 6), mrt_star.Config(mu_samples=2), 0)
     assert len(found["curve"]) == len(found["curve_exact"]) == PROBE.max_new_tokens + 1
     assert found["curve_exact"][0] == pytest.approx(1 / 6, abs=1e-4) and found["J_rms"] > 0
 

@@ -1,18 +1,13 @@
 """The arithmetic behind experiments/negatives.py: what a method's problems are worth, and where the cuts lie."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import negatives  # noqa: E402
-
-from model import pad_right  # noqa: E402
-from rollouts import write_tensors  # noqa: E402
-from tasks import get_task  # noqa: E402
+from experiments import negatives
+from model import pad_right
+from rollouts import write_tensors
+from tasks import get_task
 
 
 def test_worth_is_read_off_the_curve_of_sft():

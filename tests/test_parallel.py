@@ -1,4 +1,4 @@
-"""N processes are one process: rows are padded_share and gathered whole, and runs under torchrun (gloo) end as one process ends."""
+"""N processes are one process: rows are shared out and gathered whole, and runs under torchrun (gloo) end as one ends."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def home(tmp_path_factory):
 
 
 def command(home, argv, run, n, *more):
-    argv = [*argv, *more, "--run-dir", str(run), "--device", "cpu", "--threads", "1", "--planted-length", "2"]
+    argv = [*argv, *more, "--run-dir", str(run), "--device", "cpu", "--threads", "1", "--task-args", "length=2"]
     if argv[0] != "train_sft.py":
         argv += ["--policy", str(home / "policy")]
     if argv[0] == "train_rl.py":

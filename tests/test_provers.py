@@ -2,22 +2,16 @@
 finite differences, countdown's solver as a verifier; and the claims that experiments/provers.py prints."""
 
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import countdown_exact  # noqa: E402
-import planted_exact as exact  # noqa: E402
-import provers  # noqa: E402
-from provers_report import verdict  # noqa: E402
-
-from tasks.countdown import Countdown  # noqa: E402
-from tasks.planted import Planted, planted_values  # noqa: E402
+from experiments import planted_exact as exact
+from experiments import provers
+from experiments.toolkit import ExactVerifier
+from tasks.countdown import Countdown
+from tasks.planted import Planted, planted_values
 
 LETTERS, LENGTH = "abc", 5
 
@@ -105,14 +99,14 @@ def test_exact_verifier_says_what_the_task_says():
 
     task = Planted(prompts=2, letters=6, planted=3, length=5)
     tokenizer = task.tokenizer()
-    verifier = exact.ExactVerifier(task, tokenizer, 16.0)
+    verifier = ExactVerifier(task, tokenizer, 16.0)
     texts = [(p, word) for p in task.all for word in (p.answer + "ab", "a" + p.answer + "a", "ababa",
                                                      p.answer[:2] + "A" + p.answer[:2], "B" + p.answer[:2] + "AA")]
     tokens = torch.tensor([tokenizer.encode(p.prompt + word) for p, word in texts])
     values = step_values(verifier, tokens, torch.arange(1, 7).expand(len(tokens), 6))
     expected = [[task.exact_value(p, word[:t], 16.0) for t in range(6)] for p, word in texts]
     torch.testing.assert_close(values, torch.tensor(expected), atol=1e-5, rtol=1e-4)
-    best_of = step_values(exact.ExactVerifier(task, tokenizer, 16.0, k=4), tokens, torch.arange(1, 7).expand(len(tokens), 6))
+    best_of = step_values(ExactVerifier(task, tokenizer, 16.0, k=4), tokens, torch.arange(1, 7).expand(len(tokens), 6))
     torch.testing.assert_close(best_of, 1 - (1 - values) ** 4)
 
 
@@ -133,7 +127,7 @@ def test_the_solver_as_a_verifier_of_countdown():
     rolled = Rollouts(tokens, torch.tensor([len(p) for p in prompts]), torch.tensor([len(r) for r in rows]),
                       torch.zeros(tokens.shape), ["stop"] * len(rows), 0.0)
     ends = step_ends(task, rolled, tokenizer)
-    values = step_values(countdown_exact.ExactVerifier(task, tokenizer, 0.5), tokens, ends)
+    values = step_values(ExactVerifier(task, tokenizer, 0.5), tokens, ends)
     expected = [[task.exact_value(p, tokenizer.decode(rows[b][len(prompts[b]) : end]), 0.5) for end in ends[b].tolist()]
                 for b, p in enumerate(problems)]
     torch.testing.assert_close(values, torch.tensor(expected), atol=1e-6, rtol=1e-4)
@@ -164,7 +158,3 @@ def test_a_table_learns_from_progress_and_not_without_a_reward():
     short = exact.scripted("abcabc", LETTERS, 1.0, LENGTH)  # six letters do not fit into five
     flat = exact.table_rl(exact.transitions("abcabc", LETTERS), short, np.full((LENGTH + 1, 7), 0.5), 0, 0.1, 10)
     assert flat == [0.0, 0.0]
-
-
-def test_a_claim_holds_by_its_tests():
-    assert verdict(True, True) is True and verdict(True, False) == "partly" and verdict(False, False) is False

@@ -8,6 +8,7 @@ import torch
 from toy import EOS, make_rollouts, tiny_model
 
 import sample
+from engines import batch
 from infra.cli import UserError
 from kernels import linear_sample
 from model import token_logprobs
@@ -116,7 +117,7 @@ def test_sequences_with_equal_tokens_are_computed_once(model, monkeypatch, slots
 def test_prefill_in_small_buckets_changes_nothing(model, monkeypatch):
     prompts = ragged_prompts()
     whole = generate(model, prompts, **OPTIONS)
-    monkeypatch.setitem(sample.PREFILL_TOKENS, "cpu", 10)
+    monkeypatch.setitem(batch.PREFILL_TOKENS, "cpu", 10)
     parts = generate(model, prompts, **OPTIONS)
     for i in range(len(prompts)):
         same(parts, i, whole, i)
@@ -152,7 +153,7 @@ def scripted(monkeypatch, table):
     def draw(hidden, head, temperature, uniform, softcap=None):
         return torch.full((len(hidden),), table[next(counter)]), torch.full((len(hidden),), -0.5)
 
-    monkeypatch.setattr(sample, "linear_draw", draw)
+    monkeypatch.setattr(batch, "linear_draw", draw)
 
 
 def test_eos_is_part_of_completion_and_mask(model, monkeypatch):

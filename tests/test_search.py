@@ -14,7 +14,7 @@ from open_weights.tokenizer import alphabet_tokenizer
 from report.statistics import vote
 from search import beam, best_of_n, effective_score, learned_values, parents, select
 from tasks import get_task
-from tasks.base import line_ends
+from tasks.base import Task, line_ends
 from verifier import Verifier, save_verifier
 
 OPTIONS = dict(n=6, limit=6, seed=3, temperature=1.0)
@@ -26,7 +26,7 @@ class Pairs(ToyTask):
     step_tokens = 2
 
 
-class Lines:
+class Lines(Task):
     """Prompt "37=", steps are lines; newlines and blanks are frequent under a random model."""
 
     strengths, ends_with_eos, max_new_tokens, step_tokens = None, True, 12, 0
@@ -77,7 +77,7 @@ def test_majority_prefers_the_commonest_then_the_earliest_and_ignores_the_unpars
     assert vote(["3", "5", "5"]) == 1
     assert vote(["3", "5", "5", "3"]) == 0
     assert vote([None, None, "4"]) == 2
-    assert vote([None, None]) == 0
+    assert vote([None, None]) is None
 
 
 def test_draws_are_shared_among_the_living_and_the_finished_keep_their_share():
@@ -197,8 +197,8 @@ def test_a_step_is_a_line_and_blank_lines_are_none():
         assert set(line_ends(e.tokens, e.ends[0], len(e.tokens), tokenizer)) <= set(e.ends)
 
 
-@pytest.mark.parametrize("name", ["planted", "countdown", "chain", "stargraph"])
-def test_the_searchs_steps_are_the_tasks(name):
+@pytest.mark.parametrize("name", ["planted", "countdown", "chain", "stargraph", "worded", "contextual"])
+def test_every_position_that_a_beam_ranks_at_is_one_that_is_labelled(name):
     """Values are read where the verifier was trained to be read: at the task's own step ends."""
     task = get_task(name)
     tokenizer = task.tokenizer()
@@ -207,8 +207,7 @@ def test_the_searchs_steps_are_the_tasks(name):
     found = beam(model, tokenizer, task, problems, lambda p, rows: ([0.5] * len(rows),) * 2 + (0,), n=6, width=3, alpha=0.0,
                  limit=task.max_new_tokens, seed=0, temperature=1.0)
     for e in (e for f in found for e in f.candidates):
-        before_eos = len(e.tokens) - (e.tokens[-1] in tokenizer.eos_ids)  # a newline there ends no step of the task's
-        assert set(e.ends[1:]) - {before_eos} <= set(task.step_ends(e.tokens, e.ends[0], len(e.tokens), tokenizer))
+        assert set(e.ends[1:]) <= set(task.step_ends(e.tokens, e.ends[0], len(e.tokens), tokenizer))
 
 
 def test_best_of_n_ranks_the_samples_that_sample_py_draws(model):
@@ -252,34 +251,47 @@ def folders(tmp_path):
     return {name: str(tmp_path / name) for name in ("policy", "q", "orm", "foreign")}
 
 
-def call(monkeypatch, folders, *argv):
-    import sample
-
-    return sample.main(["--model", folders["policy"], "--num-problems", "4", *argv])
+def call(folders, *argv):
+    return search.main(["--model", folders["policy"], "--num-problems", "4", *argv])
 
 
 @pytest.mark.parametrize("match, argv", [
-    ("another tokenizer", ["--task", "planted", "--search", "beam", "--n", "3", "--verifier", "foreign"]),
-    ("multiple of 3", ["--task", "planted", "--search", "beam", "--n", "4", "--verifier", "q"]),
-    ("multiple of 3", ["--task", "planted", "--search", "beam", "--n", "1", "--verifier", "q"]),
-    ("divides", ["--task", "planted", "--search", "beam", "--n", "6", "--width", "4", "--verifier", "q"]),
-    ("temperature", ["--task", "planted", "--search", "beam", "--n", "6", "--greedy", "--verifier", "q"]),
-    ("needs --verifier", ["--task", "planted", "--search", "best-of-n", "--n", "6"]),
-    ("needs --task", ["--prompt", "x", "--search", "beam", "--n", "6", "--verifier", "q"]),
-    ("outcome model", ["--task", "planted", "--search", "beam", "--n", "6", "--verifier", "orm"]),
-    ("not a verifier", ["--task", "planted", "--search", "beam", "--n", "6", "--verifier", "policy"]),
+    ("another tokenizer", ["--task", "planted", "--method", "beam", "--n", "3", "--verifier", "foreign"]),
+    ("multiple of 3", ["--task", "planted", "--method", "beam", "--n", "4", "--verifier", "q"]),
+    ("multiple of 3", ["--task", "planted", "--method", "beam", "--n", "1", "--verifier", "q"]),
+    ("divides", ["--task", "planted", "--method", "beam", "--n", "6", "--width", "4", "--verifier", "q"]),
+    ("temperature", ["--task", "planted", "--method", "beam", "--n", "6", "--greedy", "--verifier", "q"]),
+    ("needs --verifier", ["--task", "planted", "--method", "best-of-n", "--n", "6"]),
+    ("--task is missing", ["--method", "beam", "--n", "6", "--verifier", "q"]),
+    ("outcome model", ["--task", "planted", "--method", "beam", "--n", "6", "--verifier", "orm"]),
+    ("not a verifier", ["--task", "planted", "--method", "beam", "--n", "6", "--verifier", "policy"]),
 ])
-def test_flags_that_cannot_mean_anything_are_refused(monkeypatch, folders, match, argv):
+def test_flags_that_cannot_mean_anything_are_refused(folders, match, argv):
     with pytest.raises(UserError, match=match):
-        call(monkeypatch, folders, *[folders.get(a, a) for a in argv])
+        call(folders, *[folders.get(a, a) for a in argv])
 
 
 @pytest.mark.parametrize("argv", [["beam", "--verifier", "q", "--alpha", "0.5", "--prover-k", "4"],
                                   ["beam", "--verifier", "q", "--prover-verifier", "q", "--width", "3"],
                                   ["best-of-n", "--verifier", "orm"], ["majority"]])
-def test_each_search_runs_and_says_what_it_cost(monkeypatch, capsys, folders, tmp_path, argv):
-    call(monkeypatch, folders, "--task", "planted", "--n", "6", "--out", str(tmp_path / "out.jsonl"), "--search",
+def test_each_search_runs_and_says_what_it_cost(capsys, folders, tmp_path, argv):
+    call(folders, "--task", "planted", "--n", "6", "--out", str(tmp_path / "new" / "out.jsonl"), "--method",
          *[folders.get(a, a) for a in argv])
     said = capsys.readouterr().out
     assert "accuracy" in said and "generated" in said and "prefilled" in said
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
+    assert "[0.000, 0.490]" in said or "accuracy 0.000" not in said  # 0 of 4 is no proof of 0: Wilson's interval
+    assert len((tmp_path / "new" / "out.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_vote_is_that_of_evaluations(monkeypatch, folders):
+    """Of "3", "1/2" and "0.5" the grader says that two are one answer, in a search as in an evaluation."""
+    task = type(get_task("planted"))
+    texts = {}
+
+    def answer(self, problem, text):
+        texts.setdefault(problem.key, []).append(text)
+        return ["3", "1/2", "0.5"][len(texts[problem.key]) - 1]
+
+    monkeypatch.setattr(task, "final_answer", answer)
+    rows = call(folders, "--task", "planted", "--n", "3", "--method", "majority")
+    assert len(rows) == 4 and all(r["completion"] == texts[r["key"]][1] for r in rows)

@@ -1,4 +1,4 @@
-"""tasks.py: exact values against sampling, splits, step ends, errors of data files."""
+"""tasks/: exact values against sampling, splits, step ends, errors of data files."""
 
 import itertools
 import json
@@ -7,13 +7,17 @@ from statistics import fmean
 
 import pytest
 
+import pipeline
+import train_rl
 import train_sft
+from infra import cli
 from infra.cli import UserError
 from open_weights.tokenizer import alphabet_tokenizer
-from tasks import answers_equal, extract_answer, files, get_task, symbolic
+from tasks import TASKS, answers_equal, extract_answer, files, get_task, symbolic, task_class
 from tasks.base import line_ends, split_of
 from tasks.countdown import Countdown, countdown_moves
 from tasks.files import Jsonl
+from tasks.grid import Grid
 from tasks.planted import Planted, kmp_next
 
 PLANTED, COUNTDOWN = Planted(0, planted=5), Countdown()
@@ -425,7 +429,7 @@ def test_math_verify_grades_where_it_is_asked_to(tmp_path, monkeypatch):
 def test_get_task_takes_a_config_as_well():
     cfg = train_sft.Config(task="planted", seed=3)
     assert get_task(cfg).all == get_task("planted", 3).all
-    cfg.planted_prompts, cfg.planted_length = 6, 4
+    cfg.task_args = ["prompts=6", "length=4"]
     assert [len(p.answer) for p in get_task(cfg).all] == [4] * 6
     assert isinstance(get_task("countdown"), Countdown)
 
@@ -522,3 +526,179 @@ def test_what_is_missing_is_said(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             make()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Grid
+
+GRID = Grid()
+
+
+def grid_chance(cell, target, left, strength, size):
+    """Success of the player by walking the whole tree: no cache, and reachability by trying every way."""
+    row, column = cell
+    if not left:
+        return float(cell == target)
+    cells = itertools.product(range(size), repeat=2)
+    after = [(r, c) for r, c in cells if abs(r - row) + abs(c - column) == 1]
+    good = [s for s in after if grid_chance(s, target, left - 1, 0.0, size) > 0] or after
+    walk = {s: grid_chance(s, target, left - 1, strength, size) for s in after}
+    return (1 - strength) * fmean(walk[s] for s in after) + strength * fmean(walk[s] for s in good)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.2, 1.0])
+def test_grid_value_equals_enumeration(strength):
+    task = Grid(size=4, shortest=2, longest=4)
+    for p in task.problems("train", 12, 0):
+        (row, column, left), target = p.data
+        want = grid_chance((row, column), target, left, strength, 4)
+        assert task.exact_value(p, "", strength) == pytest.approx(want, abs=1e-12)
+
+
+def test_grid_value_is_the_mean_outcome_of_the_player_within_lines_as_well():
+    p = next(p for p in GRID.by_split["train"] if p.prompt == "7 5 :1 :4 \n")
+    n = 4000
+    demos = [GRID.demonstration(p, 0.6, i) for i in range(n)]
+    for cut in ("", "6 ", "7 ", "7 4 \n", "6 5 \n5 "):
+        here = [d for d in demos if d.startswith(cut)]
+        hits, value = fmean(GRID.grade(p, d) for d in here), GRID.exact_value(p, cut, 0.6)
+        assert abs(hits - value) < 4 * (value * (1 - value) / len(here)) ** 0.5 + 1e-3
+    base = fmean(GRID.exact_value(p, "", GRID.strengths["base"]) for p in GRID.problems("test"))
+    assert 0.1 < base < 0.13
+
+
+def test_grid_targets_of_test_are_never_trained_and_every_problem_has_its_distance():
+    targets = {s: {p.data[1] for p in GRID.problems(s)} for s in ("train", "val", "test")}
+    assert sum(map(len, targets.values())) == len(set.union(*targets.values())) == 100
+    assert min(map(len, targets.values())) > 5
+    for s in targets:
+        for p in GRID.problems(s):
+            (row, column, left), (r, c) = p.data
+            assert left == abs(row - r) + abs(column - c) and 5 <= left <= 7
+
+
+def test_grid_lines_that_are_illegal_and_lines_that_are_fatal():
+    p = next(p for p in GRID.by_split["train"] if p.prompt == "7 5 :1 :4 \n")
+    right = "6 5 \n5 5 \n4 5 \n3 5 \n2 5 \n1 5 \n1 4 \n"
+    assert GRID.grade(p, right) == GRID.grade(p, right.rstrip()) == 1.0
+    assert GRID.first_illegal_step(p, right) is None and GRID.exact_value(p, right, 0.2) == 1.0
+    cases = {
+        "6 4 \n": 0,  # two steps in one
+        "7 5 \n": 0,  # none
+        "\n" + right: 0,
+        "6 5 \n6 5": 1,
+        "6 5 \n5 5 \n4 5 \n3 5 \n2 5 \n1 5 \n1 4 \n1 3 \n": 7,  # beyond the distance
+        "6 5 \n5 ": 1,
+        "6 :5 \n": 0,
+        "06 5 \n": 0,
+        "٦ 5 \n": 0,
+        "9" * 10**6: 0,
+    }
+    for text, step in cases.items():
+        assert GRID.grade(p, text) == 0.0 and GRID.first_illegal_step(p, text) == step, text[:40]
+    away = "8 5 \n"  # legal, and fatal: the distance was the limit
+    assert GRID.first_illegal_step(p, away) is None and GRID.grade(p, away) == 0.0
+    assert GRID.exact_value(p, away, 1.0) == 0.0 and not GRID.solvable(p, "8 ") and GRID.solvable(p, "7 ")
+    edge = next(p for p in GRID.by_split["train"] if p.data[0][0] == 9)
+    assert GRID.first_illegal_step(edge, f"10 {edge.data[0][1]} \n") == 0
+    with pytest.raises(UserError, match="grid needs"):
+        Grid(size=11)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The contract, over all tasks
+
+
+def data_of(name, folder):
+    """--data for a task: a file of its kind, where it reads one."""
+    if not task_class(name).needs_model:
+        return []
+    rows = dict(gsm8k=gsm(60), math=[dict(problem=f"{i}?", solution=f"So\n$\\boxed{{{i}}}$.") for i in range(60)])
+    return [f"train={write(folder, rows.get(name, ROWS))}"]
+
+
+def task_of(name, folder):
+    data = data_of(name, folder)
+    return get_task(name, data=data) if data else get_task(name)
+
+
+class Letters:
+    """A model's tokenizer for tasks from files: a character is a token."""
+
+    eos_ids = (0x110000,)
+    chat_format = None
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def prompt(self, text):
+        return self.encode(text)
+
+    def token_bytes(self, i):
+        return b"" if i in self.eos_ids else chr(i).encode()
+
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids if i not in self.eos_ids)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_strongest_demonstration_fits_and_is_right(name, tmp_path):
+    """With EOS behind it, cut at max_new_tokens; its steps increase, end at its length, and stay as it grows."""
+    task = task_of(name, tmp_path)
+    tokenizer = task.tokenizer() or Letters()
+    strength = max(task.strengths.values()) if task.strengths else None
+    for i, problem in enumerate(task.problems("train", 40, 0)):
+        prompt = list(task.prompt_tokens(problem, tokenizer))
+        text = tokenizer.encode(task.demonstration(problem, strength, i))
+        whole = text + [tokenizer.eos_ids[0]] * task.ends_with_eos
+        assert text and len(whole) <= task.max_new_tokens
+        assert task.grade(problem, tokenizer.decode(whole[: task.max_new_tokens])) == 1.0
+        n, seen = len(prompt), set()
+        assert task.step_ends(prompt, n, n, tokenizer) == task.credit_ends(prompt, n, n, tokenizer) == []
+        for length in range(n + 1, n + len(whole) + 1):
+            ends = task.step_ends(prompt + whole, n, length, tokenizer)
+            credit = task.credit_ends(prompt + whole, n, length, tokenizer)
+            assert ends == sorted(set(ends)) and ends[0] > n and ends[-1] == credit[-1] == length
+            assert set(credit) <= set(ends) and len(ends) - len(credit) <= 1
+            assert set(ends[:-1]) <= seen  # an end is known when its token is drawn
+            seen |= set(ends)
+        assert len(ends) > 1 or task.needs_model  # a file may hold solutions of one line
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_optional_method_has_an_answer(name, tmp_path):
+    task = task_of(name, tmp_path)
+    problem = task.problems("train", 1, 0)[0]
+    tokenizer = task.tokenizer() or Letters()
+    tokenizer.n_vocab = 128 if task.needs_model else tokenizer.n_vocab
+    text = task.demonstration(problem, max(task.strengths.values()) if task.strengths else None, 0)
+    assert set(tokenizer.eos_ids) <= set(task.stop_ids(tokenizer))
+    assert task.final_answer(problem, text) and task.grade_leniently(problem, text) == 1.0
+    for value in (task.exact_value(problem, text, 1.0), task.value_now(problem, text)):
+        assert value is None or value == 1.0
+    assert task.similar(problem, 0) is None or split_of(task.similar(problem, 0).key) == "train"
+    assert isinstance(task.termination, str) and task.answer_tokens > 0 and task.stages["long"] > 0
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_settings_beside_a_task_are_flags_of_the_stages_scripts(name, tmp_path):
+    """So that a new task is one file and one line: the contract's settings do for it."""
+    data = data_of(name, tmp_path)
+    config = pipeline.with_flags(train_rl.Config)
+    cfg = config(reward="pav", task=name, data=data, model="M" if data else "")
+    _, jobs = pipeline.plan(cfg, {"": (["train_rl.py"], train_rl.Config)}, set())
+    stages = {job.label.split("/")[1] for job in jobs}
+    scripted = task_class(name).strengths is not None
+    assert stages == {"sft", "verifier", "rl_pav", "rl_outcome"} | ({"prover"} if scripted else set())
+    verifier = next(job.config for job in jobs if job.label.endswith("/verifier"))
+    assert scripted or verifier.prover_k == 4  # the base policy is no prover of itself
+    for job in jobs:
+        assert cli.parse(type(job.config), job.command()[len(job.script) :]) == job.config
+
+
+def test_the_task_may_stay_while_the_runs_seed_changes():
+    one = train_sft.Config(task="planted", seed=1)
+    other = train_sft.Config(task="planted", seed=2, task_seed=1)
+    assert get_task(one).all == get_task(other).all != get_task(train_sft.Config(task="planted", seed=2)).all
+    same = [get_task(train_sft.Config(task="contextual", seed=s, task_seed=7)).g for s in (0, 1)]
+    assert same[0] == same[1] == get_task("contextual", 7).g

@@ -1,23 +1,16 @@
 """The task contextual against enumeration and sampling, and the arithmetic of experiments/vbvf.py."""
 
 import itertools
-import sys
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import vbvf  # noqa: E402
-import vbvf_exact  # noqa: E402
-import vbvf_report  # noqa: E402
-
-from infra.cli import UserError  # noqa: E402
-from tasks import get_task  # noqa: E402
-from tasks.contextual import Contextual, solve_times  # noqa: E402
+from experiments import vbvf, vbvf_exact, vbvf_report
+from infra.cli import UserError
+from tasks import get_task
+from tasks.contextual import Contextual, solve_times
 
 TOY = dict(symbols=3, planted=2, letters=3, length=5, mixture=(0.5, 6.0))
 
@@ -113,9 +106,12 @@ def test_rewards_and_labels_of_a_trace_agree_at_every_budget():
         assert paid.tolist() == vbvf.rewards(times, H).tolist()
 
 
-def test_best_of_n_looks_at_the_first_n_alone():
-    scores, value = torch.tensor([[0.1, 0.9, 0.3], [0.5, 0.4, 0.6]]), torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
-    assert [vbvf.best_of(scores, value, N) for N in (1, 2, 3)] == [5.5, 6.0, 16.0]
+def test_an_eos_is_a_token_like_any_other():
+    """Ten EOS and then the letters: right at token 14, not at 4."""
+    task = Contextual(length=16)
+    tokenizer, problem = task.tokenizer(), task.problems("test", 1, 0)[0]
+    row = [*task.prompt_tokens(problem, tokenizer), *[tokenizer.eos_ids[0]] * 10, *tokenizer.encode(problem.answer), 0, 0]
+    assert vbvf.solve_times(task, tokenizer, [problem], torch.tensor([row])).tolist() == [[14]]
 
 
 class Constant(torch.nn.Module):
@@ -198,12 +194,24 @@ def test_claims_follow_from_the_rows():
         return out
 
     cfg = vbvf.Config(seeds=3, horizons=[8, 32], sizes=[10, 20])
-    grows = vbvf_report.claims(rows(lambda H, m: (1 if H == 8 else 5) if m == "mixed" else -1), cfg, "x")
-    assert [c["holds"] for c in grows] == [True, "partly", True, False]
+    claims = lambda gap: vbvf_report.claims_of(dict(rows=rows(gap), settings=vars(cfg), command="x"))  # noqa: E731
+    grows = claims(lambda H, m: (1 if H == 8 else 5) if m == "mixed" else -1)
+    assert [c["holds"] for c in grows] == [True, "open", True, False]
     assert "concentrated base, n = 20, H = 32" in grows[0]["fails_when"]
-    flat = vbvf_report.claims(rows(lambda H, m: -1), cfg, "x")
+    flat = claims(lambda H, m: -1)
     assert flat[0]["holds"] is False and set(flat[0]) == {"paper", "claim", "measured", "holds", "command", "fails_when"}
     assert "| mixed | 10 | 8 |" in vbvf_report.tables(rows(lambda H, m: 1), cfg)
+
+
+def test_a_gap_does_not_grow_because_verifier_free_training_gets_worse():
+    """VB-RL as good at n = 20 as at n = 10, VF worse: whoever has 20 problems can train on 10."""
+    out = []
+    for seed, n in itertools.product(range(3), (10, 20)):
+        J = 0.8 + seed / 1e3 + n * seed / 1e4
+        out.append(dict(seed=seed, mixture="mixed", H=32, n=n, rl=dict(J=J), vf=dict(J=0.5 if n == 10 else 0.3)))
+    cells = vbvf_report.Cells(dict(rows=out, settings=dict(seeds=3, horizons=[32], sizes=[10, 20]), command="x"))
+    assert (cells.get("gap") - cells.get("gap", 10)).mean() > 6
+    assert cells.fair_gap() - cells.fair_gap(10) == pytest.approx([0, 0.032, 0.064])
 
 
 # ----------------------------------------------------------------------------------------------------

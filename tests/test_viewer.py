@@ -1,18 +1,14 @@
-"""The step viewer and the page: what they say is what was measured, and model text cannot do harm in either."""
+"""Solutions as rows, in the terminal and on the page: model text can do harm in neither."""
 
-import html
-import json
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from toy import EOS, ToyTask, tiny_model
 
-import sample
 from model import save_model
-from report import __main__ as report
+from report import charts, solutions, webpage
 from report import show as viewer
-from report import webpage
 from rollouts import Rollouts, step_ends
 from tasks import get_task
 from verifier import Verifier, save_verifier
@@ -28,21 +24,21 @@ def test_rows_are_cut_at_the_steps_and_carry_their_values():
     out = Rollouts(tokens, torch.tensor([3, 3]), torch.tensor([7, 5]), torch.zeros(2, 7), ["stop", "stop"])
     ends = step_ends(task, out, tokenizer)  # two tokens a step
     values = torch.tensor([[0.5, 0.25, 1.0], [0.125, 0.75, 0.75]])
-    rows = viewer.solution_rows(task.problems("train", 2, 0), out, ends, values, [1.0, 0.0], tokenizer)
+    rows = solutions.solution_rows(task.problems("train", 2, 0), out, ends, values, [1.0, 0.0], tokenizer)
     assert rows[0]["steps"] == ["12", "7"] and rows[0]["values"] == [0.5, 0.25, 1.0]
     assert rows[1]["steps"] == ["9"] and rows[1]["values"] == [0.125, 0.75]  # the padding step is no step
-    assert viewer.progress_of(rows[0]) == [-0.25, 0.75] and [r["reward"] for r in rows] == [1.0, 0.0]
+    assert solutions.progress_of(rows[0]) == [-0.25, 0.75] and [r["reward"] for r in rows] == [1.0, 0.0]
 
 
-def test_kept_solutions_are_distinct_and_few(tmp_path, monkeypatch):
-    monkeypatch.setattr(viewer, "KEPT", 2)
+def test_written_solutions_are_distinct_and_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(solutions, "WRITTEN", 2)
     task, tokenizer = ToyTask(), ToyTask().tokenizer()
     tokens = torch.tensor([[3, 7, 10, 7]] * 3 + [[3, 7, 10, 8], [3, 7, 10, 9]])
     out = Rollouts(tokens, torch.full((5,), 3), torch.full((5,), 4), torch.zeros(5, 4), ["length"] * 5)
     ends = step_ends(task, out, tokenizer)
-    viewer.keep_solutions(tmp_path / "s.jsonl", tokenizer, task.problems("train", 1, 0) * 5, out, [1, 1, 1, 0, 0],
+    solutions.write_solutions(tmp_path / "s.jsonl", tokenizer, task.problems("train", 1, 0) * 5, out, [1, 1, 1, 0, 0],
                           torch.rand(5, 2), ends)
-    rows = viewer.read_rows(tmp_path / "s.jsonl")
+    rows = solutions.read_rows(tmp_path / "s.jsonl")
     assert [r["steps"] for r in rows] == [["7"], ["8"]] and [r["reward"] for r in rows] == [1.0, 0.0]
 
 
@@ -77,14 +73,16 @@ def test_show_prints_every_step_of_the_planted_task(tmp_path, capsys, monkeypatc
     (tmp_path / "verifier").mkdir()
     save_verifier(tmp_path / "verifier", Verifier(tiny_model(vocab=tokenizer.n_vocab), fingerprint=tokenizer.fingerprint),
                   tokenizer, {})
-    argv = ["--model", str(tmp_path / "policy"), "--task", "planted", "--num-problems", "2", "--show", "--device", "cpu"]
-    sample.main([*argv, "--verifier", str(tmp_path / "verifier"), "--out", "rows.jsonl"])
+    argv = ["--model", str(tmp_path / "policy"), "--task", "planted", "--num-problems", "2", "--device", "cpu"]
+    viewer.main([*argv, "--verifier", str(tmp_path / "verifier"), "--out", "rows.jsonl"])
     out = capsys.readouterr().out
-    steps = sum(len(r["steps"]) for r in viewer.read_rows("rows.jsonl"))
+    steps = sum(len(r["steps"]) for r in solutions.read_rows("rows.jsonl"))
     assert out.count("(prompt alone)") == 2 and "\x1b" not in out
     assert steps > 2 and out.count(" 0.50  ") == steps + 2  # an untrained head says 0.50 everywhere
     with pytest.raises(viewer.UserError, match="--verifier"):
-        sample.main(argv)
+        viewer.main(argv)
+    with pytest.raises(viewer.UserError, match="nothing to show"):
+        viewer.main(["--verifier", "x"])
 
 
 class Tags(HTMLParser):
@@ -115,42 +113,6 @@ def test_shade_tells_gain_from_loss_and_grows():
 
 
 def test_ticks_are_round_and_inside():
-    assert webpage.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert webpage.ticks(0, 307.2) == [0, 100, 200, 300]
-    assert webpage.ticks(0, 12) == [0, 5, 10] and webpage.ticks(0, 0.03)[-1] == 0.03
-
-
-def test_the_budget_is_that_of_the_arms_compared():
-    """A control that stops early, or whose solutions shrink, counts with its end and shortens nobody else's curve."""
-    curve = lambda *points: [dict(num_tokens=t, **{"eval/accuracy": a}) for t, a in points]  # noqa: E731
-    run = lambda *points: [("seed0", curve(*points), None, dict(eval_problems=8))]  # noqa: E731
-    arms = dict(outcome=run((0, 0.0), (400, 0.4)), pav=run((0, 0.0), (800, 0.8)), constant=run((0, 0.1), (100, 0.3)))
-    rows = report.summarise(arms)
-    assert [rows[a]["budget_tokens"] for a in arms] == [400] * 3
-    assert rows["outcome"]["accuracy_budget"] == 0.4 and rows["pav"]["accuracy_budget"] == pytest.approx(0.4)
-    assert rows["pav"]["accuracy_quarter"] == pytest.approx(0.1) and rows["constant"]["accuracy_budget"] == 0.3
-    assert report.summarise(dict(constant=arms["constant"]))["constant"]["budget_tokens"] == 100
-
-
-def test_the_page_holds_what_the_runs_say(tmp_path):
-    for seed, final in (("seed0", 0.75), ("seed1", 0.25)):
-        run = tmp_path / seed / "rl_pav"
-        run.mkdir(parents=True)
-        (tmp_path / seed / "verifier").mkdir()
-        (tmp_path / seed / "verifier/summary.json").write_text(json.dumps(dict(sampled_tokens=10, reliability=[(0.3, 0.4, 5)])))
-        (run / "summary.json").write_text("{}")
-        (run / "run_config.json").write_text(json.dumps(dict(verifier=str(tmp_path / seed / "verifier"), task="planted",
-                                                             eval_problems=8)))
-        rows = [dict(step=0, num_tokens=0, **{"eval/accuracy": 0.0, "eval/verifier_score": 0.1}),
-                dict(step=1, num_tokens=1000, **{"timing/generate": 0.25, "timing/other": 0.5, "eval/accuracy": final,
-                                                 "eval/verifier_score": 0.2})]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    viewer.write_rows(tmp_path / "seed0/rl_pav/solutions_end.jsonl", [ROW, HOSTILE])
-    report.write(tmp_path)
-    text = (tmp_path / "report.html").read_text()
-    assert "http" not in text.replace("http-equiv", "") and "src=" not in text and "@import" not in text  # nothing is fetched
-    assert html.escape("</span><script>alert(1)") in text and text.count("<script>") == 1
-    for heading in ("Learning curves", "being fooled", "calibrated", "Where a step", "Solutions, step by step"):
-        assert heading in text
-    assert "0.7500" in text and "generate: 0.2500 s" in text  # seconds a step: 0.25 + 0.5
-    assert text.index("right (1)") < text.index("wrong (1)")
+    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert charts.ticks(0, 307.2) == [0, 100, 200, 300]
+    assert charts.ticks(0, 12) == [0, 5, 10] and charts.ticks(0, 0.03)[-1] == 0.03

@@ -1,0 +1,1 @@
+"""One claim a script: python -m experiments.NAME."""

@@ -1,0 +1,153 @@
+"""What the experiments share: one verdict rule, exact best-of-n, cells computed once; and that
+every committed claim is what the numbers of its file give, with a command that runs as it is
+written."""
+
+import importlib.util
+import itertools
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import adam_epsilon, restate, toolkit
+from infra.runs import mean
+
+RESULTS = Path(__file__).parent.parent / "docs/results"
+
+
+def test_a_verdict_needs_two_standard_errors():
+    assert (
+        toolkit.verdict([0.1, 0.12, 0.11]) is True
+        and toolkit.verdict([-0.1, -0.12, -0.11]) is False
+    )
+    assert (
+        toolkit.verdict([0.1, -0.1, 0.1])
+        == "open"
+        == toolkit.verdict([0.0, 0.0])
+        == toolkit.verdict([0.5])
+    )
+    assert (
+        toolkit.verdict([0.1, 0.12, 0.11], least=0.2) is False
+        and toolkit.verdict([1.6, 1.7, 1.8], 1.5) is True
+    )
+    error = 0.5 / 3**0.5  # of four values half a unit from their mean
+    assert toolkit.verdict([2.01 * error + x for x in (0.5, -0.5, 0.5, -0.5)]) is True
+    assert toolkit.verdict([1.99 * error + x for x in (0.5, -0.5, 0.5, -0.5)]) == "open"
+
+
+def test_a_claim_of_parts():
+    assert toolkit.together([True, True]) is True and toolkit.together([False, False]) is False
+    assert (
+        toolkit.together([True, False])
+        == toolkit.together([True, "open"])
+        == "partly"
+        == toolkit.together(["open", "partly"])
+    )
+    assert (
+        toolkit.together(["open", False]) is False and toolkit.together(["open", "open"]) == "open"
+    )
+    assert [toolkit.opposite(v) for v in (True, False, "open")] == [False, True, "open"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    g = torch.Generator().manual_seed(0)
+    score = torch.randint(3, (4, 5), generator=g).float()  # with ties: the earlier sample
+    value = torch.rand(4, 5, generator=g, dtype=torch.float64)
+    for i in range(4):
+        best = [
+            max(s, key=lambda j: (score[i, j].item(), -j))
+            for s in itertools.combinations(range(5), n)
+        ]
+        by_hand = mean(value[i, j].item() for j in best)
+        assert toolkit.expected_best(score, value, n)[i].item() == pytest.approx(by_hand)
+
+
+def test_a_vote_is_taken_group_by_group():
+    answers = ["3", "5", "5", "7", "7", "5", "1"]
+    right = [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+    assert (
+        toolkit.vote_accuracy(answers, right, 3) == 0.5
+    )  # 5 wins the first group, 7 the second; the rest is no group
+    assert toolkit.vote_accuracy(answers, right, 1) == pytest.approx(3 / 7)
+    assert toolkit.vote_accuracy([None, None], [1.0, 1.0], 2) == 0.0  # nobody votes
+
+
+def test_a_cell_is_computed_once_and_whole_or_absent(tmp_path):
+    path = tmp_path / "below/cell.json"
+    calls = []
+
+    def make():
+        calls.append(1)
+        return dict(x=0.5, n={1: 2})
+
+    first = toolkit.cached(path, make)
+    second = toolkit.cached(path, make)
+    assert first == second and first["n"] == {"1": 2} and "cpu_seconds" in first and len(calls) == 1
+
+    def fail():
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        toolkit.cached(tmp_path / "other.json", fail)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["below"]
+    assert toolkit.cached(tmp_path / "list.json", lambda: [1, 2]) == [1, 2]
+
+
+def test_formats():
+    assert (
+        toolkit.mean_sd([0.1, 0.3]) == "0.200 (0.141)"
+        and toolkit.mean_sd([1.0], 1, signed=True) == "+1.0 (0.0)"
+    )
+
+
+@pytest.mark.parametrize("name", restate.CLAIMS)
+def test_a_committed_claim_is_what_its_numbers_give(name):
+    path = RESULTS / name
+    assert restate.restated(path, restate.CLAIMS[name]) == json.loads(path.read_text())
+
+
+def test_every_file_with_claims_can_be_restated():
+    def claims(path):
+        content = json.loads(path.read_text())
+        return content.get("claims") if isinstance(content, dict) else None
+
+    assert {str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.json") if claims(p)} <= set(
+        restate.CLAIMS
+    )
+
+
+def commands(value):
+    if isinstance(value, dict):
+        return [v for k, v in value.items() if k == "command"] + [
+            c for v in value.values() for c in commands(v)
+        ]
+    return [c for v in value for c in commands(v)] if isinstance(value, list) else []
+
+
+def test_recorded_commands_run_as_they_are_written():
+    found = {c for p in RESULTS.rglob("*.json") for c in commands(json.loads(p.read_text()))}
+    assert len(found) > 10
+    for command in found:
+        python, *rest = shlex.split(command)
+        assert python == "python"
+        if rest[0] == "-m":
+            assert importlib.util.find_spec(rest[1]), command
+
+
+def test_a_step_is_silent_only_if_no_sample_is_right(monkeypatch):
+    def step(outcome):
+        return {
+            "grad_norm": 0.5,
+            "frac_reward_zero_std": 1,
+            "rewards/outcome/mean": outcome,
+            "entropy": 2.0,
+            "eval/accuracy": 0.5,
+        }
+
+    rows = [step(0.0), step(0.0), step(1.0), step(0.25)]
+    monkeypatch.setattr(adam_epsilon, "read_metrics", lambda run: rows)
+    found = adam_epsilon.look("run")
+    assert (found["with_gradient"], found["silent"], found["silent_norm"]) == (3, 1, 0.5)
