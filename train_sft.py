@@ -102,12 +102,10 @@ def build_examples(task, tokenizer, problems, cfg):
         problem = problems[i % len(problems)]
         if i >= len(problems) and not task.random_demonstrations:
             break  # a file has one solution per problem
-        text = task.demonstration(
-            problem, strength_of(cfg, task), derive(cfg.seed, "demonstration", i)
-        )
-        examples.append(
-            (task.prompt_tokens(problem, tokenizer), encode_solution(task, tokenizer, text))
-        )
+        prompt = task.prompt_tokens(problem, tokenizer)  # first: it may open a thought to be closed
+        seed = derive(cfg.seed, "demonstration", i)
+        text = task.demonstration(problem, strength_of(cfg, task), seed)
+        examples.append((prompt, encode_solution(task, tokenizer, text)))
     return examples
 
 
