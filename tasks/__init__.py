@@ -42,8 +42,8 @@ class TaskFlags:
         "answer_field (files)", GROUP
     )
     grader: str = opt(
-        "exact", "of answers from files; math-verify knows more formulas, and must be installed", GROUP,
-        choices=["exact", "math-verify"],
+        "exact", "of answers from files; math-verify knows more formulas, and must be installed",
+        GROUP, choices=["exact", "math-verify"],
     )
 
 
