@@ -72,7 +72,10 @@ def rope_tables(cfg, length, device):
 
 
 def turn(x, cos, sin):
-    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the last axis, in three operations."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the last axis, in three operations. In float32 whatever x is, as
+    in kernels.rope_write: keys of one sequence must not be rounded differently by the prompt's pass and by decoding."""
+    if x.dtype != torch.float32:
+        return turn(x.float(), cos, sin).to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -255,7 +258,7 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         if self.embed_scale is not None:  # rounded to the weights' dtype first, as Gemma was trained
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
-        cos, sin = (table.to(x.dtype) for table in rope)
+        cos, sin = rope
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, attend(i))
         return self.norm(x)
@@ -286,6 +289,12 @@ def attention_options(cfg):
     return {name: value for name, value in options.items() if value is not None}
 
 
+def repeats_keys(q):
+    """float32 on CUDA: PyTorch's fused kernels share a key head among query heads in 16 bits only. Asked with enable_gqa in
+    float32, it silently takes the one that stores all scores [B,H,T,T] for backward."""
+    return q.is_cuda and q.dtype == torch.float32
+
+
 def causal_attention(q, k, v, window=None, scale=None, softcap=None):
     """q [B,T,H,d], k, v [B,T,K,d] -> [B,T,H*d]; position t sees positions 0..t, or only the last `window` of them."""
     B, T, H, d = q.shape
@@ -295,8 +304,10 @@ def causal_attention(q, k, v, window=None, scale=None, softcap=None):
         t = torch.arange(T, device=q.device)
         visible = (t <= t[:, None]) & (t > t[:, None] - (window or T))
     if softcap is None:
+        if K != H and repeats_keys(q):
+            k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale,
-                                             enable_gqa=K != H)
+                                             enable_gqa=k.shape[1] != H)
     else:
         grouped, visible = q.reshape(B, K, H // K * T, d), visible.repeat(H // K, 1)
         attend = partial(checkpoint, capped_attention, use_reentrant=False) if torch.is_grad_enabled() else capped_attention

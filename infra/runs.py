@@ -54,7 +54,10 @@ def setup(device, threads):
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")
-    return parallel.join(device)
+    device = parallel.join(device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # Triton and CUDA graphs take the current one, whatever the tensors are on
+    return device
 
 
 # ----------------------------------------------------------------------------------------------------
