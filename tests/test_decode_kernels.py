@@ -129,7 +129,7 @@ def test_what_is_cut_is_what_a_plain_filter_cuts(V, top_k, top_p, min_p):
     uniform = uniforms(2, seed=V)
     logits = torch.empty(2, V, device=DEVICE)
     sampling_triton.group_stats(hidden, weight, 1.0, logits=logits)
-    torch.testing.assert_close(logits, hidden @ weight.t() * sampling_triton.LOG2E, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits, hidden @ weight.t() * sampling_triton.LOG2E.value, atol=1e-6, rtol=1e-6)
     token, logprob, kept = sampling_triton.linear_draw_filtered(hidden, weight, 1.0, uniform, top_k, top_p, min_p)
     want = sampling.linear_draw_filtered(hidden, weight, 1.0, uniform, top_k, top_p, min_p)
     for b in range(2):
