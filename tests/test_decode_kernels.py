@@ -248,8 +248,8 @@ def test_rope_write_writes_one_position_of_each_row(dtype, tolerance):
 
 
 def test_a_prompt_and_a_step_rotate_alike():
-    """bfloat16 keys: model.rotate (the prompt's pass) and rope_write (a step) both turn in float32 and round once. With tables in
-    bfloat16 the error would be 2^-8 of the vector instead of 2^-9 of the number."""
+    """bfloat16 keys: model.rotate (the prompt's pass) and rope_write (a step) both turn in float32 and round once, by
+    at most 2^-8. Tables in bfloat16 would add as much again, and more where the two terms cancel."""
     from model import rotate
 
     T, d = 19, 16
@@ -264,4 +264,4 @@ def test_a_prompt_and_a_step_rotate_alike():
     layer.rope_write(torch.cat([x, x, x], 1), cos, sin, position, k, v)
     for turned in (rotate(x, cos[:, None], sin[:, None]), k[position, :, position]):
         assert turned.dtype == torch.bfloat16
-        assert ((turned.double() - exact).abs() <= 2.0**-9 * 1.001 * exact.abs() + 1e-6).all()
+        assert ((turned.double() - exact).abs() <= 2.0**-8 * 1.001 * exact.abs() + 1e-6).all()
