@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 
 from infra import parallel
 from infra.cli import RunConfig, UserError, opt, parse, say_next, script
+from infra.optimizer import optimizer_for
 from infra.runs import (
     Metrics,
     derive,
@@ -216,7 +217,7 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
     if cfg.shard:
         parallel.shard(verifier)
     params = list(verifier.parameters())
-    optimizer = torch.optim.AdamW(params, lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = optimizer_for(torch.optim.AdamW, params, lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     if folder:
         state = load_state(folder, optimizer, params)
         start, spent = state["step"], state["seconds"]

@@ -32,6 +32,7 @@ import torch
 from infra import parallel
 from engines import server as remote
 from infra.cli import RunConfig, UserError, opt, parse, say_next, script
+from infra.optimizer import optimizer_for
 from infra.runs import (
     Laps,
     Metrics,
@@ -345,7 +346,7 @@ def train(cfg, verifier=None):
     if cfg.shard:
         parallel.shard(model)
     params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr=cfg.learning_rate, betas=(0.9, 0.99), eps=cfg.adam_epsilon, fused=True)
+    optimizer = optimizer_for(torch.optim.Adam, params, lr=cfg.learning_rate, betas=(0.9, 0.99), eps=cfg.adam_epsilon, fused=True)
     if folder:
         state = load_state(folder, optimizer, params)
         start, tokens_seen, spent = state["step"], state["tokens"], state["seconds"]

@@ -26,6 +26,7 @@ import torch
 
 from infra import parallel
 from infra.cli import RunConfig, UserError, opt, parse, say_next, script
+from infra.optimizer import optimizer_for
 from infra.runs import (
     Metrics,
     derive,
@@ -166,7 +167,8 @@ def adamw(model, cfg):
     params = list(model.parameters())
     groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.dim() == 1], weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(0.9, 0.99)), params
+    groups = [g for g in groups if g["params"]]
+    return optimizer_for(torch.optim.AdamW, groups, lr=cfg.learning_rate, betas=(0.9, 0.99)), params
 
 
 def start_model(cfg, task, device):
