@@ -75,7 +75,7 @@ SIZES = dict(
                 eval_steps=4, eval_problems=64),
         search=dict(n=8, beam=6)),
     gpu=dict(
-        rl_seeds=[0, 1, 2], test=0, n=8, base=0, beam_test=0, dtype="bfloat16",  # sampling alone: such weights swallow updates
+        rl_seeds=[0, 1, 2], test=0, n=8, base=0, beam_test=0, dtype="bfloat16",
         sft=dict(steps=100, batch_size=32, learning_rate=1e-4, warmup_steps=10, eval_problems=256),
         rft=dict(steps=60, batch_size=32, learning_rate=5e-5, warmup_steps=5, num_generations=16, rft_demonstrations=False,
                  eval_problems=256),
@@ -92,6 +92,12 @@ SIZES["cpu-gsm8k"] = SIZES["cpu"] | dict(
     rft=SIZES["cpu"]["rft"] | dict(num_problems=100, rft_demonstrations=True),
     orm=dict(num_problems=100, n_cov=1), q=dict(num_problems=50, n_cov=1, cuts=1, n_mc=2),
     rl=SIZES["cpu"]["rl"] | dict(steps=6, eval_steps=6, eval_problems=32))
+# What one GPU does in four minutes: one seed, no beams; started with --only (bench/gpu.sh).
+SIZES["gpu-short"] = SIZES["gpu"] | dict(
+    rl_seeds=[0], n=4, test=300, sft=SIZES["gpu"]["sft"] | dict(eval_problems=177),
+    rft=SIZES["gpu"]["rft"] | dict(steps=30, num_generations=8), orm=dict(num_problems=0, n_cov=2),
+    q=dict(num_problems=0, n_cov=2, cuts=2, n_mc=4), verifier=SIZES["gpu"]["verifier"] | dict(eval_problems=64, eval_mc=8),
+    rl=SIZES["gpu"]["rl"] | dict(steps=40, eval_steps=20, eval_problems=177, slots=256, save_steps=1000))
 SMOKE = dict(
     rl_seeds=[0], test=8, n=2, base=8, beam_test=8, dtype="float32",
     sft=dict(steps=4, batch_size=8, eval_problems=8),
@@ -103,7 +109,7 @@ SMOKE = dict(
 
 @dataclass
 class Config:
-    size: str = opt("cpu", "which column of SIZES", choices=["cpu", "cpu-gsm8k", "gpu"])
+    size: str = opt("cpu", "which column of SIZES", choices=["cpu", "cpu-gsm8k", "gpu", "gpu-short"])
     problems: str = opt("mawps", "what the files hold", choices=["mawps", "gsm8k"])
     data: list = opt(MAWPS, "files: MAWPS' four parts, or GSM8K's train and test")
     model: str = opt("smollm2", "open weights to start from: a folder, smollm2 or a hub id")
@@ -203,7 +209,7 @@ def reranked(cfg, size, root):
     path, n = root / "test" / "reranked.safetensors", size["search"]["n"]
     task = get_task("jsonl", 0, [f"{p}={root / 'data' / p}.jsonl" for p in ("val", "test")], template="plain")
     problems = task.problems("test", size["test"] or None)
-    model, tokenizer = load_model(root / "rft", setup(cfg.device, cfg.threads or (1 if cfg.size != "gpu" else 0)))
+    model, tokenizer = load_model(root / "rft", setup(cfg.device, cfg.threads or (0 if cfg.size.startswith("gpu") else 1)))
     settings = train_sft.Config(seed=1, slots=128, shard_problems=50, max_completion_length=cfg.limit)
     found = sample_solutions(model, tokenizer, task, problems, n, settings, root / "test" / "rft_samples")
     if not path.exists():
