@@ -219,11 +219,9 @@ class Transformer(nn.Module):
 
     def _run(self, tokens, rope, attend):
         x = self.embed(tokens)
-        if (
-            self.embed_scale is not None
-        ):  # rounded to the weights' dtype first, as Gemma was trained
+        if self.embed_scale is not None:  # rounded to the weights' dtype first, as in training
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
-        cos, sin = (table.to(x.dtype) for table in rope)
+        cos, sin = rope
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, attend(i))
         return self.norm(x)
@@ -257,6 +255,13 @@ def attention_options(cfg):
     return {name: value for name, value in options.items() if value is not None}
 
 
+def repeats_keys(q):
+    """float32 on CUDA: PyTorch's fused kernels share a key head among query heads in 16 bits only.
+    Asked with enable_gqa in float32, it silently takes the one that stores all scores [B,H,T,T] for
+    backward."""
+    return q.is_cuda and q.dtype == torch.float32
+
+
 def causal_attention(q, k, v, window=None, scale=None, softcap=None):
     """q [B,T,H,d], k, v [B,T,K,d] -> [B,T,H*d]; position t sees positions 0..t, or only the last
     `window` of them."""
@@ -267,9 +272,10 @@ def causal_attention(q, k, v, window=None, scale=None, softcap=None):
         t = torch.arange(T, device=q.device)
         visible = (t <= t[:, None]) & (t > t[:, None] - (window or T))
     if softcap is None:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=K != H
-        )
+        if K != H and repeats_keys(q):
+            k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
+        options = dict(is_causal=visible is None, scale=scale, enable_gqa=k.shape[1] != H)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, **options)
     else:
         grouped, visible = q.reshape(B, K, H // K * T, d), visible.repeat(H // K, 1)
         attend = (

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 
 from infra import parallel
 from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.optimizer import optimizer_for
 from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import derive, shuffled
 from model import load_model, load_weights
@@ -297,7 +298,8 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
         load_head(verifier, folder)
 
     def make_optimizer(params):
-        return torch.optim.AdamW(params, lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        settings = dict(lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        return optimizer_for(torch.optim.AdamW, params, **settings)
 
     state = run.resume(verifier, load, make_optimizer)
     for step in with_progress_bar(range(state["step"] + 1, steps + 1), "verifier"):

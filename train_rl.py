@@ -32,6 +32,7 @@ import torch
 from engines import server
 from infra import parallel
 from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.optimizer import optimizer_for
 from infra.runs import (
     Run,
     Timer,
@@ -300,7 +301,6 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
             loss = loss + cfg.beta * k2_loss(logprob, ref_logprob, w)
         return loss
 
-    logs = {}
     for iteration in range(cfg.num_iterations):
         parts.clear()
         total = dict.fromkeys(("entropy", "kl", "diff_mean", "diff_max", "ratio_max"), 0.0)
@@ -398,8 +398,13 @@ def check(cfg):
 
 
 def make_adam(params, cfg):
-    return torch.optim.Adam(
-        params, lr=cfg.learning_rate, betas=(0.9, 0.99), eps=cfg.adam_epsilon, fused=True
+    return optimizer_for(
+        torch.optim.Adam,
+        params,
+        lr=cfg.learning_rate,
+        betas=(0.9, 0.99),
+        eps=cfg.adam_epsilon,
+        fused=True,
     )
 
 
@@ -421,7 +426,7 @@ def train(cfg, verifier=None):
         verifier = load_verifier(cfg.verifier, tokenizer, device)
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     state = dict(tokens=0) | run.resume(
-        model, partial(load_weights, model), lambda params: make_adam(params, cfg)
+        model, partial(load_weights, model), partial(make_adam, cfg=cfg)
     )
     engine = server.connect(cfg, tokenizer)  # None without --rollout-url; evaluations stay here
     limit = cfg.max_completion_length or task.max_new_tokens

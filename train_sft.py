@@ -22,6 +22,7 @@ import torch
 
 from infra import parallel
 from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.optimizer import optimizer_for
 from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, new_model, pad_right, token_loss, write_model
@@ -155,7 +156,7 @@ def adamw(params, cfg):
     matrices = dict(params=[p for p in params if p.dim() > 1], weight_decay=cfg.weight_decay)
     vectors = dict(params=[p for p in params if p.dim() == 1], weight_decay=0.0)
     groups = [group for group in (matrices, vectors) if group["params"]]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99))
+    return optimizer_for(torch.optim.AdamW, groups, lr=cfg.learning_rate, betas=(0.9, 0.99))
 
 
 def sft_step(model, batch, cfg, device):

@@ -190,7 +190,7 @@ SMOKE = dict(
 
 @dataclass
 class Config:
-    size: str = opt("cpu", "which column of SIZES", choices=["cpu", "cpu-gsm8k", "gpu"])
+    size: str = opt("cpu", "which column of SIZES", choices=["cpu", "cpu-gsm8k", "gpu", "gpu-short"])
     problems: str = opt("mawps", "what the files hold", choices=["mawps", "gsm8k"])
     data: list = opt(MAWPS, "files: MAWPS' four parts, or GSM8K's train and test")
     model: str = opt("smollm2", "open weights to start from: a folder, smollm2 or a hub id")

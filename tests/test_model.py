@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from toy import tiny_model
 
+import model as model_file
 from infra.cli import UserError
 from model import (
     KVCache,
@@ -129,6 +131,19 @@ def test_grouped_queries_equal_repeated_keys_and_values():
     plain.load_state_dict(state)
     tokens, _ = pad_right(ROWS)
     close(grouped(tokens), plain(tokens))
+
+
+def test_float32_on_cuda_repeats_keys_for_pytorchs_fused_attention(monkeypatch):
+    """There enable_gqa in float32 means the kernel that stores every score. Same numbers, other arguments."""
+    q, (k, v) = torch.randn(2, 5, 6, 4), torch.randn(2, 2, 5, 2, 4)
+    shared, seen, original = model_file.causal_attention(q, k, v), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, **o: (seen.append((k.shape[1], o["enable_gqa"])), original(q, k, v, **o))[1])
+    assert not model_file.repeats_keys(q)  # a CPU
+    for repeats in (False, True):
+        monkeypatch.setattr(model_file, "repeats_keys", lambda q, repeats=repeats: repeats)
+        torch.testing.assert_close(model_file.causal_attention(q, k, v), shared, atol=1e-6, rtol=1e-6)
+    assert seen == [(2, True), (6, False)]
 
 
 def test_training_mode_changes_nothing(model):
