@@ -10,17 +10,16 @@ solution and its own progress A^mu = V^mu(after) - V^mu(before). The mistakes, e
 train_rl.py away from it:
 
     q           the value itself, V^mu(after): it pays for standing in a good place (--reward q)
-    q_to_go     the same, summed over all later steps, as rewards usually are (--reward q --credit
-                return-to-go)
-    to_go       progress, summed over all later steps: V(end) - V(before), a baseline (--credit
-                return-to-go)
+    q_to_go     the same, summed over all later steps, as rewards usually are (--reward q-to-go)
+    to_go       progress, summed over all later steps: V(end) - V(before), a baseline (--reward
+                pav-to-go)
     group       outcomes over the std of their group (--scale-rewards group)
-    unguarded   a verifier of few solutions that also judges the end (--no-anchor)
+    unguarded   a verifier of few solutions that also judges the end (--guards center)
     believed    no grader at all, only that verifier's score of the whole (--reward orm)
     phantom     the same, over the group's std: a group that agrees has only the verifier's noise
                 left, and gets it at full size (--reward orm --scale-rewards group)
 
-Task: the planted sub-sequence (puzzles.py), V^mu of the scripted prover of strength 16. The first
+Task: the planted sub-sequence (tasks/planted.py), V^mu of the scripted prover of strength 16. The first
 four are paid by its *exact* values, so what breaks is the reward and not the verifier. The others
 show the verifier break: a Goodhart plot (its score of the solutions against the truth), beside the
 same verifier with the anchor (`guarded`: the value of the end is the grader's) and the grader alone
@@ -71,14 +70,14 @@ ARMS = {
     "pav": (dict(), "the right way: progress, own step", COLOURS["pav"]),
     "outcome": (dict(reward="outcome"), "outcome only", COLOURS["outcome"]),
     "q": (dict(reward="q"), "value instead of progress, own step", COLOURS["q"]),
-    "q_to_go": (dict(reward="q", credit="return-to-go"), "value, return-to-go", "#CC79A7"),
-    "to_go": (dict(credit="return-to-go"), "progress, return-to-go", COLOURS["orm"]),
+    "q_to_go": (dict(reward="q-to-go"), "value, return-to-go", "#CC79A7"),
+    "to_go": (dict(reward="pav-to-go"), "progress, return-to-go", COLOURS["orm"]),
     "group": (dict(scale_rewards="group"), "outcomes over their group's std", COLOURS["constant"]),
 }
 LEARNED = {
     "graded": (dict(reward="outcome"), "grader alone", COLOURS["outcome"]),
     "guarded": (dict(), "weak verifier with the anchor", COLOURS["pav"]),
-    "unguarded": (dict(anchor=False), "weak verifier, no anchor", COLOURS["q"]),
+    "unguarded": (dict(guards=["center"]), "weak verifier, no anchor", COLOURS["q"]),
     "believed": (dict(reward="orm"), "weak verifier, no grader", "#CC79A7"),
     "phantom": (
         dict(reward="orm", scale_rewards="group"),

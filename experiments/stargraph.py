@@ -5,7 +5,7 @@
     -> docs/results/stargraph/: results.json, table.md, curves.png
 
 Task: the edges of a star of two arms of two edges, its centre and one end; write the way there
-(didactic.py). All but the first node follow from the node before. The first, critical one needs
+(tasks/stargraph.py). All but the first node follow from the node before. The first, critical one needs
 looking back from the goal, and imitation can get through a small training set by remembering it
 instead (Bachmann and Nagarajan 2024, arXiv 2403.06963).
 

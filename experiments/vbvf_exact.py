@@ -3,7 +3,7 @@
     python -m experiments.vbvf_exact             # a second
     -> docs/results/vbvf/: exact.json, exact.md, exact.png
 
-On the task contextual (contextual.py) the time to the first right point is negative binomial, a
+On the task contextual (tasks/contextual.py) the time to the first right point is negative binomial, a
 mixture of them for a mixed base, the same for every prompt. So, for the bi-level reward r = (H -
 t)/H, these are numbers, not estimates:
 
