@@ -2,16 +2,15 @@
 
 Llama: RMSNorm -> attention with rotary positions and grouped queries -> RMSNorm -> SwiGLU, no
 biases, tied or untied head. Qwen2, Qwen3 and Gemma 2 differ from it by one line of the table in
-families.py; files are read and written by weights.py.
+open_weights/families.py; open_weights/files.py reads and writes the files.
 
 What is left out: dropout (nobody fine-tunes with it), attention masks for padding. Batches are
 padded on the *right*, where causal attention cannot see it, and each caller knows the lengths; so
 there is no mask to get wrong, and positions are simply 0, 1, 2, ...
 
-    model, tokenizer = load_model("smollm2")          # a folder, or a name
-    hidden = model(tokens)                            # [B,T] -> [B,T,D]
-    logits = model.logits(hidden)                     # only for looking at; the scripts use
-    kernels/
+    model, tokenizer = load_model("smollm2")    # a folder, or a name
+    hidden = model(tokens)                      # [B,T] -> [B,T,D]
+    logits = model.logits(hidden)               # only for looking at; the scripts use kernels/
 
 Legend: P prompts, G samples per prompt, B = P*G rows, T tokens, D width, V vocabulary, H heads, K
 key/value heads.

@@ -7,17 +7,15 @@ V^mu(prefix) is the chance that the prover mu, taking over here, still finds the
 (verifier.py). It is learned from rollouts (PAV, Setlur et al. 2024, arXiv 2410.08146, section 4 and
 appendix D):
 
-    1. roll in   n_cov seed solutions a problem from the policy (the states we shall be asked
-    about),
+    1. roll in   n_cov seed solutions a problem from the policy (the states to be asked about),
     2. cut       each at some step ends, the bare prompt among them,
     3. roll out  n_mc continuations a cut from the prover, graded: a Monte-Carlo label of V^mu.
-    Later step ends
-                 of a continuation are prover states too and get its own outcome, free;
+                 Later step ends of a continuation are prover states too and get its own outcome,
+                 free;
     4. fit       a Transformer with a scalar head by cross-entropy with these soft labels,
     5. judge     on held-out problems: calibration, AUC, and the correlation of the *advantage*,
-    which is what
-                 RL will be paid by (report/judge.py). A verifier can rank states well and steps
-                 badly.
+                 which is what RL will be paid by (report/judge.py). A verifier can rank states
+                 well and steps badly.
 
 Once a solution is beyond saving, its later prefixes all say 0, and cuts there teach little.
 --coverage first-pit looks where value is lost: of each cut whose value is at least --pit-threshold
@@ -46,6 +44,7 @@ from report.judge import judge
 from rollouts import continue_and_grade, grades, shards, stack, step_ends
 from sample import generate
 from tasks import TaskFlags, get_task
+from tasks.context import leave_out_long
 from verifier import Verifier, load_head, save_verifier
 
 
@@ -384,6 +383,7 @@ def train(cfg):
         return run.summary
     base, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(base, cfg.threads)
+    leave_out_long(task, tokenizer, base, "train", "val")
     prover = load_prover(cfg, base, tokenizer, device)
     clock = time.time()
     data, spent = collect_all(base, prover, tokenizer, task, cfg, run.folder)

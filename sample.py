@@ -1,8 +1,7 @@
 """Generate: one engine for reading, for evaluation and for RL rollouts.
 
-    python sample.py --model smollm2 --prompt "Tom has 3 apples and buys 4 more. How many apples
-    does he have?" python sample.py --model runs/planted/seed0/sft --task planted --n 64          #
-    accuracy and pass@k
+    python sample.py --model smollm2 --prompt "Tom has 3 apples and buys 4 more. How many now?"
+    python sample.py --model runs/planted/seed0/sft --task planted --n 64    # accuracy, pass@k
 
 Siblings: search.py (spend samples on one answer), report.evaluate (a whole split, kept, with
 intervals), report.show (every step with its value under a verifier).
@@ -33,13 +32,14 @@ from kernels import packed_weights, philox_uniform
 from model import KVCache, load_model, new_model
 from rollouts import Rollouts, pass_at_k, widen
 from tasks import TASKS, TaskFlags, get_task
+from tasks.context import leave_out_long
 
+COLDEST = 1e-30  # below, the likeliest token is drawn: logits divided by less overflow in float32
 # Rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) for each
 # number of rows.
 ROUND = 16
-CACHE_BYTES = (
-    2**31
-)  # of keys and values, where the caller does not say how many rows are decoded at once
+# Of keys and values, where the caller does not say how many rows are decoded at once.
+CACHE_BYTES = 2**31
 
 
 def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, **options):
@@ -49,6 +49,8 @@ def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, 
     get all (infra/parallel.py). engine: completes the prompts instead of generate_here
     (engines/server.py).
     """
+    if 0 < options["temperature"] < COLDEST:
+        options["temperature"] = 0.0
     model = parallel.whole(model)
     engine = engine or generate_here
     n = len(prompts)
@@ -289,6 +291,8 @@ def start(cfg):
         task.problems(cfg.split, 1)
     model, tokenizer = load_model(cfg.model, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(model, cfg.threads)
+    if task:
+        task.left_out = leave_out_long(task, tokenizer, model, cfg.split)
     return task, model, tokenizer, sampling_options(cfg, task, tokenizer)
 
 

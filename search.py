@@ -1,36 +1,26 @@
-"""Search at test time: spend more tokens on a problem, and let verifiers say which of them were
-well spent.
+"""Search at test time: spend more tokens on a problem, and let verifiers say which were well spent.
 
-    python train_sft.py --task planted --task-args length=4 --run-dir runs/p4/sft                  #
-    the policy, 15 s on a CPU python pav.py --task planted --task-args length=4 --policy runs/p4/sft
-    --prover base --label q \\
-        --num-problems 20000 --run-dir runs/p4/q                                                 #
-        Q^pi, a minute
-    python pav.py --task planted --task-args length=4 --policy runs/p4/sft --label outcome \\
-        --num-problems 20000 --run-dir runs/p4/orm                                               #
-        an ORM, a minute
-    python search.py --task planted --task-args length=4 --model runs/p4/sft --method beam --n 12 \\
-        --verifier runs/p4/q --alpha 0.5 --prover-k 4                                            # 5
-        s
-    python search.py --task planted --task-args length=4 --model runs/p4/sft --method best-of-n --n
-    12 --verifier runs/p4/orm python search.py --task jsonl --data q.jsonl --model smollm2 --method
-    beam --n 12 --verifier runs/q --alpha 0.5
+    T="--task planted --task-args length=4"
+    python train_sft.py $T --run-dir runs/p4/sft                               # the policy, 15 s
+    python pav.py $T --policy runs/p4/sft --num-problems 20000 --run-dir runs/p4/q         # Q^pi
+    python pav.py $T --policy runs/p4/sft --num-problems 20000 --label outcome --run-dir runs/p4/orm
+    python search.py $T --model runs/p4/sft --method beam --n 12 --verifier runs/p4/q --prover-k 4
+    python search.py $T --model runs/p4/sft --method best-of-n --n 12 --verifier runs/p4/orm
 
 The three verifiers (PAV, arXiv 2410.08146, sections 4 and 5; pav.py trains each):
     --verifier         Q^pi of the policy that is searched (`--label q --prover base`); for
-    best-of-n also an ORM
-                       (`--label outcome`), which knows finished solutions only
-    --prover-k K       A^mu of the Best-of-K prover comes from the same Q^pi, as 1 - (1-Q)^K (eq.
-    30): no second model --prover-verifier  A^mu of any other prover mu: `--label q --prover DIR`,
-    DIR being that prover
+                       best-of-n also an ORM (`--label outcome`: it knows finished solutions only)
+    --prover-k K       A^mu of the Best-of-K prover comes from the same Q^pi, as 1 - (1-Q)^K
+                       (eq. 30): no second model
+    --prover-verifier  A^mu of any other prover mu: `--label q --prover DIR`, DIR being that prover
 
 Beam search: --n candidates a step, of which --width are kept (default n/3: every element draws C =
 3 next steps). Candidates are ranked by Q^pi + alpha * A^mu; a finished one stays in the ranking
 with its score and draws nothing. The answer is the last beam's element with the highest Q^pi alone.
 Each element goes on from its own token ids: nothing is decoded and encoded again. Its prefix is
-prefilled anew at every step (once for its C children); there is no cache between steps. Three books
-are kept: tokens generated (the axis of every comparison: all candidates count, dropped ones too),
-tokens prefilled, tokens read by verifiers.
+prefilled anew at every step (once for its C children); there is no cache between steps. Three
+counts are kept: tokens generated (the axis of every comparison: all candidates count, dropped ones
+too), tokens prefilled, tokens read by verifiers.
 
 Two choices the paper is silent on: equal candidates count once (a beam of copies is no beam; their
 share of the n draws goes to the others), and ties go to the earlier candidate. A step ends with the

@@ -1,9 +1,8 @@
 """Reinforcement learning with outcome rewards and process rewards, one readable loop.
 
-    python train_rl.py --reward pav                       # everything from nothing: 2 minutes on 2
-    cores python train_rl.py --reward pav --model smollm2 --task jsonl --data mawps.jsonl      #
-    open weights python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm
-    # one arm
+    python train_rl.py --reward pav                  # everything from nothing: 2 minutes on 2 cores
+    python train_rl.py --reward pav --model smollm2 --task jsonl --data x.jsonl       # open weights
+    python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm    # one arm
 
 The gradient (PAV, Setlur et al. 2024, eq. 5), for step h of a sampled solution:
 
@@ -48,6 +47,7 @@ from report.watch import evaluate, mean_final_value, rollout_logs, summarize
 from rollouts import first_illegal, grades, step_ends
 from sample import generate
 from tasks import TaskFlags, get_task, task_class
+from tasks.context import leave_out_long
 from verifier import load_verifier, step_values
 
 
@@ -73,7 +73,7 @@ class RLFlags(TaskFlags, RunConfig):
     )
     warmup_steps: int = opt(0, "linear warm-up", "optimization", low=0)
     temperature: float = opt(
-        1.0, "of the policy, in the sampler and in the loss", "optimization", above=0
+        1.0, "of the policy, in the sampler and in the loss", "optimization", low=1e-6
     )
     loss_type: str = opt(
         "dapo",
@@ -420,6 +420,7 @@ def train(cfg, verifier=None):
         return run.summary
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", cfg.eval_split)
     if verifier is None and cfg.verifier not in ("", "constant"):
         verifier = load_verifier(cfg.verifier, tokenizer, device)
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
@@ -431,11 +432,9 @@ def train(cfg, verifier=None):
     train_problems = task.problems("train", None, 0)
     G = cfg.num_generations
     B = cfg.num_prompts * G
+    watch = partial(evaluate, model, tokenizer, task, verifier, cfg, limit)
     if state["step"] == 0:
-        first = evaluate(
-            model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_start.jsonl"
-        )
-        run.log(0, num_tokens=0, episodes=0, **first)
+        run.log(0, num_tokens=0, episodes=0, **watch(run.folder / "solutions_start.jsonl"))
 
     for step in with_progress_bar(range(state["step"] + 1, cfg.steps + 1), f"rl {cfg.reward}"):
         timer = Timer("generate", "grade", "verify", "logprob", "backward", "update", "evaluate")
@@ -479,15 +478,11 @@ def train(cfg, verifier=None):
             advantage=adv,
         )
         require_finite(run.folder, step, logs["grad_norm"], batch, cfg.learning_rate)
-        if engine:
-            server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
+        server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
         # 7. Evaluate, log, save.
         state["tokens"] += rollouts.num_tokens()
         if step % cfg.eval_steps == 0 or step == cfg.steps:
-            timer.mark("other")
-            logs |= evaluate(
-                model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_end.jsonl"
-            )
+            logs |= watch(run.folder / "solutions_end.jsonl")
             timer.mark("evaluate")
         timer.mark("other")
         logs |= rollout_logs(rollouts) | timer.metrics()

@@ -1,8 +1,7 @@
 """Supervised fine-tuning: imitate demonstrations. The first stage of everything.
 
-    python train_sft.py --task planted --run-dir runs/sft                        # tiny model from
-    nothing, CPU, 15 s python train_sft.py --task jsonl --data gsm8k_train.jsonl --model smollm2
-    # open weights
+    python train_sft.py --task planted --run-dir runs/sft        # tiny model, CPU, 15 s
+    python train_sft.py --task jsonl --data train.jsonl --model smollm2    # open weights
 
 The loss is the mean negative log-prob of the completion's tokens, its EOS included, the prompt's
 left out. What is left out of the textbook: packing several examples into one row (rows of a
@@ -29,6 +28,7 @@ from model import load_model, load_weights, new_model, pad_right, token_loss, wr
 from rollouts import grades
 from sample import generate
 from tasks import TaskFlags, get_task
+from tasks.context import leave_out_long
 
 
 @dataclass
@@ -299,6 +299,7 @@ def train(cfg):
         return run.summary
     model, tokenizer = start_model(cfg, task, device)
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", "val")
     examples = build_examples(
         task, tokenizer, first_problems(task, cfg.num_problems, cfg.seed), cfg
     )

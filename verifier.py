@@ -1,16 +1,14 @@
-"""The verifier V^mu: what is this solution worth so far? A Transformer with one more number per
-token.
+"""The verifier V^mu: what is this solution worth so far? A Transformer and a number per token.
 
     verifier = load_verifier("runs/planted/seed0/verifier", tokenizer)
-    values = step_values(verifier, rolled.tokens, step_ends(task, rolled, tokenizer))      # [B,S+1]
-    progress = values[:, 1:] - values[:, :-1]                                              # A^mu of
-    each step, [B,S]
+    values = step_values(verifier, rolled.tokens, step_ends(task, rolled, tokenizer))  # [B,S+1]
+    progress = values[:, 1:] - values[:, :-1]                          # A^mu of each step, [B,S]
 
 A step's reward in PAV (Setlur et al. 2024, arXiv 2410.08146) is its *progress*: the advantage under
 a prover mu that is not the policy,
 
-    A^mu(s,a) = Q^mu(s,a) - V^mu(s) = V^mu(prompt + steps 1..h) - V^mu(prompt + steps 1..h-1)
-    (eq. 2)
+    A^mu(s,a) = Q^mu(s,a) - V^mu(s)                                                       (eq. 2)
+              = V^mu(prompt + steps 1..h) - V^mu(prompt + steps 1..h-1)
 
 so one function is enough, V^mu(prefix): the chance that the prover, taking over here, still finds
 the answer. Both terms are read off the same verifier at consecutive step ends, the bare prompt

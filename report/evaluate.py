@@ -230,6 +230,7 @@ def evaluate(cfg, task, model, tokenizer, options):
     seconds = add_rows(rows, cfg, task, model, tokenizer, options, problems, file)
     file.close()
     result = summarize(rows, cfg.n, task, problems)
+    result["left_out"] = getattr(task, "left_out", 0)
     write_json(beside, dict(settings=settings, results=result))
     print_examples(rows[: 3 * cfg.n : cfg.n], problems)
     print(*report(result), sep="\n")

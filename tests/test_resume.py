@@ -24,8 +24,9 @@ from toy import ToyTask, tiny_model
 
 from infra import cli
 from infra.cli import UserError
-from infra.runs import latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
+from infra.runs import by_step, latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
 from model import load_weights, save_model, write_model
+from open_weights.files import resolve
 from verifier import Verifier, save_verifier
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +261,19 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     (tmp_path / "step_000030" / "optimizer.safetensors").write_bytes(b"")
     assert latest_checkpoint(tmp_path).name == "step_000020"
     assert capsys.readouterr().err.startswith("warning: ")
+
+
+def test_step_1000000_comes_after_step_999999(tmp_path, tokenizer):
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        checkpoint(tmp_path, step, 1)
+        (tmp_path / "step_000100.mine").mkdir(exist_ok=True)  # a name that no run gives is nobody's checkpoint
+        (tmp_path / "step_last").mkdir(exist_ok=True)
+        assert latest_checkpoint(tmp_path).name == f"step_{step}"
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"step_1000000", "step_1000001", "step_000100.mine", "step_last"}
+    assert resolve(tmp_path).name == "step_1000001"
+    assert [p.name for p in by_step(map(Path, ["step_1000000", "step_999999", "step_7.safetensors", "step_x"]))] == [
+        "step_7.safetensors", "step_999999", "step_1000000"]
 
 
 @pytest.mark.parametrize("script, largest_file", [
