@@ -19,9 +19,9 @@ train_rl.py away from it:
     phantom     the same, over the group's std: a group that agrees has only the verifier's noise
                 left, and gets it at full size (--reward orm --scale-rewards group)
 
-Task: the planted sub-sequence (tasks/planted.py), V^mu of the scripted prover of strength 16. The first
-four are paid by its *exact* values, so what breaks is the reward and not the verifier. The others
-show the verifier break: a Goodhart plot (its score of the solutions against the truth), beside the
+Task: the planted sub-sequence (tasks/planted.py), V^mu of the scripted prover of strength 16. The
+first four are paid by its *exact* values, so what breaks is the reward and not the verifier. The
+others show the verifier break: a Goodhart plot (its score of the solutions against the truth), beside the
 same verifier with the anchor (`guarded`: the value of the end is the grader's) and the grader alone
 (`graded`).
 

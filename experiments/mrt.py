@@ -6,8 +6,8 @@
 
 The claim (Setlur et al. 2025, arXiv 2503.07572): rewarding the progress of each episode beside the
 outcome gives the same or better accuracy, lower regret, and 1.5 times the token efficiency of
-outcome-reward RL (GRPO). Here, on the task `probe` (tasks/probe.py), whose base policy repeats itself and
-idles in six of ten episodes but is nearly always right in the end:
+outcome-reward RL (GRPO). Here, on the task `probe` (tasks/probe.py), whose base policy repeats itself
+and idles in six of ten episodes but is nearly always right in the end:
 
     base           SFT on the demonstrator
     outcome        RL with the outcome alone
@@ -196,9 +196,7 @@ def run_arm(cfg, root, name, seed, setting, limit=0, strength=-1.0):
         )
         return trained(cfg, run, seed, mrt_star.train, config, limit)
     steps = cfg.rl_steps * (LONG if name == "outcome_long" else 1)
-    shared |= dict(
-        num_prompts=cfg.num_prompts, steps=steps, eval_steps=steps, save_steps=10**6
-    )
+    shared |= dict(num_prompts=cfg.num_prompts, steps=steps, eval_steps=steps, save_steps=10**6)
     if name in MRT:
         return trained(cfg, run, seed, mrt.train, mrt.Config(**MRT[name] | shared), limit)
     config = train_rl.Config(**shared, reward="outcome")

@@ -38,7 +38,7 @@ class Config:
 
 
 def grid_jobs(cfg, root, arms):
-    """arms: the jobs of one comparison's arms. -> (jobs of the whole grid, {setting: run folder})."""
+    """arms: the jobs of one comparison's arms. -> (the grid's jobs, {setting: run folder})."""
     job_of = {job.label.split("/rl_")[1]: job for job in arms}
     grid = itertools.product(cfg.learning_rates, cfg.entropy_coefs, cfg.groups)
     runs = {}

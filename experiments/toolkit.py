@@ -91,8 +91,9 @@ def cpu_seconds(paths):
 
 
 def comparison(given, **settings):
-    """The plan of one of train_rl.py's comparisons -> its stages' jobs, its arms' jobs. given: names
-    of the settings that win over the task's table."""
+    """The plan of one of train_rl.py's comparisons -> its stages' jobs, its arms' jobs.
+
+    given: names of the settings that win over the task's table."""
     cfg = pipeline.with_flags(train_rl.Config)(**settings)
     _, jobs = pipeline.plan(cfg, {"": (["train_rl.py"], train_rl.Config)}, given)
     arms = [job for job in jobs if "/rl_" in job.label]
@@ -101,10 +102,13 @@ def comparison(given, **settings):
 
 def run_missing(jobs, workers, log_dir):
     """Run those of the jobs that are not complete, at most `workers` side by side (0: one per
-    core)."""
-    done = {job.label for job in jobs if job.done()}
-    missing = [job for job in jobs if job.label not in done]
-    pipeline.run_jobs(missing, workers or os.cpu_count() or 1, log_dir, done)
+    core). UserError: one was completed with other settings."""
+    done = [job for job in jobs if job.done()]
+    for job in done:
+        pipeline.refuse_other_settings(log_dir.parent, job)
+    missing = [job for job in jobs if job not in done]
+    labels = {job.label for job in done}
+    pipeline.run_jobs(missing, workers or os.cpu_count() or 1, log_dir, labels)
 
 
 def evaluations(run):

@@ -8,8 +8,8 @@ The claim (Setlur et al. 2025, arXiv 2502.12118): as the test budget of H tokens
 on right traces (verifier-free, VF) falls behind learning a verifier and searching or doing RL with
 it (verifier-based, VB), by sqrt(H) where n grows with H, if the base policy is *heterogeneous* (the
 reward of its traces varies: sigma^2 = sum_h Var_a Q) and *anti-concentrated* (it sometimes does
-much better than its mean). Here, on their didactic task (tasks/contextual.py) with the bi-level reward
-(tokens after the first right point), a tiny Transformer as base, fine-tuned on traces of a mixture
+much better than its mean). Here, on their didactic task (tasks/contextual.py) with the bi-level
+reward (tokens after the first right point), a tiny Transformer as base, fine-tuned on traces of a mixture
 of scripted policies whose width is the dial:
 
     VF      SFT of the base on n right traces of its own, one a problem, by rejection sampling. How
