@@ -21,9 +21,9 @@ train_rl.py away from it:
 
 Task: the planted sub-sequence (tasks/planted.py), V^mu of the scripted prover of strength 16. The
 first four are paid by its *exact* values, so what breaks is the reward and not the verifier. The
-others show the verifier break: a Goodhart plot (its score of the solutions against the truth), beside the
-same verifier with the anchor (`guarded`: the value of the end is the grader's) and the grader alone
-(`graded`).
+others show the verifier break: a Goodhart plot (its score of the solutions against the truth),
+beside the same verifier with the anchor (`guarded`: the value of the end is the grader's) and the
+grader alone (`graded`).
 
 Claims: arXiv 2410.08146, section 3.1 and appendix G (Q as the reward is no use, RL on it collapses)
 and its discount 0; the telescoping is arithmetic (tests/test_advantages.py); over-optimisation of

@@ -12,8 +12,8 @@
               holds, for every run, RUN/{correct [M,n], nsamples [M], nll [M,n], test [M]} and
               optionally RUN/subsample [m] (indices of the examples that were trained).
 2. runs       the same on our own models, trained on --task worded (tasks/worded.py): learning rate
-              x steps x data size, every snapshot of a run a point; beside it plain training accuracy,
-              the paper's foil.
+              x steps x data size, every snapshot of a run a point; beside it plain training
+              accuracy, the paper's foil.
 3. robustness finished models go on from the first line of a training solution, with its own
               meaningless letters and with others: what the change costs examples of low and of high
               pre-memorization accuracy, within each run that has both.

@@ -6,8 +6,8 @@
 
 The claim (Setlur et al. 2025, arXiv 2503.07572): rewarding the progress of each episode beside the
 outcome gives the same or better accuracy, lower regret, and 1.5 times the token efficiency of
-outcome-reward RL (GRPO). Here, on the task `probe` (tasks/probe.py), whose base policy repeats itself
-and idles in six of ten episodes but is nearly always right in the end:
+outcome-reward RL (GRPO). Here, on the task `probe` (tasks/probe.py), whose base policy repeats
+itself and idles in six of ten episodes but is nearly always right in the end:
 
     base           SFT on the demonstrator
     outcome        RL with the outcome alone

@@ -102,8 +102,8 @@ class Config:
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs. Each is a run directory of train_sft.py, papers/rft.py or papers/train_dpo.py; its accuracy is
-# kept beside it.
+# Runs. Each is a run directory of train_sft.py, papers/rft.py or papers/train_dpo.py; its accuracy
+# is kept beside it.
 
 
 def accuracy(run, task, split, n, temperature=0.0):

@@ -9,8 +9,8 @@ on right traces (verifier-free, VF) falls behind learning a verifier and searchi
 it (verifier-based, VB), by sqrt(H) where n grows with H, if the base policy is *heterogeneous* (the
 reward of its traces varies: sigma^2 = sum_h Var_a Q) and *anti-concentrated* (it sometimes does
 much better than its mean). Here, on their didactic task (tasks/contextual.py) with the bi-level
-reward (tokens after the first right point), a tiny Transformer as base, fine-tuned on traces of a mixture
-of scripted policies whose width is the dial:
+reward (tokens after the first right point), a tiny Transformer as base, fine-tuned on traces of a
+mixture of scripted policies whose width is the dial:
 
     VF      SFT of the base on n right traces of its own, one a problem, by rejection sampling. How
             many base traces that took is reported and not charged.
