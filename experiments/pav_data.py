@@ -87,6 +87,7 @@ ARMS = {
     "mc1_all": ("mc1", True),
     "mc16_all": ("mc16", True),
 }
+UNIFORM = ("mc1", "mc4", "mc16")
 NAMES = {
     "mc1": "n_mc 1: many seeds",
     "mc4": "n_mc 4",
@@ -393,8 +394,7 @@ def claims_of(results):
     low = budgets[0]
     high = budgets[-1]
     at = {(r["arm"], r["budget"]): r["corr_advantage_exact"] or 0.0 for r in summary}
-    uniform = ("mc1", "mc4", "mc16")
-    best = {b: max(uniform, key=lambda arm: at[arm, b]) for b in budgets}  # noqa: B023
+    best = {b: max(UNIFORM, key=lambda arm: at[arm, b]) for b in budgets}  # noqa: B023
 
     def plus(*pair):
         return mean_sd(gain(rows, *pair), signed=True)
