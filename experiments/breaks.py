@@ -135,11 +135,16 @@ def tabular(cfg, regime, arm, seed, lr):
     )
 
 
+def task_args(letters):
+    """--task-args. Six letters are the task's own: those runs are shared with other experiments."""
+    return [] if letters == 6 else [f"length={letters}"]
+
+
 def policy_and_verifier(cfg, root, regime, seed):
     """-> (folder of the policy that RL starts from, folder of the weak verifier or None)."""
     letters = cfg.easy_letters if regime == "easy" else 6
     name = "sft" if letters == 6 else f"sft{letters}"
-    policy = clone(seed, name, 5, cfg.smoke, task_args=[f"length={letters}"])
+    policy = clone(seed, name, 5, cfg.smoke, task_args=task_args(letters))
     if regime not in ("learned", "able"):
         return policy, None
     prover = clone(seed, "prover", PROVER, cfg.smoke)
@@ -158,7 +163,7 @@ def reinforce(cfg, root, regime, arm, seed, lr):
     steps = dict(main=cfg.steps, easy=cfg.easy_steps).get(regime, cfg.learned_steps)
     settings = dict(
         task="planted",
-        task_args=[f"length={cfg.easy_letters if regime == 'easy' else 6}"],
+        task_args=task_args(cfg.easy_letters if regime == "easy" else 6),
         reward="pav",
         seed=seed,
         policy=str(policy),
