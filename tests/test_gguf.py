@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 from infra.cli import UserError
 from open_weights import gguf as gguf_import
 from open_weights.gguf import convert_gguf, find_smollm2, unpermute
-from open_weights.tokenizer import ALPHABET
-from open_weights.tokenizer_files import load_tokenizer
+from open_weights.tokenizer import ALPHABET, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
