@@ -155,9 +155,8 @@ def collect(base, prover, tokenizer, task, problems, cfg, shard):
     seeds = generate(
         base, prompts, max_new_tokens=limit, seed=derive(cfg.seed, "seeds", shard), **options
     )
-    ends = step_ends(
-        task, seeds, tokenizer, credit=True
-    )  # a cut in front of an EOS alone would teach nothing
+    # A cut in front of an EOS alone would teach nothing: credit=True.
+    ends = step_ends(task, seeds, tokenizer, credit=True)
     spent = seeds.num_tokens()
     if cfg.label == "outcome":  # an ORM needs no prover: the seed's own outcome, read at its end
         weight = torch.zeros(ends.shape)
@@ -311,9 +310,8 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
         target = data["target"][rows]
         weight = data["weight"][rows]
         share, real = padded_share(len(rows))
-        logits = verifier(tokens[share].to(device)).gather(
-            1, (ends[share] - 1).to(device)
-        )  # (b, S+1)
+        at_token = verifier(tokens[share].to(device))  # (b, T)
+        logits = at_token.gather(1, (ends[share] - 1).to(device))  # (b, S+1)
         total = weight.sum().to(device)
         loss = value_loss(
             logits, target[share].to(device), (weight[share] * real).to(device), w1, w0, total

@@ -147,10 +147,10 @@ class Config(server.RolloutFlags, RLFlags):
 def outcome_advantage(reward, scale="none"):
     """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; "group" also divides by its
     std (floored at 1e-3: a group that agrees must not explode). A group that agrees gives exactly
-    0."""
-    centred = (
-        reward - reward[:, :1]
-    )  # first, since the mean of three times 0.7 is not 0.7 in float32
+    0. The mean contains the sample itself, so outcomes come in (1 - 1/G) times and a bonus that is
+    not centred so weighs G/(G-1) times as much."""
+    # Minus the first, since the mean of three times 0.7 is not 0.7 in float32.
+    centred = reward - reward[:, :1]
     centred = centred - centred.mean(1, keepdim=True)
     return centred / reward.std(1, keepdim=True).clamp(min=1e-3) if scale == "group" else centred
 
@@ -209,9 +209,8 @@ def credit_tokens(per_step, ends, T):
     per_step [B,S], ends [B,S+1] exclusive token ends (column 0: prompt length) -> [B,T].
     """
     t = torch.arange(T).expand(len(ends), T).contiguous()
-    step = torch.searchsorted(
-        ends[:, 1:].contiguous(), t, right=True
-    )  # (B, T): ends at or before t
+    # The step of token t is the number of ends at or before it, [B,T].
+    step = torch.searchsorted(ends[:, 1:].contiguous(), t, right=True)
     inside = (t >= ends[:, :1]) & (t < ends[:, -1:])
     return per_step.gather(1, step.clamp(max=per_step.shape[1] - 1)) * inside
 
@@ -283,19 +282,16 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     timer = timer or Timer()
     mask = rollouts.mask()
     weight = token_weights(mask, cfg.loss_type, limit)
-    rows = torch.tensor(
-        parallel.share(len(mask))
-    )  # in order: samples of a prompt share a micro-batch
+    # In order: samples of a prompt share a micro-batch.
+    rows = torch.tensor(parallel.share(len(mask)))
     size = cfg.micro_batch_size or len(rows)
     first_logprob = {}  # the policy's log-probs before the first optimizer step, per micro-batch
     parts = []  # the policy's loss and what the clip silenced, of every chunk of tokens
 
-    def loss_fn(
-        logprob, entropy, advantage, w, old_logprob, ref_logprob
-    ):  # [n] each; a sum over the chunk
-        old_logprob = (
-            logprob.detach() if old_logprob is None else old_logprob
-        )  # the ratio is 1 at first
+    def loss_fn(logprob, entropy, advantage, w, old_logprob, ref_logprob):
+        """[n] each -> the loss of a chunk of tokens, a sum."""
+        if old_logprob is None:  # the ratio is 1 at first
+            old_logprob = logprob.detach()
         loss, clip = policy_loss(logprob, old_logprob, advantage, w, cfg.epsilon, cfg.epsilon_high)
         parts.append(torch.stack([loss.detach(), clip]))
         if cfg.entropy_coef:

@@ -102,12 +102,10 @@ def build_examples(task, tokenizer, problems, cfg):
         problem = problems[i % len(problems)]
         if i >= len(problems) and not task.random_demonstrations:
             break  # a file has one solution per problem
-        text = task.demonstration(
-            problem, strength_of(cfg, task), derive(cfg.seed, "demonstration", i)
-        )
-        examples.append(
-            (task.prompt_tokens(problem, tokenizer), encode_solution(task, tokenizer, text))
-        )
+        prompt = task.prompt_tokens(problem, tokenizer)  # first: it may open a thought to be closed
+        seed = derive(cfg.seed, "demonstration", i)
+        text = task.demonstration(problem, strength_of(cfg, task), seed)
+        examples.append((prompt, encode_solution(task, tokenizer, text)))
     return examples
 
 
@@ -164,9 +162,8 @@ def sft_step(model, batch, cfg, device):
     """Accumulate the gradient of the batch's mean NLL. One denominator for all micro-batches and
     processes: the number of trained tokens in the whole batch, so the split does not change the
     gradient. Returns nll, entropy."""
-    batch = sorted(
-        batch, key=lambda e: len(e[0]) + len(e[1])
-    )  # rows of one micro-batch have similar lengths
+    # Rows of one micro-batch have similar lengths.
+    batch = sorted(batch, key=lambda example: len(example[0]) + len(example[1]))
     total = sum(len(c) for _, c in batch)
     batch = batch[parallel.rank() :: parallel.size()]
     nll = 0.0

@@ -78,9 +78,8 @@ def step_values(verifier, tokens, ends, batch_tokens=4096):
         rows = slice(i, min(i + size, share.stop))
         text = tokens[rows, : int(ends[rows].max())]
         at_token = verifier(text.to(device), ends[rows, -1]).cpu()
-        logits.append(
-            at_token.gather(1, ends[rows] - 1) - verifier.logit_shift
-        )  # read at the step's last token
+        # A value is read at the step's last token.
+        logits.append(at_token.gather(1, ends[rows] - 1) - verifier.logit_shift)
     values = parallel.gather(torch.cat(logits), len(tokens)).sigmoid()
     return best_of_k_value(values, verifier.k)
 

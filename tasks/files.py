@@ -226,7 +226,11 @@ class Jsonl(Task):
     def demonstration(self, problem, strength=None, seed=0):
         solution, last = problem.data[0], f"#### {problem.answer}"
         choices = [solution, f"{solution}\n{last}"] if solution else [f"The answer is {problem.answer}."]
-        return next((t for t in choices if answers_equal(extract_answer(t), problem.answer)), last)
+        return self.after_thought(next((t for t in choices if answers_equal(extract_answer(t), problem.answer)), last))
+
+    def after_thought(self, text):
+        """A demonstration closes the thought that the prompt opened: files hold solutions, no thoughts."""
+        return "</think>\n\n" * self.opens_thought + text
 
     def own_text(self, problem, completion):
         """What follows the thought. A base model goes on with a question of its own, which is no answer to ours: it begins
@@ -316,4 +320,4 @@ class Math(Jsonl):
         solution = problem.data[0]
         last = f"The answer is $\\boxed{{{problem.answer}}}$."
         choices = (solution, f"{solution}\n{last}".strip())
-        return next((t for t in choices if answers_equal(extract_answer(t), problem.answer)), last)
+        return self.after_thought(next((t for t in choices if answers_equal(extract_answer(t), problem.answer)), last))

@@ -145,6 +145,12 @@ def test_smoke_plans_what_the_stages_make_of_it(tmp_path):
     assert sizes == (64, 1, 16, 4)  # pav.main
 
 
+def test_an_arm_with_another_loop_is_refused_where_nobody_knows_it():
+    cfg = pipeline.with_flags(train_rl.Config)(arms=["mrt"], task="probe")
+    with pytest.raises(UserError, match="python -m papers.mrt"):
+        pipeline.plan(cfg, {"": SCRIPTS[""]}, set())
+
+
 def test_smoke_has_a_folder_of_its_own():
     cfg = pipeline.with_flags(train_rl.Config)(smoke=True)
     root, _ = pipeline.plan(cfg, SCRIPTS, set())
