@@ -106,7 +106,7 @@ def test_an_impossible_value_is_refused_by_its_flag(refuse, script, argv, flag):
 
 
 def test_nothing_to_do_is_said(refuse):
-    refuse("--prompt TEXT, or --task NAME", "sample")
+    refuse("--n is of --prompt or --task", "sample", "--n", "2")
     refuse("--policy is missing", "pav", "--run-dir", "v")
     refuse("--policy is missing", "papers.train_dpo", "--run-dir", "d")
     refuse("python -m papers.mrt", "train_rl", "--reward", "mrt")
