@@ -59,9 +59,10 @@ def test_readme_names_files_that_exist():
     assert len(paths) > 20 and not missing
 
 
-def test_an_installation_has_every_module():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert listed["py-modules"] == sorted(p.stem for p in ROOT.glob("*.py")) and listed["packages"] == ["kernels"]
+def test_it_is_a_repository_and_no_package():
+    """Top names such as search or kernels would collide in site-packages: nothing here can be installed there."""
+    assert {"project", "build-system"}.isdisjoint(tomllib.loads((ROOT / "pyproject.toml").read_text()))
+    assert not any((ROOT / name).exists() for name in ("setup.py", "setup.cfg"))
 
 
 def test_every_function_that_readme_points_to_exists():
