@@ -190,7 +190,8 @@ def test_kill_ends_the_program_in_an_answer_too(talker):
 
 def test_each_line_carries_its_value_and_progress(talker, capsys, monkeypatch):
     folder, model, tokenizer, verifier = talker
-    monkeypatch.setattr("builtins.input", lambda _, typed=iter(["12", ""]): next(typed))
+    typed = iter(["12", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
     chat.main(["--model", str(folder / "policy"), "--verifier", str(folder / "verifier"), "--temperature", "1",
                "--max-new-tokens", "150", "--device", "cpu"])
     out = capsys.readouterr().out
@@ -198,9 +199,9 @@ def test_each_line_carries_its_value_and_progress(talker, capsys, monkeypatch):
     answer = generate(model, [prompt], max_new_tokens=150, temperature=1.0, seed=0, stop_ids=tokenizer.eos_ids).completion(0)
     length = len(prompt) + len(answer)
     ends = [len(prompt), *Task().step_ends(prompt + answer, len(prompt), length, tokenizer)]
-    values = step_values(verifier, torch.tensor([prompt + answer]), torch.tensor([ends]))[0]
+    values = step_values(verifier, torch.tensor([prompt + answer]), torch.tensor([ends]))[0].tolist()
     shown = re.findall(r"\[A ([+-]\d\.\d\d)  V (\d\.\d\d)\]", out)
-    assert len(shown) == len(ends) - 1 > 2 and f"V {values[0]:.2f} (prompt alone)" in out
+    assert len(shown) == len(ends) - 1 > 1 and f"V {values[0]:.2f} (prompt alone)" in out
     for (a, v), before, after in zip(shown, values, values[1:]):
         assert float(v) == pytest.approx(after, abs=0.006) and float(a) == pytest.approx(after - before, abs=0.006)
     assert "\x1b" not in out  # no terminal, no colour
