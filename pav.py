@@ -8,17 +8,15 @@ V^mu(prefix) is the chance that the prover mu, taking over here, still finds the
 (verifier.py). It is learned from rollouts (PAV, Setlur et al. 2024, arXiv 2410.08146, section 4 and
 appendix D):
 
-    1. roll in   n_cov seed solutions a problem from the policy (the states we shall be asked
-    about),
+    1. roll in   n_cov seed solutions a problem from the policy (the states to be asked about),
     2. cut       each at some step ends, the bare prompt among them,
     3. roll out  n_mc continuations a cut from the prover, graded: a Monte-Carlo label of V^mu.
-    Later step ends
-                 of a continuation are prover states too and get its own outcome, free;
+                 Later step ends of a continuation are prover states too and get its own outcome,
+                 free;
     4. fit       a Transformer with a scalar head by cross-entropy with these soft labels,
     5. judge     on held-out problems: calibration, AUC, and the correlation of the *advantage*,
-    which is what
-                 RL will be paid by (report/judge.py). A verifier can rank states well and steps
-                 badly.
+                 which is what RL will be paid by (report/judge.py). A verifier can rank states
+                 well and steps badly.
 
 Once a solution is beyond saving, its later prefixes all say 0, and cuts there teach little.
 --coverage first-pit looks where value is lost: of each cut whose value is at least --pit-threshold
@@ -52,6 +50,7 @@ from rollouts import continue_and_grade, grades, labelled_solutions, shards, sta
 from sample import generate
 from tasks import TaskFlags, get_task
 from tasks.base import split_of
+from tasks.context import leave_out_long
 from tasks.files import read_labelled
 from verifier import Verifier, load_head, save_verifier
 
@@ -166,9 +165,8 @@ def collect(base, prover, tokenizer, task, problems, cfg, shard):
     seeds = generate(
         base, prompts, max_new_tokens=limit, seed=derive(cfg.seed, "seeds", shard), **options
     )
-    ends = step_ends(
-        task, seeds, tokenizer, credit=True
-    )  # a cut in front of an EOS alone would teach nothing
+    # A cut in front of an EOS alone would teach nothing: credit=True.
+    ends = step_ends(task, seeds, tokenizer, credit=True)
     spent = seeds.num_tokens()
     if cfg.label == "outcome":  # an ORM needs no prover: the seed's own outcome, read at its end
         weight = torch.zeros(ends.shape)
@@ -339,9 +337,8 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
         target = data["target"][rows]
         weight = data["weight"][rows]
         share, real = padded_share(len(rows))
-        logits = verifier(tokens[share].to(device)).gather(
-            1, (ends[share] - 1).to(device)
-        )  # (b, S+1)
+        at_token = verifier(tokens[share].to(device))  # (b, T)
+        logits = at_token.gather(1, (ends[share] - 1).to(device))  # (b, S+1)
         total = weight.sum().to(device)
         loss = value_loss(
             logits, target[share].to(device), (weight[share] * real).to(device), w1, w0, total
@@ -413,6 +410,7 @@ def train(cfg):
         return run.summary
     base, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(base, cfg.threads)
+    leave_out_long(task, tokenizer, base, "train", "val")
     prover = load_prover(cfg, base, tokenizer, device)
     clock = time.time()
     if cfg.labels:

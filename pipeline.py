@@ -1,8 +1,7 @@
-"""From nothing to a comparison: the stages that the arms of train_rl.py need, in order, each a run
-directory.
+"""From nothing to a comparison: the stages that the arms of train_rl.py need, each a run directory.
 
-    train_rl.py --reward pav  ->  runs/TASK/seed0/{sft, prover, verifier, rl_outcome, rl_pav}, then
-    the report
+    train_rl.py --reward pav
+        ->  runs/TASK/seed0/{sft, prover, verifier, rl_outcome, rl_pav}, then the report
 
 Every stage is one command of its own (runs/TASK/commands.txt), so each can be run, killed and
 resumed alone; speedrun.sh is this file for one seed of the planted task, written out. Three steps:
@@ -60,9 +59,9 @@ def with_flags(config):
 
 
 def fields_of(cfg, cls):
-    """The settings of cfg that cls has too, as a dict."""
-    names = [f.name for f in dataclasses.fields(cls)]
-    return {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+    """The settings that cfg and the config class cls share, as a dict."""
+    shared = {f.name for f in dataclasses.fields(cfg)} & {f.name for f in dataclasses.fields(cls)}
+    return {name: getattr(cfg, name) for name in shared}
 
 
 def typed(argv):

@@ -1,11 +1,9 @@
-"""Rollouts, the currency of this code base: completions as token ids, where their steps end, how
-they were graded.
+"""Rollouts, the currency: completions as token ids, where their steps end, how they were graded.
 
-    rolled = generate(model, prompts, ...)                       # sample.py -> Rollouts
-    ends = step_ends(task, rolled, tokenizer)                    # [B,S+1]
-    outcome = grades(task, problems, rolled, tokenizer)          # [B]
-    rolled, outcome, spent = continue_and_grade(...)             # Monte-Carlo continuations of
-    prefixes, graded
+    rolled = generate(model, prompts, ...)                 # sample.py -> Rollouts
+    ends = step_ends(task, rolled, tokenizer)              # [B,S+1]
+    outcome = grades(task, problems, rolled, tokenizer)    # [B]
+    rolled, outcome, spent = continue_and_grade(...)       # Monte-Carlo continuations of prefixes
 
 Everything that trains, judges or searches is a function of these tensors. Token in, token out: text
 is decoded to be graded, and never encoded again.
@@ -138,6 +136,11 @@ def labelled_solutions(task, tokenizer, rows, context):
             tokens.append(row)
             ends.append(at)
             targets.append([mean(last[prompt]), *labels])
+    if len(tokens) < len(rows):
+        longer = len(rows) - len(tokens)
+        print(f"{longer} of {len(rows)} labelled solutions are longer than {context} tokens: unused")
+    if not tokens:
+        raise UserError("no labelled solution fits into the model's context; take shorter ones")
     ends = pad_ends(ends)
     weight = torch.ones(ends.shape)
     weight[:, 1:] = (ends[:, 1:] > ends[:, :-1]).float()  # padding repeats the last end

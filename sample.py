@@ -35,13 +35,14 @@ from kernels import packed_weights, philox_uniform
 from model import KVCache, load_model, new_model
 from rollouts import Rollouts, pass_at_k, widen
 from tasks import TASKS, TaskFlags, get_task
+from tasks.context import leave_out_long
 
+COLDEST = 1e-30  # below, the likeliest token is drawn: logits divided by less overflow in float32
 # Rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) for each
 # number of rows.
 ROUND = 16
-CACHE_BYTES = (
-    2**31
-)  # of keys and values, where the caller does not say how many rows are decoded at once
+# Of keys and values, where the caller does not say how many rows are decoded at once.
+CACHE_BYTES = 2**31
 
 
 def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, **options):
@@ -51,6 +52,8 @@ def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, 
     get all (infra/parallel.py). engine: completes the prompts instead of generate_here
     (engines/server.py).
     """
+    if 0 < options["temperature"] < COLDEST:
+        options["temperature"] = 0.0
     model = parallel.whole(model)
     engine = engine or generate_here
     n = len(prompts)
@@ -300,6 +303,8 @@ def start(cfg):
         task.problems(cfg.split, 1)
     model, tokenizer = load_model(cfg.model, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(model, cfg.threads)
+    if task:
+        task.left_out = leave_out_long(task, tokenizer, model, cfg.split)
     return task, model, tokenizer, sampling_options(cfg, task, tokenizer)
 
 

@@ -1,9 +1,8 @@
 """Reinforcement learning with outcome rewards and process rewards, one readable loop.
 
-    python train_rl.py --reward pav                       # everything from nothing: 2 minutes on 2
-    cores python train_rl.py --reward pav --model smollm2 --task jsonl --data mawps.jsonl      #
-    open weights python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm
-    # one arm
+    python train_rl.py --reward pav                  # everything from nothing: 2 minutes on 2 cores
+    python train_rl.py --reward pav --model smollm2 --task jsonl --data x.jsonl       # open weights
+    python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm    # one arm
 
 The gradient (PAV, Setlur et al. 2024, eq. 5), for step h of a sampled solution:
 
@@ -43,10 +42,12 @@ from infra.runs import (
 )
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, token_logprobs, token_loss, write_model
+from report.arms import REWARDS
 from report.watch import evaluate, mean_final_value, rollout_logs, summarize
 from rollouts import first_illegal, grades, step_ends
 from sample import generate
 from tasks import TaskFlags, get_task, task_class
+from tasks.context import leave_out_long
 from verifier import load_verifier, step_values
 
 
@@ -72,7 +73,7 @@ class RLFlags(TaskFlags, RunConfig):
     )
     warmup_steps: int = opt(0, "linear warm-up", "optimization", low=0)
     temperature: float = opt(
-        1.0, "of the policy, in the sampler and in the loss", "optimization", above=0
+        1.0, "of the policy, in the sampler and in the loss", "optimization", low=1e-6
     )
     loss_type: str = opt(
         "dapo",
@@ -122,7 +123,7 @@ class Config(server.RolloutFlags, RLFlags):
         "outcome: the grader; orm: the verifier's score of the whole; q: grader + alpha*Q; "
         "pav: grader + alpha*A; to-go: a step also earns all later bonuses (a control)",
         "reward",
-        choices=["outcome", "orm", "q", "pav", "q-to-go", "pav-to-go", "mrt"],
+        choices=[*REWARDS, "q-to-go", "pav-to-go"],
     )
     verifier: str = opt(
         "",
@@ -146,10 +147,10 @@ class Config(server.RolloutFlags, RLFlags):
 def outcome_advantage(reward, scale="none"):
     """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; "group" also divides by its
     std (floored at 1e-3: a group that agrees must not explode). A group that agrees gives exactly
-    0."""
-    centred = (
-        reward - reward[:, :1]
-    )  # first, since the mean of three times 0.7 is not 0.7 in float32
+    0. The mean contains the sample itself, so outcomes come in (1 - 1/G) times and a bonus that is
+    not centred so weighs G/(G-1) times as much."""
+    # Minus the first, since the mean of three times 0.7 is not 0.7 in float32.
+    centred = reward - reward[:, :1]
     centred = centred - centred.mean(1, keepdim=True)
     return centred / reward.std(1, keepdim=True).clamp(min=1e-3) if scale == "group" else centred
 
@@ -208,9 +209,8 @@ def credit_tokens(per_step, ends, T):
     per_step [B,S], ends [B,S+1] exclusive token ends (column 0: prompt length) -> [B,T].
     """
     t = torch.arange(T).expand(len(ends), T).contiguous()
-    step = torch.searchsorted(
-        ends[:, 1:].contiguous(), t, right=True
-    )  # (B, T): ends at or before t
+    # The step of token t is the number of ends at or before it, [B,T].
+    step = torch.searchsorted(ends[:, 1:].contiguous(), t, right=True)
     inside = (t >= ends[:, :1]) & (t < ends[:, -1:])
     return per_step.gather(1, step.clamp(max=per_step.shape[1] - 1)) * inside
 
@@ -282,19 +282,16 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     timer = timer or Timer()
     mask = rollouts.mask()
     weight = token_weights(mask, cfg.loss_type, limit)
-    rows = torch.tensor(
-        parallel.share(len(mask))
-    )  # in order: samples of a prompt share a micro-batch
+    # In order: samples of a prompt share a micro-batch.
+    rows = torch.tensor(parallel.share(len(mask)))
     size = cfg.micro_batch_size or len(rows)
     first_logprob = {}  # the policy's log-probs before the first optimizer step, per micro-batch
     parts = []  # the policy's loss and what the clip silenced, of every chunk of tokens
 
-    def loss_fn(
-        logprob, entropy, advantage, w, old_logprob, ref_logprob
-    ):  # [n] each; a sum over the chunk
-        old_logprob = (
-            logprob.detach() if old_logprob is None else old_logprob
-        )  # the ratio is 1 at first
+    def loss_fn(logprob, entropy, advantage, w, old_logprob, ref_logprob):
+        """[n] each -> the loss of a chunk of tokens, a sum."""
+        if old_logprob is None:  # the ratio is 1 at first
+            old_logprob = logprob.detach()
         loss, clip = policy_loss(logprob, old_logprob, advantage, w, cfg.epsilon, cfg.epsilon_high)
         parts.append(torch.stack([loss.detach(), clip]))
         if cfg.entropy_coef:
@@ -419,6 +416,7 @@ def train(cfg, verifier=None):
         return run.summary
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", cfg.eval_split)
     if verifier is None and cfg.verifier not in ("", "constant"):
         verifier = load_verifier(cfg.verifier, tokenizer, device)
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
@@ -430,11 +428,9 @@ def train(cfg, verifier=None):
     train_problems = task.problems("train", None, 0)
     G = cfg.num_generations
     B = cfg.num_prompts * G
+    watch = partial(evaluate, model, tokenizer, task, verifier, cfg, limit)
     if state["step"] == 0:
-        first = evaluate(
-            model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_start.jsonl"
-        )
-        run.log(0, num_tokens=0, episodes=0, **first)
+        run.log(0, num_tokens=0, episodes=0, **watch(run.folder / "solutions_start.jsonl"))
 
     for step in with_progress_bar(range(state["step"] + 1, cfg.steps + 1), f"rl {cfg.reward}"):
         timer = Timer("generate", "grade", "verify", "logprob", "backward", "update", "evaluate")
@@ -478,15 +474,11 @@ def train(cfg, verifier=None):
             advantage=adv,
         )
         require_finite(run.folder, step, logs["grad_norm"], batch, cfg.learning_rate)
-        if engine:
-            server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
+        server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
         # 7. Evaluate, log, save.
         state["tokens"] += rollouts.num_tokens()
         if step % cfg.eval_steps == 0 or step == cfg.steps:
-            timer.mark("other")
-            logs |= evaluate(
-                model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_end.jsonl"
-            )
+            logs |= watch(run.folder / "solutions_end.jsonl")
             timer.mark("evaluate")
         timer.mark("other")
         logs |= rollout_logs(rollouts) | timer.metrics()

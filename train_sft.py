@@ -1,8 +1,7 @@
 """Supervised fine-tuning: imitate demonstrations. The first stage of everything.
 
-    python train_sft.py --task planted --run-dir runs/sft                        # tiny model from
-    nothing, CPU, 15 s python train_sft.py --task jsonl --data gsm8k_train.jsonl --model smollm2
-    # open weights
+    python train_sft.py --task planted --run-dir runs/sft        # tiny model, CPU, 15 s
+    python train_sft.py --task jsonl --data train.jsonl --model smollm2    # open weights
 
 The loss is the mean negative log-prob of the completion's tokens, its EOS included, the prompt's
 left out. What is left out of the textbook: packing several examples into one row (rows of a
@@ -29,6 +28,7 @@ from model import load_model, load_weights, new_model, pad_right, token_loss, wr
 from rollouts import grades
 from sample import generate
 from tasks import TaskFlags, get_task
+from tasks.context import leave_out_long
 
 
 @dataclass
@@ -102,12 +102,10 @@ def build_examples(task, tokenizer, problems, cfg):
         problem = problems[i % len(problems)]
         if i >= len(problems) and not task.random_demonstrations:
             break  # a file has one solution per problem
-        text = task.demonstration(
-            problem, strength_of(cfg, task), derive(cfg.seed, "demonstration", i)
-        )
-        examples.append(
-            (task.prompt_tokens(problem, tokenizer), encode_solution(task, tokenizer, text))
-        )
+        prompt = task.prompt_tokens(problem, tokenizer)  # first: it may open a thought to be closed
+        seed = derive(cfg.seed, "demonstration", i)
+        text = task.demonstration(problem, strength_of(cfg, task), seed)
+        examples.append((prompt, encode_solution(task, tokenizer, text)))
     return examples
 
 
@@ -164,9 +162,8 @@ def sft_step(model, batch, cfg, device):
     """Accumulate the gradient of the batch's mean NLL. One denominator for all micro-batches and
     processes: the number of trained tokens in the whole batch, so the split does not change the
     gradient. Returns nll, entropy."""
-    batch = sorted(
-        batch, key=lambda e: len(e[0]) + len(e[1])
-    )  # rows of one micro-batch have similar lengths
+    # Rows of one micro-batch have similar lengths.
+    batch = sorted(batch, key=lambda example: len(example[0]) + len(example[1]))
     total = sum(len(c) for _, c in batch)
     batch = batch[parallel.rank() :: parallel.size()]
     nll = 0.0
@@ -299,6 +296,7 @@ def train(cfg):
         return run.summary
     model, tokenizer = start_model(cfg, task, device)
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", "val")
     examples = build_examples(
         task, tokenizer, first_problems(task, cfg.num_problems, cfg.seed), cfg
     )

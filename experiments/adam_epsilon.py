@@ -1,7 +1,7 @@
 """A bonus that says nothing is not harmless: what Adam makes of a tiny gradient.
 
     python -m experiments.adam_epsilon         # about 25 minutes of one core
-    python -m experiments.adam_epsilon --smoke # the same road in seconds
+    python -m experiments.adam_epsilon --smoke # few steps, seconds
     -> docs/results/adam_epsilon/: results.json, table.md, curves.png
 
 On the planted task the controls with an empty process reward (prover = base, whose learned
@@ -103,10 +103,10 @@ def figure(rows, path):
         return
     fig, axis = plt.subplots(figsize=(6.2, 4.2), constrained_layout=True)
     for arm in dict.fromkeys(r["arm"] for r in rows):
-        mine = [r for r in rows if r["arm"] == arm]
-        y = [[x["end"] for x in r["runs"]] for r in mine]
+        of_arm = [r for r in rows if r["arm"] == arm]
+        y = [[x["end"] for x in r["runs"]] for r in of_arm]
         axis.errorbar(
-            [r["epsilon"] for r in mine],
+            [r["epsilon"] for r in of_arm],
             [mean(e) for e in y],
             [spread(e) / len(e) ** 0.5 for e in y],
             marker="o",

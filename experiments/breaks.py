@@ -2,7 +2,7 @@
 
     python -m experiments.breaks              # about 13 minutes of one core
     python -m experiments.breaks --no-transformer    # the tables alone, under a minute
-    python -m experiments.breaks --smoke      # the same road in a few seconds
+    python -m experiments.breaks --smoke      # few steps, a few seconds
     -> docs/results/breaks/: results.json, table.md, curves.png
 
 The right way (Setlur et al. 2024, arXiv 2410.08146, eq. 5): a step is paid the outcome of its
@@ -136,62 +136,49 @@ def tabular(cfg, regime, arm, seed, lr):
     )
 
 
+def policy_and_verifier(cfg, root, regime, seed):
+    """-> (folder of the policy that RL starts from, folder of the weak verifier or None)."""
+    letters = cfg.easy_letters if regime == "easy" else 6
+    name = "sft" if letters == 6 else f"sft{letters}"
+    policy = clone(seed, name, 5, cfg.smoke, task_args=[f"length={letters}"])
+    if regime not in ("learned", "able"):
+        return policy, None
+    prover = clone(seed, "prover", PROVER, cfg.smoke)
+    run = root / f"seed{seed}" / "weak_verifier"
+    verifier = learn_verifier(run, seed, policy, prover, PROVER, cfg.weak_problems, 6, cfg.smoke)
+    return (prover if regime == "able" else policy), verifier
+
+
 def reinforce(cfg, root, regime, arm, seed, lr):
     """One RL run (or the one that is there) -> dict(accuracy, score: curves over evaluations;
     tokens)."""
     if regime.startswith("table"):
         return tabular(cfg, regime, arm, seed, lr)
-    letters = cfg.easy_letters if regime == "easy" else 6
-    weak = regime in ("learned", "able")
-    more = dict(task_args=[f"length={letters}"])
-    start = clone(
-        seed, f"sft{letters}" if letters != 6 else "sft", 5, cfg.smoke, task_args=[f"length={letters}"]
-    )
-    flags = (LEARNED if weak else ARMS)[arm][0]
-    verifier = None
-    if weak:
-        prover = clone(seed, "prover", PROVER, cfg.smoke)
-        more["verifier"] = str(
-            learn_verifier(
-                root / f"seed{seed}" / "weak_verifier",
-                seed,
-                start,
-                prover,
-                PROVER,
-                cfg.weak_problems,
-                6,
-                cfg.smoke,
-            )
-        )
-        start = prover if regime == "able" else start
+    policy, learned = policy_and_verifier(cfg, root, regime, seed)
     run = root / f"seed{seed}" / f"{regime}_{arm}_lr{lr:g}"
-    steps = dict(
-        main=cfg.steps, easy=cfg.easy_steps, learned=cfg.learned_steps, able=cfg.learned_steps
-    )[regime]
-    config = train_rl.Config(
-        **(
-            dict(
-                task="planted",
-                reward="pav",
-                seed=seed,
-                policy=str(start),
-                run_dir=str(run),
-                num_prompts=4,
-                num_generations=32,
-                steps=steps,
-                learning_rate=lr,
-                eval_problems=cfg.eval_problems,
-                eval_split="val" if seed == TUNING else "test",
-                eval_steps=max(1, steps // 10),
-                save_steps=steps,
-                threads=1,
-                device="cpu",
-            )
-            | flags
-            | more
-        )
+    steps = dict(main=cfg.steps, easy=cfg.easy_steps).get(regime, cfg.learned_steps)
+    settings = dict(
+        task="planted",
+        task_args=[f"length={cfg.easy_letters if regime == 'easy' else 6}"],
+        reward="pav",
+        seed=seed,
+        policy=str(policy),
+        verifier=str(learned or ""),
+        run_dir=str(run),
+        num_prompts=4,
+        num_generations=32,
+        steps=steps,
+        learning_rate=lr,
+        eval_problems=cfg.eval_problems,
+        eval_split="val" if seed == TUNING else "test",
+        eval_steps=max(1, steps // 10),
+        save_steps=steps,
+        threads=1,
+        device="cpu",
     )
-    if not weak and config.reward != "outcome":
+    config = train_rl.Config(**(settings | (LEARNED if learned else ARMS)[arm][0]))
+    verifier = None
+    if not learned and config.reward != "outcome":
         task = get_task(config)
         verifier = ExactVerifier(task, task.tokenizer(), PROVER)
     with quiet():
@@ -359,8 +346,8 @@ def hurts(results, arm):
 
 
 def show(results, arm, regimes):
-    found = [(POLICY[g], results[g][arm]) for g in regimes if g in results]
-    return ", ".join(f"{name} {with_sd(r['mean'], r['mean_sd'], 2)}" for name, r in found)
+    cells = [(POLICY[g], results[g][arm]) for g in regimes if g in results]
+    return ", ".join(f"{name} {with_sd(r['mean'], r['mean_sd'], 2)}" for name, r in cells)
 
 
 def conditions(results):
@@ -416,7 +403,7 @@ def lessons_of(record):
     """Further mistakes, which are not claims of the paper."""
     results = record["results"]
     how = conditions(record["results"])
-    found = [
+    lessons = [
         dict(
             claim="Outcomes over their group's std beside process rewards (phantom advantages) "
             "hurt.",
@@ -427,8 +414,8 @@ def lessons_of(record):
         )
     ]
     if "learned" in results:
-        found += learned_lessons(results["learned"], results["able"])
-    return [dict(command=record["command"]) | c for c in found]
+        lessons += learned_lessons(results["learned"], results["able"])
+    return [dict(command=record["command"]) | c for c in lessons]
 
 
 def learned_lessons(weak, able):
@@ -465,65 +452,56 @@ def learned_lessons(weak, able):
     ]
 
 
+def titles_of(cfg):
+    return {
+        "table": "A table as policy, six letters, exact values:",
+        "table_easy": f"A table, {cfg.easy_letters} letters in 12, the same learning rates:",
+        "main": "A transformer, six letters, exact values:",
+        "easy": f"A transformer, {cfg.easy_letters} letters, the same learning rates:",
+        "learned": f"A transformer, six letters, a verifier of {cfg.weak_problems} continuations, "
+        "from the base:",
+        "able": f"The same, from a policy cloned from strength {PROVER}:",
+    }
+
+
+def compare_all(cfg, root):
+    """-> {regime: {arm: dict}}"""
+
+    def rates(regime):
+        return {arm: r["learning_rate"] for arm, r in results[regime].items()}
+
+    simple = ["pav", "outcome", "q_to_go", "to_go"]
+    able = ["graded", "guarded", "unguarded", "believed"]
+    results = {"table": compare(cfg, root, "table", list(ARMS))}
+    results["table_easy"] = compare(cfg, root, "table_easy", simple, rates("table"))
+    if cfg.transformer:
+        results["main"] = compare(cfg, root, "main", list(ARMS))
+        results["easy"] = compare(cfg, root, "easy", simple, rates("main"))
+        results["learned"] = compare(cfg, root, "learned", list(LEARNED))
+        results["able"] = compare(cfg, root, "able", able, rates("learned"))
+    return results
+
+
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     clock = time.process_time()
     root = SMOKE / "breaks" if cfg.smoke else Path("runs/breaks")
     if cfg.smoke:
-        cfg.learning_rates = [1e-3]
-        cfg.seeds = 1
-        cfg.steps = 2
-        cfg.easy_steps = 2
-        cfg.learned_steps = 2
-        cfg.eval_problems = 16
-        cfg.table_seeds = 2
-        cfg.table_rates = [0.1]
-        cfg.out = str(root / "results")
-    simple = ["pav", "outcome", "q_to_go", "to_go"]
-
-    def rates(runs):
-        return {arm: r["learning_rate"] for arm, r in runs.items()}
-
-    results = {"table": compare(cfg, root, "table", list(ARMS))}
-    results["table_easy"] = compare(cfg, root, "table_easy", simple, rates(results["table"]))
-    titles = {
-        "table": "A table as policy, six letters, exact values:",
-        "table_easy": f"A table, {cfg.easy_letters} letters in 12, the same learning rates:",
-    }
-    if cfg.transformer:
-        results["main"] = compare(cfg, root, "main", list(ARMS))
-        results["easy"] = compare(cfg, root, "easy", simple, rates(results["main"]))
-        results["learned"] = compare(cfg, root, "learned", list(LEARNED))
-        results["able"] = compare(
-            cfg,
-            root,
-            "able",
-            ["graded", "guarded", "unguarded", "believed"],
-            rates(results["learned"]),
-        )
-        titles |= {
-            "main": "A transformer, six letters, exact values:",
-            "easy": f"A transformer, {cfg.easy_letters} letters, the same learning rates:",
-            "learned": f"A transformer, six letters, a verifier of {cfg.weak_problems} "
-            "continuations, from the base:",
-            "able": f"The same, from a policy cloned from strength {PROVER}:",
-        }
+        steps = dict(steps=2, easy_steps=2, learned_steps=2)
+        seeds = dict(seeds=1, table_seeds=2, learning_rates=[1e-3], table_rates=[0.1])
+        vars(cfg).update(steps | seeds, eval_problems=16, out=str(root / "results"))
+    results = compare_all(cfg, root)
     name = "breaks" + " --smoke" * cfg.smoke + " --no-transformer" * (not cfg.transformer)
-    text = "\n\n".join(
-        f"{title}\n\n{table(results[regime], LEARNED if regime in ('learned', 'able') else ARMS)}"
-        for regime, title in titles.items()
-    )
+    titles = titles_of(cfg)
+    parts = []
+    for regime, rows in results.items():
+        names = LEARNED if regime in ("learned", "able") else ARMS
+        parts.append(f"{titles[regime]}\n\n{table(rows, names)}")
+    text = "\n\n".join(parts)
     lessons = lessons_of(dict(results=results, command=f"python -m experiments.{name}"))
-    write_results(
-        cfg.out,
-        text,
-        name,
-        cfg,
-        claims_of,
-        lessons=lessons,
-        results=results,
-        cpu_seconds_of_this_call=round(time.process_time() - clock),
-    )
+    seconds = round(time.process_time() - clock)
+    numbers = dict(lessons=lessons, results=results, cpu_seconds_of_this_call=seconds)
+    write_results(cfg.out, text, name, cfg, claims_of, **numbers)
     figure(results, Path(cfg.out) / "curves.png")
     print_results(text, cfg.out)
 

@@ -1,7 +1,7 @@
 """Countdown, and why it looked as if no process reward could help.
 
     python -m experiments.countdown_exact         # 45 minutes of one core, stages included
-    python -m experiments.countdown_exact --smoke # the same road in seconds
+    python -m experiments.countdown_exact --smoke # few steps, seconds
     -> docs/results/countdown_exact/: results.json, table.md, curves.png
 
 An earlier comparison (128 samples a step, a verifier fitted in 470 steps) moved nothing. Two things

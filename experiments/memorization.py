@@ -224,7 +224,7 @@ def after_first_line(config, threshold):
     unchanged = accuracy(lambda letters: letters)
     changed = accuracy(changed_wording)
     groups = dict(low=premem[right] < 0.5, high=premem[right] >= 0.5)
-    found = {
+    numbers = {
         k: dict(examples=int(of.sum()), unchanged=unchanged[of], changed=changed[of])
         for k, of in groups.items()
     }
@@ -233,7 +233,7 @@ def after_first_line(config, threshold):
         train_accuracy=float(run["accuracy"][-1].mean()),
         premem=float(premem.mean()),
         test=float(run["test"][-1]),
-        **found,
+        **numbers,
     )
 
 
@@ -319,11 +319,11 @@ def predicts(r):
 
 def published_claims(results):
     """Of published.json."""
-    found = []
+    claims = []
     for name in ("gsm8k", "math"):
         r = results[name]
         good = [np.log(float(t)) for t, r2 in r["sensitivity"].items() if r2 >= 0.8]
-        found.append(
+        claims.append(
             claim(
                 results,
                 f"pre-memorization accuracy predicts test accuracy (R^2 above 0.9; {name}, "
@@ -338,12 +338,14 @@ def published_claims(results):
                 "(R^2 below 0.8)",
             )
         )
-    return found
+    return claims
 
 
 def runs_claims(results):
     """Of runs.json."""
     r = results
+    if None in (r["r2"], r["held_out"]["median"], r["r2_train_accuracy"]):
+        return []  # nothing varies: a run of a few steps
     return [
         claim(
             results,

@@ -1,7 +1,7 @@
 """Meta reinforcement fine-tuning against outcome rewards, when the thinking is stopped early.
 
     python -m experiments.mrt              # about 20 minutes of one core; --no-tune 15
-    python -m experiments.mrt --smoke      # the same road in 20 seconds
+    python -m experiments.mrt --smoke      # few steps, 20 seconds
     -> docs/results/mrt/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2025, arXiv 2503.07572): rewarding the progress of each episode beside the
@@ -415,60 +415,46 @@ def scalar_claim(rows, seeds):
 # Figure and files.
 
 
-def figure(rows, regimes, path):
-    """Left: accuracy when stopped. Middle: regret against what was sampled in training. Right:
-    regret, both limits."""
-    if (plt := pyplot()) is None:
-        return
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
+def budget_panel(axis, rows):
+    """Accuracy when stopped."""
     for name, r in rows.items():
         x = range(len(r["curve"]))
+        colour = COLOUR[name]
         label = f"{NAMES[name]} (n={len(r['regret_per_seed'])})"
-        left.plot(
-            x, r["curve"], color=COLOUR[name], label=label, linewidth=2, drawstyle="steps-post"
-        )
-        left.fill_between(
-            x,
-            r["curve_low"],
-            r["curve_high"],
-            color=COLOUR[name],
-            alpha=0.12,
-            linewidth=0,
-            step="post",
-        )
-        total = (r["train_tokens"] + r["mu_tokens"]) / 1e3
-        middle.errorbar(
-            total, r["regret"], r["regret_sd"], color=COLOUR[name], marker="o", capsize=3
-        )
-        if r["mu_tokens"]:
-            middle.plot(
-                [r["train_tokens"] / 1e3, total],
-                [r["regret"]] * 2,
-                color=COLOUR[name],
-                linestyle=":",
-                linewidth=1,
-            )
-            middle.plot(
-                r["train_tokens"] / 1e3,
-                r["regret"],
-                marker="o",
-                markerfacecolor="white",
-                color=COLOUR[name],
-            )
-    left.set(
+        axis.plot(x, r["curve"], color=colour, label=label, linewidth=2, drawstyle="steps-post")
+        band = dict(color=colour, alpha=0.12, linewidth=0, step="post")
+        axis.fill_between(x, r["curve_low"], r["curve_high"], **band)
+    axis.set(
         xlabel="tokens of thinking before the time is up",
         ylabel="accuracy of the answer given then",
         ylim=(0, 1.02),
         title="Budget curves (band: worst to best seed)",
     )
-    left.legend(frameon=False, fontsize=8, loc="lower right")
-    middle.set(
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def price_panel(axis, rows):
+    """Regret against what was sampled in training."""
+    for name, r in rows.items():
+        colour = COLOUR[name]
+        policy = r["train_tokens"] / 1e3
+        total = policy + r["mu_tokens"] / 1e3
+        axis.errorbar(total, r["regret"], r["regret_sd"], color=colour, marker="o", capsize=3)
+        if r["mu_tokens"]:
+            regret = [r["regret"]] * 2
+            axis.plot([policy, total], regret, color=colour, linestyle=":", linewidth=1)
+            axis.plot(policy, r["regret"], marker="o", markerfacecolor="white", color=colour)
+    axis.set(
         xlabel="sampled in training, thousands of tokens (hollow: without mu's)",
         ylabel="normalised regret",
         title="Regret and its price (bars: sd over seeds)",
     )
-    middle.set_ylim(bottom=0)
-    middle.margins(x=0.08)
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.08)
+
+
+def regime_panel(axis, rows, regimes):
+    """Regret, both limits and the brisk base."""
     groups = [
         ("63 tokens", rows, "o"),
         (f"{SHORT} tokens", regimes["short"], "s"),
@@ -477,19 +463,22 @@ def figure(rows, regimes, path):
     for i, (_, group, marker) in enumerate(groups):
         for offset, name in ((-0.12, "outcome"), (0.12, "mrt")):
             values = group[name]["regret_per_seed"]
-            right.plot(
-                [i + offset] * len(values),
-                values,
-                marker,
-                color=COLOUR[name],
-                alpha=0.7,
-                markersize=6,
-                label=NAMES[name] if i == 0 else None,
-            )
-    right.set_xticks(range(len(groups)), [g[0] for g in groups])
-    right.legend(frameon=False, fontsize=8)
-    right.set(ylabel="normalised regret, a mark a seed", title="Other regimes, same settings")
-    right.set_ylim(bottom=0)
+            style = dict(color=COLOUR[name], alpha=0.7, markersize=6)
+            label = NAMES[name] if i == 0 else None
+            axis.plot([i + offset] * len(values), values, marker, label=label, **style)
+    axis.set_xticks(range(len(groups)), [g[0] for g in groups])
+    axis.legend(frameon=False, fontsize=8)
+    axis.set(ylabel="normalised regret, a mark a seed", title="Other regimes, same settings")
+    axis.set_ylim(bottom=0)
+
+
+def figure(rows, regimes, path):
+    if (plt := pyplot()) is None:
+        return
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
+    budget_panel(left, rows)
+    price_panel(middle, rows)
+    regime_panel(right, rows, regimes)
     finish(plt, fig, (left, middle, right), path)
 
 

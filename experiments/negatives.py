@@ -1,7 +1,7 @@
 """What wrong solutions are worth: accuracy against training problems, with and without them.
 
     python -m experiments.negatives              # about 20 minutes of one core
-    python -m experiments.negatives --smoke      # the same road in under a minute
+    python -m experiments.negatives --smoke      # few steps, under a minute
     -> docs/results/negatives/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's
@@ -78,9 +78,8 @@ DPO = {
     "dpo_random_cut": dict(pairs="random"),
 }
 UNTUNED = ("dpo_random_cut",)  # takes the setting of dpo_per_step
-TINY = dict(
-    threads=1, device="cpu", save_steps=10**6, eval_problems=32
-)  # the scripts' own last evaluation is not used
+# The scripts' own last evaluation is not used.
+TINY = dict(threads=1, device="cpu", save_steps=10**6, eval_problems=32)
 SAMPLING = dict(num_generations=16, slots=1024)
 
 
@@ -291,11 +290,11 @@ def chain_at(cfg, root, size, strength, arms, given=None):
     for name in arms if not given else ():
         scores = []
         for setting in [best["dpo_per_step"]] if name in UNTUNED else grid[name]:
-            found = [
+            tuned = [
                 Arm(cfg, "chain", name, size, seed, home(seed), strength).run(setting)[0]
                 for seed in range(TUNING, TUNING + cfg.tuning_seeds)
             ]
-            scores.append((mean(r["val"] for r in found), setting))
+            scores.append((mean(r["val"] for r in tuned), setting))
         best[name] = max(scores, key=lambda s: s[0])[1]
         tuning[name] = [dict(setting, val=round(s, 4)) for s, setting in scores]
     out = {name: dict(setting=best[name], tuning=tuning.get(name), rows=[]) for name in arms}
@@ -310,10 +309,10 @@ def chain_at(cfg, root, size, strength, arms, given=None):
             if name == "dpo_per_step":
                 row = row | pit_quality(run)
             out[name]["rows"].append(row)
-    shown = "  ".join(
+    summary = "  ".join(
         f"{NAMES[n]} {mean(r['test'] for r in o['rows']):.3f}" for n, o in out.items()
     )
-    print(f"chain, strength {strength:g}, {size} problems: {shown}", flush=True)
+    print(f"chain, strength {strength:g}, {size} problems: {summary}", flush=True)
     return out
 
 
@@ -363,12 +362,12 @@ def reference_regimes(cfg, root, size, setting):
                     row |= {name: sft["test"], "pairs": 0, "wrong_share": 0.0}
             rows.append(row)
     for steps in sorted({r["steps"] for r in rows}):
-        mine = [r for r in rows if r["steps"] == steps]
+        at_steps = [r for r in rows if r["steps"] == steps]
         print(
-            f"reference of {steps} steps: SFT {mean(r['sft'] for r in mine):.3f}, per-step DPO "
-            f"{mean(r['dpo_per_step'] for r in mine):.3f}, whole "
-            f"{mean(r['dpo_whole'] for r in mine):.3f}, pairs "
-            f"{mean(r['pairs'] for r in mine):.0f}",
+            f"reference of {steps} steps: SFT {mean(r['sft'] for r in at_steps):.3f}, per-step DPO "
+            f"{mean(r['dpo_per_step'] for r in at_steps):.3f}, whole "
+            f"{mean(r['dpo_whole'] for r in at_steps):.3f}, pairs "
+            f"{mean(r['pairs'] for r in at_steps):.0f}",
             flush=True,
         )
     return rows
@@ -413,90 +412,91 @@ def chain_summary(results, sizes):
     return rows
 
 
+class Rows:
+    """The rows of chain_summary, and what the claims ask of them."""
+
+    def __init__(self, results):
+        self.at = {(r["size"], r["method"]): r for r in results["rows"]}
+        self.sizes = results["settings"]["sizes"]
+        self.seeds = results["settings"]["seeds"]
+        self.shared = dict(paper="2406.14532", command=results["command"])
+        self.where = f"at {', '.join(map(str, self.sizes))} problems"
+
+    def minus(self, a, b):
+        """Paired differences of two methods, a list a size."""
+        pairs = [(self.at[s, a]["per_seed"], self.at[s, b]["per_seed"]) for s in self.sizes]
+        return [[x - y for x, y in zip(*pair)] for pair in pairs]
+
+    def over_policy(self, a):
+        """The same of a method and the policy that it sampled and started from."""
+        rows = [self.at[s, a] for s in self.sizes]
+        return [[x - y for x, y in zip(r["per_seed"], r["policy_per_seed"])] for r in rows]
+
+
+def show(differences):
+    return ", ".join(mean_sd(d, signed=True) for d in differences)
+
+
 def claims_of(results):
     """What the paper says against the rows of chain_summary."""
-    rows = results["rows"]
-    sizes = results["settings"]["sizes"]
-    seeds = results["settings"]["seeds"]
-    at = {(r["size"], r["method"]): r for r in rows}
-
-    def minus(a, b):
-        return [[x - y for x, y in zip(at[s, a]["per_seed"], at[s, b]["per_seed"])] for s in sizes]
-
-    def over_policy(a):
-        return [
-            [x - y for x, y in zip(at[s, a]["per_seed"], at[s, a]["policy_per_seed"])]
-            for s in sizes
-        ]
-
-    def show(d):
-        return ", ".join(mean_sd(x, signed=True) for x in d)
-
-    def judged(d):
-        return together(verdict(x) for x in d)
-
-    over = f"at {', '.join(map(str, sizes))} problems"
-    shared = dict(paper="2406.14532", command=results["command"])
-    found = []
-    for name, says, short in (
-        (
-            "rft",
-            "RFT on a policy's own right solutions is worth 2 times the problems of SFT",
-            "RFT on right samples doubles what the problems are worth",
+    rows = Rows(results)
+    rft = "RFT on a policy's own right solutions is worth 2 times the problems of SFT"
+    dpo = "per-step DPO on its wrong ones is worth 8 times the problems of SFT"
+    claims = (
+        worth_claim(rows, "rft", rft, "RFT on right samples doubles what the problems are worth"),
+        worth_claim(
+            rows, "dpo_per_step", dpo, "Per-step DPO makes the problems worth 8 times as many"
         ),
-        (
-            "dpo_per_step",
-            "per-step DPO on its wrong ones is worth 8 times the problems of SFT",
-            "Per-step DPO makes the problems worth 8 times as many",
-        ),
-    ):
-        factors = [at[s, name]["worth"] for s in sizes]
-        words = ", ".join("off SFT's curve" if f is None else f"{f:.2f}" for f in factors)
-        found.append(
-            shared
-            | dict(
-                claim=says,
-                short=short,
-                holds=judged(minus(name, "sft")),
-                measured=f"{over}, minus SFT with as many epochs as help it: "
-                f"{show(minus(name, 'sft'))}; worth {words} times the problems (chain, "
-                f"greedy accuracy, {seeds} seeds, sd of the paired differences in "
-                "brackets)",
-                fails_when="SFT may train as long as it helps (the longest of its grid won at "
-                "every size): on this task that alone goes further, and leaves "
-                "hardly a wrong sample to learn from",
-            )
-        )
-    policy = over_policy("dpo_per_step")
-    rival = minus("dpo_per_step", "dpo_whole")
-    found.append(
-        shared
-        | dict(
-            claim="negatives cut at the first pit improve the policy they were sampled from, "
-            "and more than whole ones",
-            short="Negatives cut at the first pit help, and more than whole ones",
-            holds=together(verdict(d) for d in policy + rival),
-            measured=f"{over}: per-step DPO minus its own policy {show(policy)}; minus "
-            f"whole-solution DPO {show(rival)}; minus random cuts, which were not tuned "
-            f"for themselves, {show(minus('dpo_per_step', 'dpo_random_cut'))}",
-            fails_when="the policy was trained until it makes few mistakes on its own problems "
-            "(last table of the files)",
-        )
+        pit_claim(rows),
+        whole_claim(rows),
     )
-    whole = over_policy("dpo_whole")
-    unclear = [str(size) for size, d in zip(sizes, whole) if verdict(d) == "open"]
-    found.append(
-        shared
-        | dict(
-            claim="whole negatives do not improve the policy they were sampled from",
-            short="Whole negatives do not help",
-            holds=together(opposite(verdict(d)) for d in whole),
-            measured=f"{over}: whole-solution DPO minus its own policy {show(whole)} ({seeds} "
-            "seeds, sd)",
-            fails_when=f"not shown either way at {', '.join(unclear)} problems" if unclear else "",
-        )
+    return [rows.shared | c for c in claims]
+
+
+def worth_claim(rows, name, says, short):
+    gains = rows.minus(name, "sft")
+    factors = [rows.at[s, name]["worth"] for s in rows.sizes]
+    words = ", ".join("off SFT's curve" if f is None else f"{f:.2f}" for f in factors)
+    return dict(
+        claim=says,
+        short=short,
+        holds=together(verdict(d) for d in gains),
+        measured=f"{rows.where}, minus SFT with as many epochs as help it: {show(gains)}; worth "
+        f"{words} times the problems (chain, greedy accuracy, {rows.seeds} seeds, sd of the paired "
+        "differences in brackets)",
+        fails_when="SFT may train as long as it helps (the longest of its grid won at every size): "
+        "on this task that alone goes further, and leaves hardly a wrong sample to learn from",
     )
-    return found
+
+
+def pit_claim(rows):
+    policy = rows.over_policy("dpo_per_step")
+    rival = rows.minus("dpo_per_step", "dpo_whole")
+    random_cuts = rows.minus("dpo_per_step", "dpo_random_cut")
+    return dict(
+        claim="negatives cut at the first pit improve the policy they were sampled from, and more "
+        "than whole ones",
+        short="Negatives cut at the first pit help, and more than whole ones",
+        holds=together(verdict(d) for d in policy + rival),
+        measured=f"{rows.where}: per-step DPO minus its own policy {show(policy)}; minus "
+        f"whole-solution DPO {show(rival)}; minus random cuts, which were not tuned for "
+        f"themselves, {show(random_cuts)}",
+        fails_when="the policy was trained until it makes few mistakes on its own problems (last "
+        "table of the files)",
+    )
+
+
+def whole_claim(rows):
+    whole = rows.over_policy("dpo_whole")
+    unclear = [str(size) for size, d in zip(rows.sizes, whole) if verdict(d) == "open"]
+    return dict(
+        claim="whole negatives do not improve the policy they were sampled from",
+        short="Whole negatives do not help",
+        holds=together(opposite(verdict(d)) for d in whole),
+        measured=f"{rows.where}: whole-solution DPO minus its own policy {show(whole)} "
+        f"({rows.seeds} seeds, sd)",
+        fails_when=f"not shown either way at {', '.join(unclear)} problems" if unclear else "",
+    )
 
 
 def chain_table(rows):
@@ -525,47 +525,29 @@ def chain_table(rows):
     return "\n".join(lines)
 
 
-def chain_figure(rows, clean, reference, sizes, path):
-    """Left: accuracy against problems. Middle: paired gain over SFT, sloppy (full) and clean
-    (hollow) demonstrations. Right: gain against the training of the reference."""
-    plt = pyplot()
-    if plt is None:
-        return
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
+def logarithmic(axis, ticks):
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+
+
+def size_panels(left, middle, rows, clean, sizes):
+    """Accuracy against problems; paired gain over SFT, sloppy (full) and clean (hollow)
+    demonstrations."""
     for name, label in NAMES.items():
-        mine = [r for r in rows if r["method"] == name]
-        style = dict(
-            color=METHOD_COLOURS[name],
-            label=label,
-            linewidth=2,
-            marker="o",
-            markersize=4,
-            capsize=3,
-        )
-        left.errorbar(
-            [r["size"] for r in mine], [r["test"] for r in mine], [r["sd"] for r in mine], **style
-        )
-        if name != "sft":
-            middle.errorbar(
-                [r["size"] for r in mine],
-                [r["gain"] for r in mine],
-                [r["gain_sd"] for r in mine],
-                **style,
-            )
-            other = [r for r in clean if r["method"] == name]
-            middle.plot(
-                [r["size"] for r in other],
-                [r["gain"] for r in other],
-                linestyle="",
-                marker="D",
-                markersize=6,
-                markerfacecolor="white",
-                color=METHOD_COLOURS[name],
-            )
+        of = [r for r in rows if r["method"] == name]
+        x = [r["size"] for r in of]
+        colour = METHOD_COLOURS[name]
+        style = dict(color=colour, label=label, linewidth=2, marker="o", markersize=4, capsize=3)
+        left.errorbar(x, [r["test"] for r in of], [r["sd"] for r in of], **style)
+        if name == "sft":
+            continue
+        middle.errorbar(x, [r["gain"] for r in of], [r["gain_sd"] for r in of], **style)
+        other = [(r["size"], r["gain"]) for r in clean if r["method"] == name]
+        hollow = dict(marker="D", markersize=6, markerfacecolor="white", color=colour)
+        middle.plot([s for s, _ in other], [g for _, g in other], linestyle="", **hollow)
     for axis in (left, middle):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, sizes)
-        axis.minorticks_off()
+        logarithmic(axis, sizes)
         axis.set_xlabel("training problems")
     left.set(
         ylabel="greedy accuracy on new problems",
@@ -577,29 +559,31 @@ def chain_figure(rows, clean, reference, sizes, path):
     middle.set(
         ylabel="accuracy minus SFT, same seed", title="Gain over SFT (hollow: clean demonstrations)"
     )
+
+
+def reference_panel(axis, reference, size):
+    """Gain against the training of the reference."""
     steps = sorted({r["steps"] for r in reference})
     for name in ("dpo_per_step", "dpo_whole"):
         gains = [[r[name] - r["sft"] for r in reference if r["steps"] == s] for s in steps]
-        right.errorbar(
-            steps,
-            [mean(g) for g in gains],
-            [spread(g) for g in gains],
-            color=METHOD_COLOURS[name],
-            label=NAMES[name],
-            linewidth=2,
-            marker="o",
-            markersize=4,
-            capsize=3,
-        )
-    right.axhline(0, color="#aaaaaa", linewidth=1)
-    right.set_xscale("log", base=2)
-    right.set_xticks(steps, steps)
-    right.minorticks_off()
-    right.set(
+        style = dict(linewidth=2, marker="o", markersize=4, capsize=3)
+        bars = [mean(g) for g in gains], [spread(g) for g in gains]
+        axis.errorbar(steps, *bars, color=METHOD_COLOURS[name], label=NAMES[name], **style)
+    axis.axhline(0, color="#aaaaaa", linewidth=1)
+    logarithmic(axis, steps)
+    axis.set(
         xlabel="SFT steps of the reference",
         ylabel="accuracy minus that SFT policy",
-        title=f"Which reference ({sizes[len(sizes) // 2]} problems)",
+        title=f"Which reference ({size} problems)",
     )
+
+
+def chain_figure(rows, clean, reference, sizes, path):
+    if (plt := pyplot()) is None:
+        return
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
+    size_panels(left, middle, rows, clean, sizes)
+    reference_panel(right, reference, sizes[len(sizes) // 2])
     finish(plt, fig, (left, middle, right), path)
 
 
@@ -658,13 +642,13 @@ def reference_table(rows):
         "|---|---|---|---|---|---|",
     ]
     for steps in sorted({r["steps"] for r in rows}):
-        mine = [r for r in rows if r["steps"] == steps]
-        gain = {n: [r[n] - r["sft"] for r in mine] for n in ("dpo_per_step", "dpo_whole")}
+        at_steps = [r for r in rows if r["steps"] == steps]
+        gain = {n: [r[n] - r["sft"] for r in at_steps] for n in ("dpo_per_step", "dpo_whole")}
         cells = " | ".join(mean_sd(g, signed=True) for g in gain.values())
-        lines.append(
-            f"| {steps} | {mean(r['sft'] for r in mine):.3f} | {cells} | "
-            f"{mean(r['wrong_share'] for r in mine):.2f} | {mean(r['pairs'] for r in mine):.0f} |"
-        )
+        sft = mean(r["sft"] for r in at_steps)
+        wrong = mean(r["wrong_share"] for r in at_steps)
+        pairs = mean(r["pairs"] for r in at_steps)
+        lines.append(f"| {steps} | {sft:.3f} | {cells} | {wrong:.2f} | {pairs:.0f} |")
     return "\n".join(lines)
 
 

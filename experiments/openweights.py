@@ -47,6 +47,7 @@ import train_rl
 import train_sft
 from experiments.toolkit import (
     COLOURS,
+    evaluations,
     expected_best,
     finish,
     machine,
@@ -56,7 +57,7 @@ from experiments.toolkit import (
 )
 from experiments.wordproblems import read_problems
 from infra.cli import UserError, opt, parse, script
-from infra.runs import mean, read_metrics, setup, write_json
+from infra.runs import mean, setup, write_json
 from infra.seeds import derive
 from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, write_model
@@ -204,7 +205,9 @@ class Config:
         "report: the tables (beams that were not run are left out)",
     )
     plan: bool = opt(False, "print the command lines of the stages that are missing, and stop")
-    smoke: bool = opt(False, "the same road with a tiny random model and made-up problems")
+    smoke: bool = opt(
+        False, "few steps of everything, with a tiny random model and made-up problems"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,110 +256,88 @@ def tiny_model(folder):
 # Stages.
 
 
-def plan(cfg, size, root):
-    """[(name, script, argv, file that exists when it is done)], in order."""
+class Plan:
+    """The stages, in order: [(name, script, argv, file that exists when it is done)]."""
 
-    def file(part):
-        return str(root / "data" / f"{part}.jsonl")
+    def __init__(self, cfg, size, root):
+        self.cfg = cfg
+        self.size = size
+        self.root = root
+        self.stages = []
 
-    device = [
-        f"--device={cfg.device}",
-        f"--threads={cfg.threads or (1 if cfg.size != 'gpu' or cfg.smoke else 0)}",
-    ]
-
-    def task(part, template="plain"):
+    def task(self, part, template="plain"):
+        """Flags that all stages share; part: the problems in the place of train."""
+        data = {"train": part, "val": "val", "test": "test"}
+        tiny = self.cfg.size != "gpu" or self.cfg.smoke
         return [
             "--task=jsonl",
             "--task-args",
             f"template={template}",
             "--data",
-            f"train={file(part)}",
-            f"val={file('val')}",
-            f"test={file('test')}",
-            *device,
+            *(f"{split}={self.root / 'data' / name}.jsonl" for split, name in data.items()),
+            f"--device={self.cfg.device}",
+            f"--threads={self.cfg.threads or int(tiny)}",
         ]
 
-    stages = []
-
-    def stage(name, kind, part, settings, *more):
-        argv = [
-            *task(part),
-            f"--max-completion-length={cfg.limit}",
-            f"--run-dir={root / name}",
-            *more,
-        ]
+    def train(self, name, kind, part, settings, *more):
+        run = self.root / name
+        limit = f"--max-completion-length={self.cfg.limit}"
+        argv = [*self.task(part), limit, f"--run-dir={run}", *more]
         for k, v in settings.items():
             flag = k.replace("_", "-")
-            argv.append(
-                (f"--{flag}" if v else f"--no-{flag}") if isinstance(v, bool) else f"--{flag}={v}"
-            )
-        stages.append((name, kind, argv, root / name / "summary.json"))
+            if isinstance(v, bool):
+                argv.append(f"--{flag}" if v else f"--no-{flag}")
+            else:
+                argv.append(f"--{flag}={v}")
+        self.stages.append((name, kind, argv, run / "summary.json"))
 
-    def measure(
-        name, model, *more, template="plain", n=size["n"], limit=cfg.limit, tests=size["test"]
-    ):
-        out = root / "test" / f"{name}.jsonl"
+    def measure(self, name, model, *more, template="plain", n=0, limit=0, tests=0):
+        """n, limit, tests: samples a problem, tokens, problems (0: those of most stages)."""
+        out = self.root / "test" / f"{name}.jsonl"
         argv = [
-            *task("first", template),
+            *self.task("first", template),
             f"--model={model}",
-            f"--num-problems={tests}",
-            f"--n={n}",
-            f"--max-new-tokens={limit}",
+            f"--num-problems={tests or self.size['test']}",
+            f"--n={n or self.size['n']}",
+            f"--max-new-tokens={limit or self.cfg.limit}",
             f"--out={out}",
-            f"--dtype={size['dtype']}",
+            f"--dtype={self.size['dtype']}",
             "--slots=128",
             *more,
         ]
-        stages.append((f"test_{name}", "sample", argv, out.with_suffix(".done")))
+        self.stages.append((f"test_{name}", "sample", argv, out.with_suffix(".done")))
 
+
+def plan(cfg, size, root):
+    """[(name, script, argv, file that exists when it is done)], in order."""
+    p = Plan(cfg, size, root)
     base = str(root / "tiny") if cfg.smoke else cfg.model
-    stage("sft", "sft", "demonstrated", size["sft"], f"--model={base}")
-    measure("sft", root / "sft")
-    rft = ["--rft", f"--policy={root / 'sft'}"]
-    stage("rft", "sft", "first", size["rft"], f"--model={root / 'sft'}", *rft)
-    for name, label in (
-        ("orm", ["--label=outcome"]),
-        ("q", ["--label=q", "--prover=base", "--prover-k=4"]),
-    ):
-        stage(
-            name, "pav", "second", size["verifier"] | size[name], f"--policy={root / 'rft'}", *label
-        )
+    sft = root / "sft"
+    rft = root / "rft"
+    q = root / "q"
+    p.train("sft", "sft", "demonstrated", size["sft"], f"--model={base}")
+    p.measure("sft", sft)
+    p.train("rft", "sft", "first", size["rft"], f"--model={sft}", "--rft", f"--policy={sft}")
+    policy = f"--policy={rft}"
+    verifier = size["verifier"]
+    p.train("orm", "pav", "second", verifier | size["orm"], policy, "--label=outcome")
+    mc = ["--label=q", "--prover=base", "--prover-k=4"]
+    p.train("q", "pav", "second", verifier | size["q"], policy, *mc)
     for seed, reward in itertools.product(size["rl_seeds"], ("outcome", "pav")):
         name = f"rl_{reward}_{seed}"
-        paid = [f"--verifier={root / 'q'}"] if reward == "pav" else []
-        stage(
-            name,
-            "rl",
-            "second",
-            size["rl"],
-            f"--policy={root / 'rft'}",
-            f"--reward={reward}",
-            f"--seed={seed}",
-            *paid,
-        )
-        measure(name, root / name)
+        more = [policy, f"--reward={reward}", f"--seed={seed}"]
+        if reward == "pav":
+            more.append(f"--verifier={q}")
+        p.train(name, "rl", "second", size["rl"], *more)
+        p.measure(name, root / name)
+    beam = ["--search=beam", f"--verifier={q}", "--prover-k=4", "--temperature=1"]
+    sizes = dict(n=size["search"]["beam"], tests=size["beam_test"])
     for name, alpha in BEAMS.items():
-        measure(
-            name,
-            root / "rft",
-            "--search=beam",
-            f"--verifier={root / 'q'}",
-            f"--alpha={alpha}",
-            "--prover-k=4",
-            "--temperature=1",
-            n=size["search"]["beam"],
-            tests=size["beam_test"],
-        )
-    measure(
-        "base",
-        base,
-        "--greedy",
-        n=1,
-        template="plain" if cfg.smoke else "auto",
-        limit=3 * cfg.limit,
-        tests=size["base"],
-    )
-    return stages
+        p.measure(name, rft, *beam, f"--alpha={alpha}", **sizes)
+    template = "plain" if cfg.smoke else "auto"
+    options = dict(n=1, template=template, limit=3 * cfg.limit, tests=size["base"])
+    p.measure("base", base, "--greedy", **options)
+    return p.stages
 
 
 def run_stage(name, kind, argv, done, logs):
@@ -392,15 +373,15 @@ def reranked(cfg, size, root):
     settings = train_sft.Config(
         seed=1, slots=128, shard_problems=50, max_completion_length=cfg.limit
     )
-    found = sample_solutions(
+    solutions = sample_solutions(
         model, tokenizer, task, problems, n, settings, root / "test" / "rft_samples"
     )
     if not path.exists():
-        ends = step_ends(task, found.rollouts, tokenizer)[:, -1:]
+        ends = step_ends(task, solutions.rollouts, tokenizer)[:, -1:]
         score = {
             v: pav.step_values(
                 pav.load_verifier(str(root / v), tokenizer, model.head.device),
-                found.rollouts.tokens,
+                solutions.rollouts.tokens,
                 ends,
             )
             for v in ("orm", "q")
@@ -408,12 +389,12 @@ def reranked(cfg, size, root):
         save_file({k: v.contiguous() for k, v in score.items()}, path)
     score = {k: v.view(-1, n) for k, v in load_file(path).items()}
     answers = [
-        task.answer(problems[b // n], tokenizer.decode(found.rollouts.completion(b)))
-        for b in range(len(found.correct))
+        task.answer(problems[b // n], tokenizer.decode(solutions.rollouts.completion(b)))
+        for b in range(len(solutions.correct))
     ]
-    tokens = (found.rollouts.length - found.rollouts.prompt_len).view(-1, n)
+    tokens = (solutions.rollouts.length - solutions.rollouts.prompt_len).view(-1, n)
     return (
-        found.correct.view(-1, n).float(),
+        solutions.correct.view(-1, n).float(),
         tokens,
         score,
         [answers[i : i + n] for i in range(0, len(answers), n)],
@@ -428,8 +409,8 @@ def auc_within(score, correct):
     """Mean over the problems that have right and wrong samples of the AUC among them: what
     best-of-n lives on. An AUC over all samples can be had by knowing which problems are hard.
     score, correct [P,N]."""
-    found = [pav.auc(s, c > 0.5) for s, c in zip(score, correct)]
-    return mean(a for a in found if a == a)
+    each = [pav.auc(s, c > 0.5) for s, c in zip(score, correct)]
+    return mean(a for a in each if a == a)
 
 
 def voted(answers, correct, n):
@@ -462,70 +443,16 @@ def row(right, each=1):
 
 def numbers_of(cfg, size, root):
     """All finished stages -> results."""
-    policies = {}
-    by_arm = {}
-    curves = {}
-    for name in ("base", "sft"):
-        right, _ = shares(root / "test" / f"{name}.jsonl", 1 if name == "base" else size["n"])
-        policies[name] = row(right, 1 if name == "base" else size["n"])
     correct, tokens, score, answers = reranked(cfg, size, root)
     rft = correct.mean(1).tolist()
-    policies["rft"] = row(rft, size["search"]["n"])
-    policies["sft"]["minus_rft"] = paired(right, rft)
-    q = json.loads((root / "q" / "summary.json").read_text())
+    policies = supervised_numbers(size, root, rft)
+    curves = {}
+    by_arm = {}
     for arm in ("rl_outcome", "rl_pav"):
-        each = [shares(root / "test" / f"{arm}_{s}.jsonl", size["n"])[0] for s in size["rl_seeds"]]
-        by_arm[arm] = [mean(x) for x in zip(*each)]
-        curves[arm] = [
-            [
-                (r["num_tokens"], r["eval/accuracy"])
-                for r in read_metrics(root / f"{arm}_{s}")
-                if "eval/accuracy" in r
-            ]
-            for s in size["rl_seeds"]
-        ]
-        policies[arm] = dict(
-            row(by_arm[arm], size["n"] * len(each)),
-            per_seed=[mean(e) for e in each],
-            sampled_tokens=[c[-1][0] for c in curves[arm]],
-            pass_at_n=[mean(p > 0 for p in e) for e in each],
-            verifier_tokens=q["sampled_tokens"] if arm == "rl_pav" else 0,
-            minus_rft=paired(by_arm[arm], rft),
-        )
-    search = {}
-    ns = [2**i for i in range(20) if 2**i <= size["search"]["n"]]
-    ways = {f"best-of-n, {v}": lambda n, v=v: expected_best(score[v], correct, n) for v in score}
-    ways |= {
-        "majority": lambda n: voted(answers, correct, n),
-        "pass@n (an oracle)": lambda n: expected_best(correct, correct, n),
-    }
-    for name, way in ways.items():
-        search[name] = [
-            dict(
-                row(way(n).tolist(), size["search"]["n"] / n),
-                n=n,
-                tokens=n * float(tokens.float().mean()),
-                minus_majority=paired(way(n).tolist(), voted(answers, correct, n).tolist()),
-            )
-            for n in ns
-        ]
-    for name, alpha in [b for b in BEAMS.items() if (root / "test" / f"{b[0]}.jsonl").exists()]:
-        right, rows = shares(root / "test" / f"{name}.jsonl", 1)
-        cost = {
-            k: mean(r[f"{k}_tokens"] for r in rows) for k in ("generated", "prefilled", "scored")
-        }
-        search["beam, Q" + (f" + {alpha} A" if alpha else "")] = [
-            dict(
-                row(right),
-                n=size["search"]["beam"],
-                tokens=cost["generated"],
-                minus_one_sample=paired(right, rft),
-                **cost,
-            )
-        ]
-    summaries = {
-        v: json.loads((root / v / "summary.json").read_text()) for v in ("sft", "rft", "orm", "q")
-    }
+        policies[arm], by_arm[arm], curves[arm] = rl_numbers(size, root, arm, rft)
+    search = rerank_numbers(size, correct, tokens, score, answers) | beam_numbers(size, root, rft)
+    names = ("sft", "rft", "orm", "q")
+    summaries = {v: json.loads((root / v / "summary.json").read_text()) for v in names}
     for v in score:
         summaries[v]["auc_within_problem"] = auc_within(score[v], correct)
     return dict(
@@ -537,38 +464,93 @@ def numbers_of(cfg, size, root):
     )
 
 
+def supervised_numbers(size, root, rft):
+    """{base, sft, rft: row}; rft: right share of each problem."""
+    base, _ = shares(root / "test" / "base.jsonl", 1)
+    sft, _ = shares(root / "test" / "sft.jsonl", size["n"])
+    return dict(
+        base=row(base, 1),
+        sft=row(sft, size["n"]) | dict(minus_rft=paired(sft, rft)),
+        rft=row(rft, size["search"]["n"]),
+    )
+
+
+def rl_numbers(size, root, arm, rft):
+    """-> row of an RL arm, its right share of each problem over all seeds, its curves."""
+    seeds = size["rl_seeds"]
+    each = [shares(root / "test" / f"{arm}_{s}.jsonl", size["n"])[0] for s in seeds]
+    right = [mean(x) for x in zip(*each)]
+    curves = []
+    for s in seeds:
+        points = evaluations(root / f"{arm}_{s}")
+        curves.append([(r["num_tokens"], r["eval/accuracy"]) for r in points])
+    verifier = json.loads((root / "q" / "summary.json").read_text())
+    numbers = dict(
+        row(right, size["n"] * len(each)),
+        per_seed=[mean(e) for e in each],
+        sampled_tokens=[c[-1][0] for c in curves],
+        pass_at_n=[mean(p > 0 for p in e) for e in each],
+        verifier_tokens=verifier["sampled_tokens"] if arm == "rl_pav" else 0,
+        minus_rft=paired(right, rft),
+    )
+    return numbers, right, curves
+
+
+def rerank_numbers(size, correct, tokens, score, answers):
+    """{way of choosing among n samples: a row for each n}"""
+    most = size["search"]["n"]
+    length = float(tokens.float().mean())
+
+    def rows(way):
+        out = []
+        for n in [2**i for i in range(20) if 2**i <= most]:
+            right = way(n).tolist()
+            majority = paired(right, voted(answers, correct, n).tolist())
+            cell = dict(n=n, tokens=n * length, minus_majority=majority)
+            out.append(row(right, most / n) | cell)
+        return out
+
+    search = {}
+    for v in score:
+        search[f"best-of-n, {v}"] = rows(lambda n, v=v: expected_best(score[v], correct, n))
+    search["majority"] = rows(lambda n: voted(answers, correct, n))
+    search["pass@n (an oracle)"] = rows(lambda n: expected_best(correct, correct, n))
+    return search
+
+
+def beam_numbers(size, root, rft):
+    """The same of the beams that were run."""
+    search = {}
+    for name, alpha in BEAMS.items():
+        path = root / "test" / f"{name}.jsonl"
+        if not path.exists():
+            continue
+        right, rows = shares(path, 1)
+        kinds = ("generated", "prefilled", "scored")
+        cost = {k: mean(r[f"{k}_tokens"] for r in rows) for k in kinds}
+        cell = dict(n=size["search"]["beam"], tokens=cost["generated"], **cost)
+        name = "beam, Q" + (f" + {alpha} A" if alpha else "")
+        search[name] = [row(right) | cell | dict(minus_one_sample=paired(right, rft))]
+    return search
+
+
+def interval_text(x):
+    return f"{x['accuracy']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
+
+
+def paired_text(d):
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*d)
+
+
 def table(r):
     """Markdown of numbers_of's result."""
-
-    def ci(x):
-        return f"{x['accuracy']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
-
-    def diff(d):
-        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*d)
-
-    def maybe(x, key):
-        return diff(x[key]) if key in x else ""
-
     lines = [
         "| policy | test problems | accuracy [95%] | minus RFT, paired | seeds | tokens of RL | "
         "and of the verifier |",
         "|---|---|---|---|---|---|---|",
-    ]
-    for name, p in r["policies"].items():
-        seeds = ", ".join(f"{s:.3f}" for s in p.get("per_seed", []))
-        tokens = (
-            [f"{mean(p['sampled_tokens']):.0f}", str(p["verifier_tokens"])] if seeds else ["", ""]
-        )
-        lines.append(
-            "| "
-            + " | ".join(
-                [NAMES[name], str(p["problems"]), ci(p), maybe(p, "minus_rft"), seeds, *tokens]
-            )
-            + " |"
-        )
-    lines += [
+        *(policy_line(name, p) for name, p in r["policies"].items()),
         "",
-        f"RL, PAV minus outcome only, paired by problem: {diff(r['pav_minus_outcome'])}",
+        f"RL, PAV minus outcome only, paired by problem: {paired_text(r['pav_minus_outcome'])}",
         "",
         "| search with the RFT policy | n | tokens a problem | accuracy [95%] | minus majority, "
         "paired | minus one sample, paired |",
@@ -576,111 +558,143 @@ def table(r):
     ]
     for name, rows in r["search"].items():
         for x in rows:
-            lines.append(
-                f"| {name} | {x['n']} | {x['tokens']:.0f} | {ci(x)} | "
-                f"{maybe(x, 'minus_majority')} | {maybe(x, 'minus_one_sample')} |"
-            )
+            keys = ("minus_majority", "minus_one_sample")
+            minus = " | ".join(paired_text(x[k]) if k in x else "" for k in keys)
+            cells = f"{name} | {x['n']} | {x['tokens']:.0f} | {interval_text(x)}"
+            lines.append(f"| {cells} | {minus} |")
     lines += [
         "",
         "| verifier | labels | right among them | AUC, end | AUC, any step | within a test "
         "problem | Brier (constant) | corr. of advantage |",
         "|---|---|---|---|---|---|---|---|",
+        *(verifier_line(v, r["summaries"][v]) for v in ("orm", "q")),
     ]
-    for name, v in ((v, r["summaries"][v]) for v in ("orm", "q")):
-        cells = [
-            f"{v[k]:.3f}" if v[k] is not None else ""
-            for k in ("mean_label", "auc_outcome", "auc", "auc_within_problem")
-        ]
-        brier = f"{v['brier']:.3f} ({v['brier_constant']:.3f})" if v["brier"] is not None else ""
-        corr = (
-            f"{v['corr_advantage']:.2f} ({v['judged_steps']} steps)"
-            if v["corr_advantage"] is not None
-            else ""
-        )
-        lines.append(f"| {name} | {v['labels']} | " + " | ".join([*cells, brier, corr]) + " |")
     return "\n".join(lines)
 
 
-def figure(r, size, path):
-    """Left: RL, accuracy on val against sampled tokens, a line a seed. Right: search, test
-    accuracy against tokens, 95% bars."""
-    if (plt := pyplot()) is None:
-        return
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    n = size["rl"]["eval_problems"]
-    for arm, runs in r["curves"].items():
+def policy_line(name, p):
+    seeds = ", ".join(f"{s:.3f}" for s in p.get("per_seed", []))
+    tokens = ["", ""]
+    if seeds:
+        tokens = [f"{mean(p['sampled_tokens']):.0f}", str(p["verifier_tokens"])]
+    minus = paired_text(p["minus_rft"]) if "minus_rft" in p else ""
+    cells = [NAMES[name], str(p["problems"]), interval_text(p), minus, seeds, *tokens]
+    return f"| {' | '.join(cells)} |"
+
+
+def verifier_line(name, v):
+    keys = ("mean_label", "auc_outcome", "auc", "auc_within_problem")
+    cells = [f"{v[k]:.3f}" if v[k] is not None else "" for k in keys]
+    brier = ""
+    if v["brier"] is not None:
+        brier = f"{v['brier']:.3f} ({v['brier_constant']:.3f})"
+    corr = ""
+    if v["corr_advantage"] is not None:
+        corr = f"{v['corr_advantage']:.2f} ({v['judged_steps']} steps)"
+    return f"| {' | '.join([name, str(v['labels']), *cells, brier, corr])} |"
+
+
+def error_bars(middle, low, high):
+    return [[a - b for a, b in zip(middle, low)], [b - a for a, b in zip(middle, high)]]
+
+
+def rl_panel(axis, curves, n):
+    """RL, accuracy on val against sampled tokens, a line a seed. n: problems of an evaluation."""
+    for arm, runs in curves.items():
         for i, run in enumerate(runs):
-            y, low, high = zip(
-                *(interval([1.0] * round(a * n) + [0.0] * (n - round(a * n))) for _, a in run)
-            )
-            error = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
-            left.errorbar(
-                [t / 1e3 for t, _ in run],
-                y,
-                error,
-                fmt="-o",
-                color=COLOURS[arm[3:]],
-                alpha=0.7,
-                markersize=4,
-                elinewidth=0.8,
-                label=None if i else NAMES[arm],
-            )
-    left.set(
+            rights = [round(a * n) for _, a in run]
+            y, low, high = zip(*(interval([1.0] * k + [0.0] * (n - k)) for k in rights))
+            x = [t / 1e3 for t, _ in run]
+            style = dict(color=COLOURS[arm[3:]], alpha=0.7, markersize=4, elinewidth=0.8)
+            label = None if i else NAMES[arm]
+            axis.errorbar(x, y, error_bars(y, low, high), fmt="-o", label=label, **style)
+    axis.set(
         xlabel="tokens sampled in RL, thousands",
         ylabel=f"sampled accuracy, val ({n} draws)",
         title="RL from the RFT policy (a line a seed; bars: 95%)",
     )
+
+
+def search_panel(axis, search):
+    """Search, test accuracy against tokens, 95% bars."""
     colours = ("#0072B2", "#009E73", "#7f7f7f", "#cccccc", "#D55E00", "#CC79A7")
-    for i, (name, rows) in enumerate(r["search"].items()):
-        x = [
-            row["tokens"] * 1.04 ** (i - 2) for row in rows
-        ]  # side by side, so that every bar is seen
-        error = [
-            [row["accuracy"] - row["low"] for row in rows],
-            [row["high"] - row["accuracy"] for row in rows],
-        ]
-        right.errorbar(
-            x,
-            [row["accuracy"] for row in rows],
-            error,
-            fmt="-o" if len(rows) > 1 else "D",
-            color=colours[i],
-            label=name,
-            markersize=5,
-            linewidth=1.5,
-            elinewidth=0.8,
-        )
-    right.set_xscale("log")
-    ticks = [row["tokens"] for row in r["search"]["majority"]]
-    right.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
-    right.minorticks_off()
-    right.set(
+    for i, (name, rows) in enumerate(search.items()):
+        x = [r["tokens"] * 1.04 ** (i - 2) for r in rows]  # side by side, so that each bar is seen
+        y, low, high = ([r[k] for r in rows] for k in ("accuracy", "low", "high"))
+        style = dict(color=colours[i], markersize=5, linewidth=1.5, elinewidth=0.8)
+        fmt = "-o" if len(rows) > 1 else "D"
+        axis.errorbar(x, y, error_bars(y, low, high), fmt=fmt, label=name, **style)
+    axis.set_xscale("log")
+    ticks = [r["tokens"] for r in search["majority"]]
+    axis.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
+    axis.minorticks_off()
+    axis.set(
         xlabel="tokens generated a problem (logarithmic)",
         ylabel="accuracy, test",
         title="search with the RFT policy (bars: 95%)",
     )
+
+
+def figure(r, size, path):
+    if (plt := pyplot()) is None:
+        return
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    rl_panel(left, r["curves"], size["rl"]["eval_problems"])
+    search_panel(right, r["search"])
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
     finish(plt, fig, (left, right), path)
 
 
-def main(argv=None):
-    cfg = parse(Config, argv, __doc__)
-    root = Path(
-        cfg.run_dir or f"runs/openweights/{'smoke' if cfg.smoke else f'{cfg.problems}_{cfg.size}'}"
-    )
-    size = SMOKE if cfg.smoke else SIZES[cfg.size]
-    out = root / "results" if cfg.smoke else Path(cfg.out)
-    parts = made_up() if cfg.smoke else read_problems(cfg.data, cfg.problems)
-    (root / "data").mkdir(parents=True, exist_ok=True)
+def write_problems(parts, folder):
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in parts.items():
-        path = root / "data" / f"{name}.jsonl"
+        path = folder / f"{name}.jsonl"
         text = "".join(json.dumps(r) + "\n" for r in rows)
         if not path.exists() or path.read_text() != text:  # another process may be reading it
             path.write_text(text)
-    print(
-        "problems: " + ", ".join(f"{len(rows)} {name}" for name, rows in parts.items()), flush=True
+    sizes = ", ".join(f"{len(rows)} {name}" for name, rows in parts.items())
+    print(f"problems: {sizes}", flush=True)
+
+
+def chosen_stages(stages, only):
+    """Those of --only, in that order; all without it."""
+    names = [name for name, *_ in stages]
+    if unknown := set(only) - {"report", *names}:
+        raise UserError(f"--only: no stage {unknown.pop()!r}; there are {', '.join(names)}")
+    return [s for n in only for s in stages if s[0] == n] if only else stages
+
+
+def write(cfg, size, root, out, parts, stages):
+    result = numbers_of(cfg, size, root)
+    text = table(result)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(text + "\n")
+    logs = sorted((root / "logs").glob("*.seconds"))
+    record = dict(
+        settings={k: vars(cfg)[k] for k in ("size", "problems", "model", "limit")},
+        stages=size,
+        machine=machine(),
+        torch=torch.__version__,
+        problems={k: len(v) for k, v in parts.items()},
+        processor_seconds={p.stem: round(json.loads(p.read_text())) for p in logs},
     )
+    write_json(out / "results.json", record | result)
+    for name, kind, _, _ in stages:
+        if kind != "sample":
+            shutil.copy(root / name / "metrics.jsonl", out / f"metrics_{name}.jsonl")
+    figure(result, size, out / "curves.png")
+    print_results(text, out)
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    name = "smoke" if cfg.smoke else f"{cfg.problems}_{cfg.size}"
+    root = Path(cfg.run_dir or f"runs/openweights/{name}")
+    size = SMOKE if cfg.smoke else SIZES[cfg.size]
+    out = root / "results" if cfg.smoke else Path(cfg.out)
+    parts = made_up() if cfg.smoke else read_problems(cfg.data, cfg.problems)
+    write_problems(parts, root / "data")
     if cfg.smoke and not (root / "tiny").exists():
         tiny_model(root / "tiny")
     stages = plan(cfg, size, root)
@@ -689,42 +703,10 @@ def main(argv=None):
             if not done.exists():
                 print(f"python {Path(SCRIPTS[kind].__file__).name} {shlex.join(argv)}")
         return
-    if unknown := set(cfg.only) - {"report", *(name for name, *_ in stages)}:
-        raise UserError(
-            f"--only: no stage {unknown.pop()!r}; there are "
-            f"{', '.join(name for name, *_ in stages)}"
-        )
-    for name, kind, argv, done in (
-        [s for n in cfg.only for s in stages if s[0] == n] if cfg.only else stages
-    ):
+    for name, kind, argv, done in chosen_stages(stages, cfg.only):
         run_stage(name, kind, argv, done, root / "logs")
-    if cfg.only and "report" not in cfg.only:
-        return
-    result = numbers_of(cfg, size, root)
-    text = table(result)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(text + "\n")
-    settings = {k: v for k, v in vars(cfg).items() if k in ("size", "problems", "model", "limit")}
-    seconds = {
-        p.stem: round(json.loads(p.read_text())) for p in sorted((root / "logs").glob("*.seconds"))
-    }
-    write_json(
-        out / "results.json",
-        dict(
-            settings=settings,
-            stages=size,
-            machine=machine(),
-            torch=torch.__version__,
-            problems={k: len(v) for k, v in parts.items()},
-            processor_seconds=seconds,
-            **result,
-        ),
-    )
-    for name, kind, _, _ in stages:
-        if kind != "sample":
-            shutil.copy(root / name / "metrics.jsonl", out / f"metrics_{name}.jsonl")
-    figure(result, size, out / "curves.png")
-    print_results(text, out)
+    if not cfg.only or "report" in cfg.only:
+        write(cfg, size, root, out, parts, stages)
 
 
 if __name__ == "__main__":

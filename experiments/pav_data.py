@@ -1,7 +1,7 @@
 """How to spend a verifier's rollouts: many noisy prefixes, few exact ones, or the pits?
 
     python -m experiments.pav_data             # about 15 minutes of one core
-    python -m experiments.pav_data --smoke     # the same road in under 20 seconds
+    python -m experiments.pav_data --smoke     # few steps, under 20 seconds
     -> docs/results/pav_data/: results.json, table.md, curves.png
 
 The claims (Setlur et al. 2024, arXiv 2410.08146, section 4 and appendix D): with few rollouts it is
@@ -78,6 +78,7 @@ DESIGNS = {
     "mc16": dict(n_mc=16, cuts=0, problems=4),
     "first_pit": dict(n_mc=4, cuts=2, coverage="first-pit", problems=16),
 }
+# arm -> (whose rollouts, are later step ends labelled).
 ARMS = {
     "mc1": ("mc1", False),
     "mc4": ("mc4", False),
@@ -85,7 +86,7 @@ ARMS = {
     "first_pit": ("first_pit", False),
     "mc1_all": ("mc1", True),
     "mc16_all": ("mc16", True),
-}  # arm -> (whose rollouts, are later step ends labelled)
+}
 NAMES = {
     "mc1": "n_mc 1: many seeds",
     "mc4": "n_mc 4",
@@ -134,9 +135,8 @@ def labels_at_cuts(data):
     A cut's n_mc rows are neighbours with the same prefix and the same label, so of equal
     neighbours one is kept.
     -> dict(tokens [M,T], ends [M,1], target [M,1], weight [M,1])."""
-    column = (
-        (data["weight"] > 0).int().argmax(1, keepdim=True)
-    )  # of the cut: the first labelled step end
+    # Of the cut: the first labelled step end.
+    column = (data["weight"] > 0).int().argmax(1, keepdim=True)
     end = data["ends"].gather(1, column)
     target = data["target"].gather(1, column)
     tokens = data["tokens"] * (torch.arange(data["tokens"].shape[1]) < end)
@@ -209,16 +209,16 @@ def draw(cfg, home, seed, design):
     config = verifier_config(cfg, home, seed, **options)
     n = DESIGNS[design]["problems"]
     task = get_task(config)
-    found = []
+    shards = []
     spent = 0
     base, tokenizer = load_model(home / "sft")
     prover, _ = load_model(home / "prover")
     problems = task.problems("train", n, seed)
     while spent < max(cfg.budgets):
-        path = home / "rollouts" / f"{design}_{len(found):04d}.safetensors"
+        path = home / "rollouts" / f"{design}_{len(shards):04d}.safetensors"
         if not path.exists():
             clock = time.process_time()
-            data, cost = collect(base, prover, tokenizer, task, problems, config, len(found))
+            data, cost = collect(base, prover, tokenizer, task, problems, config, len(shards))
             path.parent.mkdir(exist_ok=True)
             write_tensors(
                 path,
@@ -229,9 +229,9 @@ def draw(cfg, home, seed, design):
             )
         data = load_file(path)
         SAMPLING[path] = float(data.pop("cpu_seconds"))
-        found.append((int(data.pop("spent")), data))
-        spent += found[-1][0]
-    return found
+        shards.append((int(data.pop("spent")), data))
+        spent += shards[-1][0]
+    return shards
 
 
 def verify(cfg, home, seed, arm, budget, steps, shards):
@@ -310,8 +310,8 @@ def compare(cfg, root):
                     }
                     (tried if seed == TUNING else rows).append(row)
                 if seed == TUNING:
-                    mine = [r for r in tried if r["arm"] == arm and r["budget"] == budget]
-                    chosen[arm, budget] = max(mine, key=lambda r: r["corr_advantage_exact"])[
+                    cell = [r for r in tried if r["arm"] == arm and r["budget"] == budget]
+                    chosen[arm, budget] = max(cell, key=lambda r: r["corr_advantage_exact"])[
                         "steps"
                     ]
                 elif arm in cfg.rl_arms and budget == cfg.budgets[-1]:
@@ -341,16 +341,16 @@ def summarise(rows, rl):
     """Means and standard deviations over seeds, a row an arm and budget."""
     out = []
     for arm, budget in dict.fromkeys((r["arm"], r["budget"]) for r in rows):
-        mine = [r for r in rows if r["arm"] == arm and r["budget"] == budget]
+        cell = [r for r in rows if r["arm"] == arm and r["budget"] == budget]
         row = dict(
             arm=arm,
             budget=budget,
-            steps=mine[0]["steps"],
-            per_seed=[r["corr_advantage_exact"] for r in mine],
+            steps=cell[0]["steps"],
+            per_seed=[r["corr_advantage_exact"] for r in cell],
         )
         for k in (*METRICS, "spent", "labels", "seeds", "right"):
-            row[k] = mean(r[k] for r in mine)
-            row[f"{k}_sd"] = spread([r[k] for r in mine])
+            row[k] = mean(r[k] for r in cell)
+            row[f"{k}_sd"] = spread([r[k] for r in cell])
         out.append(row)
     accuracy = [
         dict(
@@ -461,11 +461,11 @@ def figure(summary, rl, cfg, path):
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
     for axis, metric in ((left, "corr_advantage_exact"), (middle, "auc")):
         for j, (arm, label) in enumerate(NAMES.items()):
-            mine = [r for r in summary if r["arm"] == arm]
+            points = [r for r in summary if r["arm"] == arm]
             axis.errorbar(
-                [r["spent"] * 1.02 ** (j - 2) for r in mine],
-                [r[metric] for r in mine],
-                [r[f"{metric}_sd"] for r in mine],
+                [r["spent"] * 1.02 ** (j - 2) for r in points],
+                [r[metric] for r in points],
+                [r[f"{metric}_sd"] for r in points],
                 color=COLOURS[arm],
                 linestyle="--" if ARMS[arm][1] else "-",
                 label=label,

@@ -1,7 +1,7 @@
 """Is a beam steered by progress cheaper than best-of-N? Accuracy against generated tokens.
 
     python -m experiments.pav_search             # about 26 minutes of one core
-    python -m experiments.pav_search --smoke     # the same road in under 20 seconds
+    python -m experiments.pav_search --smoke     # few steps, under 20 seconds
     -> docs/results/pav_search/: results.json, table.md, curves.png
 
 The claims (Setlur et al. 2024, arXiv 2410.08146, sections 3 and 4): a beam ranked by Q^pi + alpha *
@@ -68,10 +68,8 @@ from verifier import load_verifier
 PAPER = dict(alpha=0.0, k=4, children=3)  # a beam's settings before any are chosen
 TINY = dict(threads=1, device="cpu", save_steps=10**6)
 POLICY = {"planted": dict(strength=7.0, steps=300), "chain": dict(strength=0.7, steps=300)}
-REGIMES = {
-    "planted": ("weak", "cold"),
-    "chain": ("cold",),
-}  # where the claims should fail; see measure
+# Where the claims should fail; see measure.
+REGIMES = {"planted": ("weak", "cold"), "chain": ("cold",)}
 
 
 @dataclass
@@ -179,7 +177,7 @@ class Searcher:
         """Curves of all arms that rank whole samples: {arm: [{n, accuracy, tokens, scored}]}."""
         most = max(sizes)
         with torch.no_grad():
-            found = best_of_n(
+            searches = best_of_n(
                 self.model,
                 self.tokenizer,
                 self.task,
@@ -191,17 +189,18 @@ class Searcher:
             )
             q = [
                 learned_values(self.verifiers["q"])(p, [e.tokens for e in f.candidates])[0]
-                for p, f in zip(self.problems, found)
+                for p, f in zip(self.problems, searches)
             ]
-        text = [[self.text(e) for e in f.candidates] for f in found]
+        text = [[self.text(e) for e in f.candidates] for f in searches]
         right = torch.tensor(
             [[self.task.grade(p, t) for t in ts] for p, ts in zip(self.problems, text)]
         )
         rank = dict(
-            orm=torch.tensor([[e.q for e in f.candidates] for f in found]), q_as_orm=torch.tensor(q)
+            orm=torch.tensor([[e.q for e in f.candidates] for f in searches]),
+            q_as_orm=torch.tensor(q),
         )
-        generated = mean(f.generated for f in found) / most
-        scored = mean(f.scored for f in found) / most
+        generated = mean(f.generated for f in searches) / most
+        scored = mean(f.scored for f in searches) / most
 
         def curve(accuracy):
             return [
@@ -232,7 +231,7 @@ class Searcher:
     def beam(self, n, alpha, k, children, temperature=1.0):
         """dict(n, accuracy, tokens, scored) of a beam."""
         with torch.no_grad(), packed_weights(self.model.parameters(), n * len(self.problems)):
-            found = beam(
+            searches = beam(
                 self.model,
                 self.tokenizer,
                 self.task,
@@ -247,10 +246,10 @@ class Searcher:
         return dict(
             n=n,
             accuracy=mean(
-                self.task.grade(p, self.text(f.best)) for p, f in zip(self.problems, found)
+                self.task.grade(p, self.text(f.best)) for p, f in zip(self.problems, searches)
             ),
-            tokens=mean(f.generated for f in found),
-            scored=mean(f.scored for f in found),
+            tokens=mean(f.generated for f in searches),
+            scored=mean(f.scored for f in searches),
         )
 
 
@@ -326,70 +325,65 @@ def measure(cfg, root, task, seed, chosen, regime=""):
     return row
 
 
+SMOKE = dict(
+    tasks=["planted"],
+    seeds=2,
+    sizes=[3, 6, 12],
+    tuning_sizes=[6],
+    regime_sizes=[6],
+    alphas=[0.5],
+    prover_ks=[1, 4],
+    children=[3, 6],
+    orm_epochs=[1],
+    problems=8,
+    rollouts=64,
+    epochs=1,
+)
+
+
+def run_task(cfg, root, task):
+    """Tuning and all reported seeds of one task -> its entry in results.json."""
+    tuning = tune(cfg, root, task)
+    chosen = {arm: max(tuning[arm], key=lambda x: x[0])[1] for arm in ("orm", *BEAMS)}
+    rows = {regime: [] for regime in ("", *REGIMES[task])}
+    for seed in range(cfg.seeds):
+        for regime, curves in rows.items():
+            curves.append(measure(cfg, root, task, seed, chosen, regime))
+        row = rows[""][-1]
+        largest = [f"{NAMES[a]} {row[a][-1]['accuracy']:.3f}" for a in NAMES if a in row]
+        one = f"{task} seed {seed}: one sample {row['one_sample']:.3f}"
+        print(f"{one}; largest N: {', '.join(largest)}", flush=True)
+    verifiers = {k or "main": [r["verifier"] for r in v] for k, v in rows.items() if k != "cold"}
+    return dict(
+        chosen=chosen,
+        tuning=tuning,
+        arms=summarise(rows[""]),
+        regimes={regime: summarise(rows[regime]) for regime in REGIMES[task]},
+        one_sample=[r["one_sample"] for r in rows[""]],
+        verifiers=verifiers,
+    )
+
+
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     root = Path("runs/pav_search")
     out = Path(cfg.out)
     if cfg.smoke:
         root = Path("runs/pav_search_smoke")
-        out = Path("runs/pav_search_smoke/results")
-        cfg.tasks = ["planted"]
-        cfg.seeds = 2
-        cfg.sizes = [3, 6, 12]
-        cfg.tuning_sizes = [6]
-        cfg.regime_sizes = [6]
-        cfg.alphas = [0.5]
-        cfg.prover_ks = [1, 4]
-        cfg.children = [3, 6]
-        cfg.orm_epochs = [1]
-        cfg.problems = 8
-        cfg.rollouts = 64
-        cfg.epochs = 1
-    results = {}
-    for task in cfg.tasks:
-        tuning = tune(cfg, root, task)
-        chosen = {arm: max(tuning[arm], key=lambda x: x[0])[1] for arm in ("orm", *BEAMS)}
-        rows = {regime: [] for regime in ("", *REGIMES[task])}
-        for seed in range(cfg.seeds):
-            for regime, found in rows.items():
-                found.append(measure(cfg, root, task, seed, chosen, regime))
-            row = rows[""][-1]
-            print(
-                f"{task} seed {seed}: one sample {row['one_sample']:.3f}; largest N: "
-                + ", ".join(f"{NAMES[a]} {row[a][-1]['accuracy']:.3f}" for a in NAMES if a in row),
-                flush=True,
-            )
-        results[task] = dict(
-            chosen=chosen,
-            tuning=tuning,
-            arms=summarise(rows[""]),
-            regimes={regime: summarise(rows[regime]) for regime in REGIMES[task]},
-            one_sample=[r["one_sample"] for r in rows[""]],
-            verifiers={
-                k or "main": [r["verifier"] for r in v] for k, v in rows.items() if k != "cold"
-            },
-        )
+        out = root / "results"
+        vars(cfg).update(SMOKE)
+    results = {task: run_task(cfg, root, task) for task in cfg.tasks}
     text = "\n\n".join(
         f"`{task}`, {cfg.seeds} seeds x {cfg.problems} searches; one sample: "
         f"{mean(r['one_sample']):.3f}; accuracy (sd over seeds):\n\n{table(r, cfg)}"
         for task, r in results.items()
     )
-    files = [
-        p
-        for task in cfg.tasks
-        for below in ("", "tuning/", "curves/")
-        for p in (root / task).glob(f"seed*/{below}*.json")
+    cells = [
+        f"{task}/seed*/{below}*.json" for task in cfg.tasks for below in ("", "tuning/", "curves/")
     ]
-    seconds = cpu_seconds(files)
-    write_results(
-        out,
-        text,
-        "pav_search" + " --smoke" * cfg.smoke,
-        cfg,
-        claims_of,
-        cpu_seconds=seconds,
-        tasks=results,
-    )
+    seconds = cpu_seconds(path for pattern in cells for path in root.glob(pattern))
+    name = "pav_search" + " --smoke" * cfg.smoke
+    write_results(out, text, name, cfg, claims_of, cpu_seconds=seconds, tasks=results)
     figure(results, cfg, out / "curves.png")
     print_results(text, out, seconds)
 

@@ -130,74 +130,57 @@ def grid_table(head, sizes, rows):
 def table(result, cfg):
     """Markdown: accuracy and efficiency by arm and N, the grid of alpha and K, the other
     regimes."""
-    lines = grid_table(
-        "arm",
-        cfg.sizes,
-        [
-            (NAMES[name], [with_sd(m, s) for m, s in zip(a["accuracy"], a["sd"])])
-            for name, a in result["arms"].items()
-        ],
-    )
-    beams = [a for a in result["arms"] if a in BEAMS]
+    arms = result["arms"]
+
+    def by_arm(sizes, cells):
+        return grid_table("arm", sizes, [(NAMES[name], row) for name, row in cells.items()])
+
+    accuracy = {n: [with_sd(*c) for c in zip(a["accuracy"], a["sd"])] for n, a in arms.items()}
+    lines = by_arm(cfg.sizes, accuracy)
+    factors = {n: [times(*e) for e in arms[n]["efficiency"]] for n in arms if n in BEAMS}
     lines += [
         "",
         "Tokens of best-of-N with the ORM over the tokens with which a beam is as accurate:",
         "",
-        *grid_table(
-            "arm",
-            cfg.sizes,
-            [
-                (NAMES[name], [times(*e) for e in result["arms"][name]["efficiency"]])
-                for name in beams
-            ],
-        ),
+        *by_arm(cfg.sizes, factors),
     ]
-    cost = result["arms"]["beam_pav"]
+    beam = arms["beam_pav"]
     lines += [
         "",
-        f"At N={cfg.sizes[-1]} a beam generates {cost['tokens'][-1]:.0f} tokens and its verifier "
-        f"reads {cost['scored'][-1]:.0f}; best-of-N {result['arms']['orm']['tokens'][-1]:.0f} "
-        f"and {result['arms']['orm']['scored'][-1]:.0f}.",
-    ]
-    lines += [
+        f"At N={cfg.sizes[-1]} a beam generates {beam['tokens'][-1]:.0f} tokens and its verifier "
+        f"reads {beam['scored'][-1]:.0f}; best-of-N {arms['orm']['tokens'][-1]:.0f} and "
+        f"{arms['orm']['scored'][-1]:.0f}.",
         "",
-        "Tuning seed, mean accuracy of N = "
-        + " and ".join(map(str, cfg.tuning_sizes))
-        + "; alpha 0: "
-        f"{result['tuning']['alpha_0'][0][0]:.3f}",
+        *tuning_table(result["tuning"], cfg),
+    ]
+    titles = dict(
+        weak=f"Verifiers from {cfg.weak} times fewer rollouts", cold=f"Temperature {cfg.cold:g}"
+    )
+    for regime, arms in result["regimes"].items():
+        cells = {}
+        for name, a in arms.items():
+            gains = [with_sd(g, d, signed=True) for g, d in zip(a["gain"], a["gain_sd"])]
+            levels = [with_sd(*c) for c in zip(a["accuracy"], a["sd"])]
+            cells[name] = [f"{level}; {gain}" for level, gain in zip(levels, gains)]
+        title = f"{titles[regime]} (and minus the ORM, paired):"
+        lines += ["", title, "", *by_arm(cfg.regime_sizes, cells)]
+    return "\n".join(lines)
+
+
+def tuning_table(tuning, cfg):
+    """The grid of alpha and K on the tuning seed."""
+    tried = {(s["alpha"], s["k"]): a for a, s in tuning["grid"]}
+    lines = [
+        f"Tuning seed, mean accuracy of N = {' and '.join(map(str, cfg.tuning_sizes))}; alpha 0: "
+        f"{tuning['alpha_0'][0][0]:.3f}",
         "",
         "| alpha | " + " | ".join(f"K={k}" for k in cfg.prover_ks) + " |",
         "|---" * (len(cfg.prover_ks) + 1) + "|",
     ]
-    tried = {(s["alpha"], s["k"]): a for a, s in result["tuning"]["grid"]}
-    lines += [
-        f"| {a:g} | " + " | ".join(f"{tried[a, k]:.3f}" for k in cfg.prover_ks) + " |"
-        for a in cfg.alphas
-    ]
-    words = dict(
-        weak=f"Verifiers from {cfg.weak} times fewer rollouts", cold=f"Temperature {cfg.cold:g}"
-    )
-    for regime, arms in result["regimes"].items():
-        lines += [
-            "",
-            f"{words[regime]} (and minus the ORM, paired):",
-            "",
-            *grid_table(
-                "arm",
-                cfg.regime_sizes,
-                [
-                    (
-                        NAMES[name],
-                        [
-                            f"{with_sd(m, s)}; {with_sd(g, d, signed=True)}"
-                            for m, s, g, d in zip(a["accuracy"], a["sd"], a["gain"], a["gain_sd"])
-                        ],
-                    )
-                    for name, a in arms.items()
-                ],
-            ),
-        ]
-    return "\n".join(lines)
+    for a in cfg.alphas:
+        cells = " | ".join(f"{tried[a, k]:.3f}" for k in cfg.prover_ks)
+        lines.append(f"| {a:g} | {cells} |")
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,11 +221,11 @@ def claims_of(results):
         if t not in decisive
     ]
     parts = dict(orm=orm_part, q=q_part, k=k_part, rank=rank_part)
-    found = []
+    claims = []
     for key, (says, short, fails) in TEXT.items():
         each = {t: parts[key](t, r, cfg) for t, r in tasks.items()}
         remarks = [fails] if fails else orm_failures(tasks, cfg)
-        found.append(
+        claims.append(
             dict(
                 paper="2410.08146",
                 claim=says,
@@ -253,7 +236,7 @@ def claims_of(results):
                 fails_when="; ".join([*remarks, *apart]),
             )
         )
-    return found
+    return claims
 
 
 def orm_part(task, r, cfg):
@@ -265,18 +248,18 @@ def orm_part(task, r, cfg):
     better = [verdict(difference(r, "beam_pav", "orm", i)) for i in targets]
     verdicts = [v if c or v is not True else False for c, v in zip(cheap, better)]
     mid = sizes.index(cfg["regime_sizes"][-1])
-    shown = [i for i in targets if i in (mid, mid + 1, len(sizes) - 1)]
+    listed = [i for i in targets if i in (mid, mid + 1, len(sizes) - 1)]
     words = f"{task}: " + ", ".join(
         f"N={sizes[i]} {times(*beam['efficiency'][i])} and "
         f"{plus(difference(r, 'beam_pav', 'orm', i))}"
-        for i in shown
+        for i in listed
     )
     return words, verdicts
 
 
 def orm_failures(tasks, cfg):
     """Where the beam was not shown to be above best-of-N with the ORM, in words."""
-    found = []
+    remarks = []
     where = dict(
         weak=f"verifiers from {cfg['weak']} times fewer rollouts",
         cold=f"temperature {cfg['cold']:g}",
@@ -289,19 +272,19 @@ def orm_failures(tasks, cfg):
         for k, a in r["regimes"].items():
             gains = np.subtract(a["beam_pav"]["per_seed"], a["orm"]["per_seed"])[:, -1].tolist()
             if verdict(gains) is not True:
-                found.append(f"{where[k]} ({task}): {plus(gains)} at N={cfg['regime_sizes'][-1]}")
+                remarks.append(f"{where[k]} ({task}): {plus(gains)} at N={cfg['regime_sizes'][-1]}")
         if orm[last] < mean(r["one_sample"]):
-            found.append(
+            remarks.append(
                 f"{task}: one sample is right in {mean(r['one_sample']):.3f}, at "
                 f"N={cfg['sizes'][last]} the ORM's pick in {orm[last]:.3f}, the beam's in "
                 f"{beam[last]:.3f}"
             )
         if "majority" in r["arms"]:
-            found.append(
+            remarks.append(
                 f"a vote reaches {r['arms']['majority']['accuracy'][mid]:.3f} on {task} at "
                 f"N={cfg['sizes'][mid]}, the beam {beam[mid]:.3f}"
             )
-    return found or ["Nowhere here."]
+    return remarks or ["Nowhere here."]
 
 
 def q_part(task, r, cfg):
@@ -335,85 +318,71 @@ def rank_part(task, r, cfg):
     return f"{task}: {plus(gains)} at N={cfg['sizes'][-1]}", [verdict(gains)]
 
 
+def logarithmic(axis, ticks, labels):
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, labels)
+    axis.minorticks_off()
+
+
+def accuracy_panel(axis, arms, title):
+    """Accuracy against tokens, band: sd over seeds."""
+    for name, a in arms.items():
+        style = dict(color=COLOURS[name], label=NAMES[name], linewidth=2, marker="o", markersize=4)
+        line = ":" if name == "pass" else "-"
+        axis.plot(a["tokens"], a["accuracy"], linestyle=line, **style)
+        middle = np.array(a["accuracy"])
+        sd = np.array(a["sd"])
+        band = dict(color=COLOURS[name], alpha=0.12, linewidth=0)
+        axis.fill_between(a["tokens"], middle - sd, middle + sd, **band)
+    ticks = arms["orm"]["tokens"]
+    logarithmic(axis, ticks, [f"{t:.0f}" for t in ticks])
+    axis.set(xlabel="tokens generated a problem", ylabel="accuracy", ylim=(0, 1.03), title=title)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def tuning_panel(axis, tuning, cfg, colours):
+    """The grid of alpha and K."""
+    tried = {(s["alpha"], s["k"]): x for x, s in tuning["grid"]}
+    for j, k in enumerate(cfg.prover_ks):
+        shade = colours(0.9 * j / max(1, len(cfg.prover_ks) - 1))
+        y = [tuning["alpha_0"][0][0], *(tried[a, k] for a in cfg.alphas)]
+        axis.plot([0, *cfg.alphas], y, color=shade, marker="o", markersize=4, label=f"K={k}")
+    axis.set(
+        xlabel="alpha",
+        ylabel=f"accuracy, mean of N={' and '.join(map(str, cfg.tuning_sizes))}",
+        title="Tuning seed: weight of progress and prover",
+    )
+    axis.legend(frameon=False, fontsize=8)
+
+
+def gain_panel(axis, result, cfg):
+    """Gain over the ORM in the main setting (lines), with weak verifiers (diamonds) and at a low
+    temperature (squares)."""
+    for name in ("q_as_orm", *BEAMS):
+        a = result["arms"][name]
+        style = dict(color=COLOURS[name], marker="o", markersize=4, capsize=3)
+        axis.errorbar(a["n"], a["gain"], a["gain_sd"], **style)
+        for regime, arms in result["regimes"].items():
+            hollow = dict(markersize=6, markerfacecolor="white", linestyle="", color=COLOURS[name])
+            marker = dict(weak="D", cold="s")[regime]
+            axis.plot(arms[name]["n"], arms[name]["gain"], marker=marker, **hollow)
+    axis.axhline(0, color="#aaaaaa", linewidth=1)
+    logarithmic(axis, cfg.sizes, cfg.sizes)
+    axis.set(
+        xlabel=f"N (diamonds: weak verifiers; squares: temperature {cfg.cold:g})",
+        ylabel="accuracy minus best-of-N with the ORM",
+        title="Gain, paired by seed (bars: sd)",
+    )
+
+
 def figure(results, cfg, path):
-    """A row a task. Left: accuracy against tokens, band: sd over seeds. Middle: the grid of
-    alpha and K. Right: gain over the ORM in the main setting (lines), with weak verifiers
-    (diamonds) and at a low temperature (squares)."""
+    """A row a task."""
     if (plt := pyplot()) is None:
         return
-    fig, grid = plt.subplots(
-        len(results), 3, figsize=(14.5, 4.2 * len(results)), constrained_layout=True, squeeze=False
-    )
+    size = (14.5, 4.2 * len(results))
+    fig, grid = plt.subplots(len(results), 3, figsize=size, constrained_layout=True, squeeze=False)
     for (task, r), (left, middle, right) in zip(results.items(), grid):
-        for name, a in r["arms"].items():
-            style = dict(
-                color=COLOURS[name],
-                label=NAMES[name],
-                linewidth=2,
-                linestyle=":" if name == "pass" else "-",
-            )
-            left.plot(a["tokens"], a["accuracy"], marker="o", markersize=4, **style)
-            mid = np.array(a["accuracy"])
-            sd = np.array(a["sd"])
-            left.fill_between(
-                a["tokens"], mid - sd, mid + sd, color=COLOURS[name], alpha=0.12, linewidth=0
-            )
-        left.set_xscale("log", base=2)
-        ticks = r["arms"]["orm"]["tokens"]
-        left.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
-        left.minorticks_off()
-        left.set(
-            xlabel="tokens generated a problem",
-            ylabel="accuracy",
-            ylim=(0, 1.03),
-            title=f"{task} (band: sd of {cfg.seeds} seeds)",
-        )
-        left.legend(frameon=False, fontsize=8)
-        tried = {(s["alpha"], s["k"]): x for x, s in r["tuning"]["grid"]}
-        for j, k in enumerate(cfg.prover_ks):
-            shade = plt.cm.viridis(0.9 * j / max(1, len(cfg.prover_ks) - 1))
-            middle.plot(
-                [0, *cfg.alphas],
-                [r["tuning"]["alpha_0"][0][0], *(tried[a, k] for a in cfg.alphas)],
-                color=shade,
-                marker="o",
-                markersize=4,
-                label=f"K={k}",
-            )
-        middle.set(
-            xlabel="alpha",
-            ylabel=f"accuracy, mean of N={' and '.join(map(str, cfg.tuning_sizes))}",
-            title="Tuning seed: weight of progress and prover",
-        )
-        middle.legend(frameon=False, fontsize=8)
-        for name in ("q_as_orm", *BEAMS):
-            a = r["arms"][name]
-            right.errorbar(
-                a["n"],
-                a["gain"],
-                a["gain_sd"],
-                color=COLOURS[name],
-                marker="o",
-                markersize=4,
-                capsize=3,
-            )
-            for regime, arms in r["regimes"].items():
-                right.plot(
-                    arms[name]["n"],
-                    arms[name]["gain"],
-                    color=COLOURS[name],
-                    marker=dict(weak="D", cold="s")[regime],
-                    markersize=6,
-                    markerfacecolor="white",
-                    linestyle="",
-                )
-        right.axhline(0, color="#aaaaaa", linewidth=1)
-        right.set_xscale("log", base=2)
-        right.set_xticks(cfg.sizes, cfg.sizes)
-        right.minorticks_off()
-        right.set(
-            xlabel=f"N (diamonds: weak verifiers; squares: temperature {cfg.cold:g})",
-            ylabel="accuracy minus best-of-N with the ORM",
-            title="Gain, paired by seed (bars: sd)",
-        )
+        accuracy_panel(left, r["arms"], f"{task} (band: sd of {cfg.seeds} seeds)")
+        tuning_panel(middle, r["tuning"], cfg, plt.cm.viridis)
+        gain_panel(right, r, cfg)
     finish(plt, fig, grid.flat, path)

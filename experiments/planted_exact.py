@@ -101,6 +101,20 @@ def spearman(x, y):
     return float(a @ b / norm) if norm > 0 else float("nan")
 
 
+def sample_solutions(policy, after, prompt, rng):
+    """policy [P,L+1,K+1,A], after [K+1,A], prompt [B] -> KMP states [B,L+1], actions [B,L]."""
+    length = policy.shape[1] - 1
+    letters = policy.shape[-1]
+    cdf = policy.cumsum(-1)
+    states = [torch.zeros(len(prompt), dtype=torch.long)]
+    actions = []
+    for n in range(length, 0, -1):
+        u = torch.tensor(rng.random((len(prompt), 1)))
+        actions.append((cdf[prompt, n, states[-1]] < u).sum(1).clamp(max=letters - 1))
+        states.append(after[states[-1], actions[-1]])
+    return torch.stack(states, 1), torch.stack(actions, 1)
+
+
 def table_rl(
     step,
     base,
@@ -119,48 +133,30 @@ def table_rl(
     sampled solutions, the same rewards and baselines, Adam. V_mu [L+1,K+1] values of the prover,
     None: outcome only. Prompts share nothing here.
     -> exact success, mean over prompts, every eval_steps steps, the base's first."""
-    (K, A) = step.shape
+    K, A = step.shape
     L = len(base) - 1
     rng = np.random.default_rng(seed)
-    after = torch.tensor(
-        np.vstack([step, np.full((1, A), K)])
-    )  # found once, found for good; then any letter
-    table = torch.tensor(np.log(np.concatenate([base, np.full((L + 1, 1, A), 1 / A)], 1)))
+    after = torch.tensor(np.vstack([step, np.full((1, A), K)]))  # found once, found for good
+    any_letter = np.full((L + 1, 1, A), 1 / A)  # and then any letter will do
+    table = torch.tensor(np.log(np.concatenate([base, any_letter], 1)))
     logits = table.repeat(prompts, 1, 1, 1).requires_grad_(True)
     optimizer = torch.optim.Adam([logits], lr=lr, betas=(0.9, 0.99))
+    prompt = torch.arange(prompts).repeat_interleave(group)  # (B,)
+    left = torch.arange(L, -1, -1)  # (L+1,)
     curve = []
-    # (B,), (L+1,)
-    prompt = torch.arange(prompts).repeat_interleave(group)
-    left = torch.arange(L, -1, -1)
     for i in range(steps + 1):
         policy = logits.detach().softmax(-1)
         if i % eval_steps == 0:
-            curve.append(
-                float(np.mean([state_values(step, pi[:, :K])[-1, 0] for pi in policy.numpy()]))
-            )
-        cdf = policy.cumsum(-1)
-        states = [torch.zeros(len(prompt), dtype=torch.long)]
-        actions = []
-        for n in range(L, 0, -1):
-            actions.append(
-                (cdf[prompt, n, states[-1]] < torch.tensor(rng.random((len(prompt), 1))))
-                .sum(1)
-                .clamp(max=A - 1)
-            )
-            states.append(after[states[-1], actions[-1]])
-        # (B, L+1), (B, L)
-        states = torch.stack(states, 1)
-        actions = torch.stack(actions, 1)
+            success = [state_values(step, pi[:, :K])[-1, 0] for pi in policy.numpy()]
+            curve.append(float(np.mean(success)))
+        states, actions = sample_solutions(policy, after, prompt, rng)
         outcome = (states[:, -1] == K).double().view(prompts, group)
         adv = outcome_advantage(outcome, scale_rewards).view(-1, 1).expand(actions.shape)
         if V_mu is not None:
             bonus = spread_credit(step_bonus(torch.tensor(V_mu)[left, states], reward), credit)
             adv = adv + center_by_step(bonus, torch.ones_like(bonus, dtype=torch.bool))
-        chosen = (
-            logits[prompt[:, None], left[:-1], states[:, :-1]]
-            .log_softmax(-1)
-            .gather(2, actions[..., None])[..., 0]
-        )
+        logprob = logits[prompt[:, None], left[:-1], states[:, :-1]].log_softmax(-1)
+        chosen = logprob.gather(2, actions[..., None])[..., 0]
         optimizer.zero_grad()
         (-(chosen * adv).mean()).backward()
         optimizer.step()

@@ -3,7 +3,7 @@
     python -m experiments.provers              # about 25 minutes of one core
     python -m experiments.provers --learned-arms     # without 4 below, 10 minutes
     python -m experiments.provers --no-transformer   # 1 and 2 below, about a minute
-    python -m experiments.provers --smoke      # the same road in a few seconds
+    python -m experiments.provers --smoke      # few steps, a few seconds
     -> docs/results/provers/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2024, arXiv 2410.08146, theorem 3.1): a policy pi that is updated by eq.
@@ -228,9 +228,8 @@ def exact_part(cfg):
     task = get_task(train_rl.Config(task="planted"))
     letters = task.letters
     L = task.max_new_tokens
-    main = exact_rows(
-        cfg, letters[:6], letters, L, 5.0
-    )  # distinct letters: which ones does not matter
+    # Distinct letters: which ones does not matter.
+    main = exact_rows(cfg, letters[:6], letters, L, 5.0)
     regimes = {
         "four letters in 30, base 5 (easy)": (letters[:4], 30, 5.0),
         "six letters in 12, base 2 (hard)": (letters[:6], L, 2.0),
@@ -375,9 +374,8 @@ def get_verifier(cfg, root, seed, task, source, prover):
     if source == "exact":
         return ExactVerifier(task, tokenizer, strength, k)
     base = clone(seed, "sft", 5, cfg.smoke)
-    name = {5: "sft", 16: "prover", 1000: "strong"}.get(
-        strength, f"scripted{strength}"
-    )  # as pipeline.py calls them
+    # As pipeline.py calls them.
+    name = {5: "sft", 16: "prover", 1000: "strong"}.get(strength, f"scripted{strength}")
     run = learn_verifier(
         root / f"seed{seed}" / f"verifier_{strength}",
         seed,
@@ -425,9 +423,8 @@ def reinforce(cfg, root, seed, source, prover, lr):
 def advantage_correlation(cfg, root, seed, prover):
     """Of the learned with the exact A^mu, over the steps of 512 solutions of the base; nan where
     either is constant."""
-    task = get_task(
-        train_rl.Config(task="planted", seed=seed)
-    )  # whose hidden sequences depend on the seed
+    # Whose hidden sequences depend on the seed.
+    task = get_task(train_rl.Config(task="planted", seed=seed))
     model, tokenizer = load_model(clone(seed, "sft", 5, cfg.smoke))
     problems = task.problems("test", 512, 0)
     rolled = generate(

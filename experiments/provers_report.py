@@ -51,11 +51,11 @@ def correlation_table(exact):
         "| task | measured gain | distinguishability alone | alignment alone | their sum |",
         "|---|---|---|---|---|",
     ]
-    for name, found in groups.items():
+    for name, correlations in groups.items():
         for gain, label in gains.items():
             cells = []
             for term in ("distinguishability", "alignment", "predicted"):
-                values = [f[f"{term}/{gain}"] for f in found]
+                values = [f[f"{term}/{gain}"] for f in correlations]
                 cells.append(
                     f"{mean_sd(values, 2)}, {len(values)} patterns"
                     if len(values) > 1
@@ -110,119 +110,113 @@ def runs_table(rows):
     return "\n".join(lines)
 
 
-def figure(exact, rows, path):
-    """The two terms and the first-order gain against the prover's success; the prediction
-    against the time to 50%; the same in steps of equal KL; accuracy of the transformer, exact
-    and learned values."""
-    if (plt := pyplot()) is None:
-        return
-    kinds = {
-        "scripted": dict(marker="o", color="#0072B2"),
-        "best-of": dict(marker="s", color="#D55E00"),
-    }
-    names = {"scripted": "scripted prover, strength", "best-of": "Best-of-K of the base, K"}
-    fig, ((left, middle), (equal, right)) = plt.subplots(
-        2, 2, figsize=(13, 9), constrained_layout=True
+KINDS = {  # look, name
+    "scripted": (dict(marker="o", color="#0072B2"), "scripted prover, strength"),
+    "best-of": (dict(marker="s", color="#D55E00"), "Best-of-K of the base, K"),
+}
+SUCCESS = "success of the prover from the prompt"
+
+
+def annotate(axis, points):
+    """points: [(x, y, text)]"""
+    for x, y, text in points:
+        offset = dict(xytext=(5, 5), textcoords="offset points")
+        axis.annotate(text, (x, y), fontsize=7, **offset)
+
+
+def strength_of(row):
+    return row["prover"].rsplit("-", 1)[1]
+
+
+def terms_panel(axis, exact):
+    """The two terms and the first-order gain against the prover's success."""
+    keys = (
+        ("distinguishability", "-", "distinguishability"),
+        ("alignment", ":", "alignment"),
+        ("first_order", "--", "exact gain, first order"),
     )
-    success = {r["prover"]: r["success"] for r in exact["rows"]}
-    for kind, look in kinds.items():
-        mine = [r for r in exact["rows"] if r["prover"].startswith(kind)]
-        x = [r["success"] for r in mine]
-        for key, style, label in (
-            ("distinguishability", "-", "distinguishability"),
-            ("alignment", ":", "alignment"),
-            ("first_order", "--", "exact gain, first order"),
-        ):
-            left.plot(
-                x, [r[key] for r in mine], style, **look, markersize=4, label=f"{label}, {kind}"
-            )
-        middle.plot(
-            [r["predicted"] for r in mine],
-            [r["time_to_half"] for r in mine],
-            "-",
-            **look,
-            label=names[kind],
-        )
-        equal.plot(x, [r["equal_kl_steps"] for r in mine], "-", **look, label=names[kind])
-        for axis, key, value in (
-            (middle, "predicted", "time_to_half"),
-            (equal, "success", "equal_kl_steps"),
-        ):
-            for r in mine:
-                axis.annotate(
-                    r["prover"].rsplit("-", 1)[1],
-                    (r[key], r[value]),
-                    fontsize=7,
-                    xytext=(4, 4),
-                    textcoords="offset points",
-                )
-        for source, face, line in (
-            ("exact", None, "-"),
-            ("learned", "white", ":"),
-            ("table", "#cccccc", "--"),
-        ):
-            got = sorted(
-                (success[r["prover"]], r["mean"], r["mean_sd"], r["prover"].rsplit("-", 1)[1])
-                for r in rows
-                if r["source"] == source and r["prover"].startswith(kind)
-            )
-            if got:
-                x, y, sd, tags = zip(*got)
-                right.errorbar(
-                    x,
-                    y,
-                    sd,
-                    linestyle=line,
-                    **look,
-                    markersize=6,
-                    capsize=3,
-                    markerfacecolor=face or look["color"],
-                    label=f"{HOW[source]}: {names[kind]}",
-                )
-                for a, b, tag in zip(x, y, tags):
-                    right.annotate(
-                        tag, (a, b), fontsize=7, xytext=(5, 5), textcoords="offset points"
-                    )
-    for plain, line in zip((r for r in rows if r["prover"] == "none"), ("--", "-")):
-        right.axhline(
-            plain["mean"],
-            color="#000000",
-            linewidth=1,
-            linestyle=line,
-            label=f"outcome only, {plain['source']}".replace(
-                "outcome only, outcome", "outcome only, transformer"
-            ),
-        )
-    left.set(
+    for kind, (look, _) in KINDS.items():
+        rows = [r for r in exact["rows"] if r["prover"].startswith(kind)]
+        x = [r["success"] for r in rows]
+        for key, style, label in keys:
+            y = [r[key] for r in rows]
+            axis.plot(x, y, style, **look, markersize=4, label=f"{label}, {kind}")
+    axis.set(
         xscale="log",
         yscale="log",
-        xlabel="success of the prover from the prompt",
+        xlabel=SUCCESS,
         ylabel="per unit of eta",
         title="The two terms, and the gain (exact)",
     )
-    for axis, value in ((middle, "time_to_half"), (equal, "equal_kl_steps")):
-        axis.axhline(exact["rows"][0][value], color="#000000", linewidth=1, label="outcome only")
-    middle.set(
+
+
+def speed_panel(axis, exact, key, value, **words):
+    """Time to 50% (value) against key, with outcome-only's as a line."""
+    for kind, (look, name) in KINDS.items():
+        rows = [r for r in exact["rows"] if r["prover"].startswith(kind)]
+        axis.plot([r[key] for r in rows], [r[value] for r in rows], "-", **look, label=name)
+        annotate(axis, [(r[key], r[value], strength_of(r)) for r in rows])
+    axis.axhline(exact["rows"][0][value], color="#000000", linewidth=1, label="outcome only")
+    axis.set(xscale="log", **words)
+
+
+def runs_panel(axis, exact, rows):
+    """Accuracy of the transformer, exact and learned values, and of the table."""
+    success = {r["prover"]: r["success"] for r in exact["rows"]}
+    looks = (("exact", None, "-"), ("learned", "white", ":"), ("table", "#cccccc", "--"))
+    for kind, (look, name) in KINDS.items():
+        for source, face, line in looks:
+            of = [r for r in rows if r["source"] == source and r["prover"].startswith(kind)]
+            of.sort(key=lambda r: success[r["prover"]])
+            if not of:
+                continue
+            x = [success[r["prover"]] for r in of]
+            style = dict(markersize=6, capsize=3, markerfacecolor=face or look["color"])
+            bars = [r["mean"] for r in of], [r["mean_sd"] for r in of]
+            label = f"{HOW[source]}: {name}"
+            axis.errorbar(x, *bars, linestyle=line, **look, **style, label=label)
+            annotate(axis, [(a, r["mean"], strength_of(r)) for a, r in zip(x, of)])
+    plain = [r for r in rows if r["prover"] == "none"]
+    for r, line in zip(plain, ("--", "-")):
+        policy = "transformer" if r["source"] == "outcome" else r["source"]
+        style = dict(color="#000000", linewidth=1, linestyle=line)
+        axis.axhline(r["mean"], label=f"outcome only, {policy}", **style)
+    axis.set(
         xscale="log",
+        xlabel=SUCCESS,
+        ylabel="accuracy, mean over the run",
+        title="Sampled gradient and Adam (bars: sd over seeds)",
+    )
+
+
+def figure(exact, rows, path):
+    if (plt := pyplot()) is None:
+        return
+    fig, axes = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
+    terms, time, equal, runs = axes.flat
+    terms_panel(terms, exact)
+    speed_panel(
+        time,
+        exact,
+        "predicted",
+        "time_to_half",
         xlabel="predicted: distinguishability + alignment",
         ylabel="time to 50% (eta times steps)",
         title="Exact, equal step size: stronger is faster",
     )
-    equal.set(
-        xscale="log",
-        xlabel="success of the prover from the prompt",
+    speed_panel(
+        equal,
+        exact,
+        "success",
+        "equal_kl_steps",
+        xlabel=SUCCESS,
         ylabel="steps of 0.05 nats to 50%",
         title="Exact, equal KL: a middle one is fastest",
     )
-    right.set(
-        xscale="log",
-        xlabel="success of the prover from the prompt",
-        ylabel="accuracy, mean over the run",
-        title="Sampled gradient and Adam (bars: sd over seeds)",
-    )
-    for axis in (left, middle, equal, right):
+    runs_panel(runs, exact, rows)
+    for axis in axes.flat:
         axis.legend(frameon=False, fontsize=7, handlelength=3)
-    finish(plt, fig, (left, middle, equal, right), path)
+    finish(plt, fig, axes.flat, path)
 
 
 def claims_of(results):
@@ -263,67 +257,91 @@ def theory_claim(exact):
 
 
 def strength_claim(exact, rows):
-    """The best scripted prover against the strongest, paired over seeds; and the same in the
-    exact flow."""
+    """The best scripted prover against the strongest, paired over seeds; and the same in the exact
+    flow."""
     by = {r["prover"]: r for r in exact["rows"]}
-    of = {(r["source"], r["prover"]): r for r in rows}
     how = "exact" if any(r["source"] == "exact" for r in rows) else "table"
     sampled = [r for r in rows if r["source"] == how and r["prover"] != "none"]
     scripts = [r for r in sampled if r["prover"].startswith("scripted")]
     best = max(scripts, key=lambda r: r["mean"])
     strongest = max(scripts, key=lambda r: by[r["prover"]]["success"])
-    rho = spearman([by[r["prover"]]["predicted"] for r in sampled], [r["mean"] for r in sampled])
-    rho_kl = spearman(
-        [-by[r["prover"]]["equal_kl_steps"] for r in sampled], [r["mean"] for r in sampled]
-    )
-    shape = {n: by[n]["equal_kl_steps"] for n in by if n.startswith("scripted")}
-    quickest = min(shape, key=shape.get)
-    strong = max(shape, key=lambda n: by[n]["success"])
-    easy_best = max(
-        (r for r in easy_task(exact)["rows"] if r["prover"].startswith("scripted")),
-        key=lambda r: r["step_of_one"],
-    )
-    plain = of["outcome" if how == "exact" else how, "none"]
-
-    def show(r):
-        return with_sd(r["mean"], r["mean_sd"], 2)
-
     minus = [a - b for a, b in zip(best["per_seed"], strongest["per_seed"])]
+    scripted = [n for n in by if n.startswith("scripted")]
+    quickest = by[min(scripted, key=lambda n: by[n]["equal_kl_steps"])]
+    strong = by[max(scripted, key=lambda n: by[n]["success"])]
+    easy = [r for r in easy_task(exact)["rows"] if r["prover"].startswith("scripted")]
+    easy_best = max(easy, key=lambda r: r["step_of_one"])
     measured = [
-        f"Sampled gradients, {HOW[how]} values, accuracy averaged over the run (sd over "
-        f"{len(best['per_seed'])} seeds): {best['prover']} {show(best)}, {strongest['prover']} "
-        f"{show(strongest)}, outcome only {show(plain)}; rank correlation with theorem 3.1's sum "
-        f"{rho:.2f}, with the exact speed at equal KL {rho_kl:.2f}."
+        sampled_words(by, rows, how, sampled, best, strongest),
+        learned_words(rows),
+        exact_words(quickest, strong, by["outcome"]),
     ]
-    if four := of.get((how, "best-of-4")):
-        gap = [a - b for a, b in zip(four["per_seed"], best["per_seed"])]
-        measured.append(
-            f"Best-of-4 of the base {show(four)}, minus {best['prover']} "
-            f"{mean_sd(gap, signed=True)}, paired."
-        )
-    if learned := [f"{r['prover']} {show(r)}" for r in rows if r["source"] == "learned"]:
-        measured.append(
-            f"Learned verifiers: {', '.join(learned)}; those of the base see hardly any success, "
-            "and correlate with the exact advantage by less than 0.1."
-        )
-    measured.append(
-        f"Exact gradient, steps of equal KL to 50%: {quickest} {shape[quickest]:.2f}, {strong} "
-        f"{shape[strong]:.2f}, outcome only {by['outcome']['equal_kl_steps']:.2f}. {strong}'s "
-        f"steps differ most of all (distinguishability {by[strong]['distinguishability']:.2f}) "
-        "but point elsewhere: alignment over distinguishability "
-        f"{by[strong]['alignment'] / by[strong]['distinguishability']:.2f}, {quickest}'s "
-        f"{by[quickest]['alignment'] / by[quickest]['distinguishability']:.2f}."
-    )
     return dict(
         claim="Provers of middle strength are best (planted sub-sequence: 8 to 15 with a base "
         "of 5), too strong ones help less.",
         short="Provers of middle strength are best",
-        measured=" ".join(measured),
-        holds=together([verdict(minus), by[strong]["time_to_half"] > by[quickest]["time_to_half"]]),
+        measured=" ".join(words for words in measured if words),
+        holds=together([verdict(minus), strong["time_to_half"] > quickest["time_to_half"]]),
         fails_when="steps are measured in eta, not in KL: then the scale of A^mu counts, and "
-        f"time to 50% is {by[strong]['time_to_half']:.1f} with {strong}, "
-        f"{by[quickest]['time_to_half']:.1f} with {quickest} (on the easy task "
+        f"time to 50% is {strong['time_to_half']:.1f} with {strong['prover']}, "
+        f"{quickest['time_to_half']:.1f} with {quickest['prover']} (on the easy task "
         f"{easy_best['prover']} is best even so).",
+    )
+
+
+def show(r):
+    return with_sd(r["mean"], r["mean_sd"], 2)
+
+
+def sampled_words(by, rows, how, sampled, best, strongest):
+    source = "outcome" if how == "exact" else how
+    plain = next(r for r in rows if (r["source"], r["prover"]) == (source, "none"))
+    means = [r["mean"] for r in sampled]
+    rho = spearman([by[r["prover"]]["predicted"] for r in sampled], means)
+    rho_kl = spearman([-by[r["prover"]]["equal_kl_steps"] for r in sampled], means)
+    words = (
+        f"Sampled gradients, {HOW[how]} values, accuracy averaged over the run (sd over "
+        f"{len(best['per_seed'])} seeds): {best['prover']} {show(best)}, {strongest['prover']} "
+        f"{show(strongest)}, outcome only {show(plain)}; rank correlation with theorem 3.1's sum "
+        f"{rho:.2f}, with the exact speed at equal KL {rho_kl:.2f}."
+    )
+    four = next((r for r in sampled if r["prover"] == "best-of-4"), None)
+    if four is None:
+        return words
+    gap = [a - b for a, b in zip(four["per_seed"], best["per_seed"])]
+    return (
+        f"{words} Best-of-4 of the base {show(four)}, minus {best['prover']} "
+        f"{mean_sd(gap, signed=True)}, paired."
+    )
+
+
+def learned_words(rows):
+    learned = [r for r in rows if r["source"] == "learned"]
+    if not learned:
+        return ""
+    each = ", ".join(f"{r['prover']} {show(r)}" for r in learned)
+    of_base = [c for r in learned if r["prover"].startswith("best-of") for c in r["corr_advantage"]]
+    known = [c for c in of_base if c is not None and math.isfinite(c)]
+    words = f"Learned verifiers: {each}."
+    if not known:
+        return words
+    return (
+        f"{words} Those of the base have seen hardly any success: their advantage correlates with "
+        f"the exact one by {mean_sd(known, 2)}."
+    )
+
+
+def exact_words(quickest, strong, outcome):
+    def share(r):
+        return f"{r['alignment'] / r['distinguishability']:.2f}"
+
+    return (
+        f"Exact gradient, steps of equal KL to 50%: {quickest['prover']} "
+        f"{quickest['equal_kl_steps']:.2f}, {strong['prover']} {strong['equal_kl_steps']:.2f}, "
+        f"outcome only {outcome['equal_kl_steps']:.2f}. The steps of {strong['prover']} differ "
+        f"most of all (distinguishability {strong['distinguishability']:.2f}) but point "
+        f"elsewhere: alignment over distinguishability {share(strong)}, of {quickest['prover']} "
+        f"{share(quickest)}."
     )
 
 

@@ -40,73 +40,57 @@ class Config:
     smoke: bool = opt(False, "a grid of one with few steps")
 
 
-def main():
-    cfg = parse(Config, None, __doc__)
-    if cfg.smoke:
-        cfg.learning_rates = [1e-3]
-        cfg.entropy_coefs = [0.0]
-        cfg.groups = [8]
-        cfg.steps = 2
-    root = Path(f"runs/search_{cfg.task}{'_smoke' if cfg.smoke else ''}")
-    rl = RLConfig(
-        task=cfg.task,
-        seed=cfg.seed,
-        reward="pav",
-        steps=cfg.steps,
-        run_dir=str(root),
-        smoke=cfg.smoke,
-    )
-    _, jobs = pipeline.plan(rl, given={"steps"})
+def grid_jobs(cfg, root, jobs):
+    """jobs: the plan of one comparison. -> (jobs of the whole grid, {setting: run folder})."""
     stages = [j for j in jobs if "/rl_" not in j[0]]
     arms = {j[0].split("/rl_")[1]: j for j in jobs if "/rl_" in j[0]}
-    grid = list(itertools.product(cfg.learning_rates, cfg.entropy_coefs, cfg.groups))
-    where = {}
+    grid = itertools.product(cfg.learning_rates, cfg.entropy_coefs, cfg.groups)
+    runs = {}
     for (lr, entropy, group), arm in itertools.product(grid, ARMS):
         _, needs, argv = arms[arm]
         name = f"{arm}/lr{lr:g}_ent{entropy:g}_g{group}"
-        where[arm, lr, entropy, group] = run = root / name
-        drop = (
-            "--learning-rate=",
-            "--entropy-coef=",
-            "--num-generations=",
-            "--num-prompts=",
-            "--run-dir=",
-        )
-        argv = [a for a in argv if not a.startswith(drop)]
-        argv += [
-            f"--learning-rate={lr}",
-            f"--entropy-coef={entropy}",
-            f"--num-generations={group}",
-            f"--num-prompts={cfg.samples // group}",
-            f"--run-dir={run}",
-        ]
-        stages.append((name, needs, argv))
+        runs[arm, lr, entropy, group] = root / name
+        settings = {
+            "learning-rate": lr,
+            "entropy-coef": entropy,
+            "num-generations": group,
+            "num-prompts": cfg.samples // group,
+            "run-dir": root / name,
+        }
+        others = [a for a in argv if not a.startswith(tuple(f"--{flag}=" for flag in settings))]
+        stages.append((name, needs, [*others, *(f"--{k}={v}" for k, v in settings.items())]))
+    return stages, runs
+
+
+def row(setting, run):
+    """One run's setting and curve -> a row of the results."""
+    arm, lr, entropy, group = setting
+    curve = [r["eval/accuracy"] for r in evaluations(run)]
+    return dict(
+        arm=arm,
+        learning_rate=lr,
+        entropy_coef=entropy,
+        num_generations=group,
+        accuracy=curve[-1],
+        curve_mean=round(mean(curve), 4),
+    )
+
+
+def main():
+    cfg = parse(Config, None, __doc__)
+    if cfg.smoke:
+        vars(cfg).update(learning_rates=[1e-3], entropy_coefs=[0.0], groups=[8], steps=2)
+    root = Path(f"runs/search_{cfg.task}{'_smoke' if cfg.smoke else ''}")
+    shared = dict(task=cfg.task, seed=cfg.seed, steps=cfg.steps, smoke=cfg.smoke)
+    _, jobs = pipeline.plan(RLConfig(reward="pav", run_dir=str(root), **shared), given={"steps"})
+    stages, runs = grid_jobs(cfg, root, jobs)
     pipeline.run_jobs(stages, cfg.workers or os.cpu_count() or 1, root / "logs")
-    rows = []
-    for (arm, lr, entropy, group), run in where.items():
-        curve = [r["eval/accuracy"] for r in evaluations(run)]
-        rows.append(
-            dict(
-                arm=arm,
-                learning_rate=lr,
-                entropy_coef=entropy,
-                num_generations=group,
-                accuracy=curve[-1],
-                curve_mean=round(mean(curve), 4),
-            )
-        )
+    rows = [row(setting, run) for setting, run in runs.items()]
     rows.sort(key=lambda r: (r["arm"], -r["curve_mean"]))
     out = Path("docs/results" if not cfg.smoke else root) / f"search_{cfg.task}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        out,
-        dict(
-            command=f"python -m experiments.search_rl {' '.join(sys.argv[1:])}",
-            steps=cfg.steps,
-            samples=cfg.samples,
-            rows=rows,
-        ),
-    )
+    command = f"python -m experiments.search_rl {' '.join(sys.argv[1:])}"
+    write_json(out, dict(command=command, steps=cfg.steps, samples=cfg.samples, rows=rows))
     for arm in ARMS:
         for r in [r for r in rows if r["arm"] == arm][:5]:
             print(json.dumps(r))

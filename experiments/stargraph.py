@@ -1,7 +1,7 @@
 """Star graphs: does a penalty on the wrong first node teach a model to look ahead?
 
     python -m experiments.stargraph              # about 6 minutes of one core
-    python -m experiments.stargraph --smoke      # the same road in seconds
+    python -m experiments.stargraph --smoke      # few steps, seconds
     -> docs/results/stargraph/: results.json, table.md, curves.png
 
 Task: the edges of a star of two arms of two edges, its centre and one end; write the way there
@@ -77,13 +77,13 @@ def run_all(cfg, root):
     more = {few: ("dpo_per_step",), middle: ("dpo_per_step", "dpo_whole", "rft")}
     for seed, steps in itertools.product(range(cfg.seeds), cfg.steps):
         sft, _ = arm("sft", seed, dict(steps=steps))
-        found = dict(sft=sft)
+        trained = dict(sft=sft)
         for name in more.get(steps, ()):
             try:
-                found[name], _ = arm(name, seed, dict(policy=steps) | best[name])
+                trained[name], _ = arm(name, seed, dict(policy=steps) | best[name])
             except UserError:  # no negative left: nothing to train on
-                found[name] = sft | dict(pairs=0)
-        for name, r in found.items():
+                trained[name] = sft | dict(pairs=0)
+        for name, r in trained.items():
             wrong = 1 - r["correct"] / r["sampled"] if r.get("sampled") else None
             rows.append(
                 dict(
@@ -110,12 +110,12 @@ def table(rows, cfg):
         "|---|---|---|---|---|---|---|",
     ]
     for steps, name in itertools.product(cfg.steps, NAMES):
-        mine = [r for r in rows if r["steps"] == steps and r["method"] == name]
-        if mine:
-            cells = [mean_sd(r[k] for r in mine) for k in ("first", "test")]
-            gain = mean_sd((r["gain"] for r in mine), signed=True) if name != "sft" else ""
-            pairs = f"{mean(r['pairs'] for r in mine):.0f}" if name in DPO else ""
-            wrong = [r["wrong_share"] for r in mine if r["wrong_share"] is not None]
+        cell = [r for r in rows if r["steps"] == steps and r["method"] == name]
+        if cell:
+            cells = [mean_sd(r[k] for r in cell) for k in ("first", "test")]
+            gain = mean_sd((r["gain"] for r in cell), signed=True) if name != "sft" else ""
+            pairs = f"{mean(r['pairs'] for r in cell):.0f}" if name in DPO else ""
+            wrong = [r["wrong_share"] for r in cell if r["wrong_share"] is not None]
             lines.append(
                 "| "
                 + " | ".join(
@@ -184,19 +184,19 @@ def figure(rows, cfg, path):
         return
     fig, axis = plt.subplots(figsize=(6, 4.2), constrained_layout=True)
     for name, shift in (("sft", 0.92), ("dpo_per_step", 1.0), ("dpo_whole", 1.08), ("rft", 1.16)):
-        mine = [r for r in rows if r["method"] == name]
+        of_arm = [r for r in rows if r["method"] == name]
         axis.plot(
-            [r["steps"] * shift for r in mine],
-            [r["first"] for r in mine],
+            [r["steps"] * shift for r in of_arm],
+            [r["first"] for r in of_arm],
             "o",
             color=METHOD_COLOURS[name],
             alpha=0.4,
             markersize=4,
         )
-        steps = [s for s in cfg.steps if any(r["steps"] == s for r in mine)]
+        steps = [s for s in cfg.steps if any(r["steps"] == s for r in of_arm)]
         axis.plot(
             [s * shift for s in steps],
-            [mean(r["first"] for r in mine if r["steps"] == s) for s in steps],
+            [mean(r["first"] for r in of_arm if r["steps"] == s) for s in steps],
             "-D",
             color=METHOD_COLOURS[name],
             label=NAMES[name],

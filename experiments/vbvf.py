@@ -1,7 +1,7 @@
 """Clone right traces, or learn to tell right from wrong? The same n problems, used twice.
 
     python -m experiments.vbvf                   # 15 to 20 minutes of one core
-    python -m experiments.vbvf --smoke           # the same road in seconds
+    python -m experiments.vbvf --smoke           # few steps, seconds
     -> docs/results/vbvf/: results.json, table.md, curves.png
 
 The claim (Setlur et al. 2025, arXiv 2502.12118): as the test budget of H tokens grows, fine-tuning
@@ -134,9 +134,8 @@ def verification(verifier, tokens, prompt_len, label):
     in {0,1}."""
 
     def loss(rows):
-        logits = verifier(tokens[rows])[
-            :, prompt_len:
-        ]  # (b, H): read at the letter that ends the prefix
+        # (b, H): read at the letter that ends the prefix.
+        logits = verifier(tokens[rows])[:, prompt_len:]
         return value_loss(logits, label[rows], torch.ones_like(logits), 1.0, 1.0)
 
     return loss
@@ -399,11 +398,8 @@ def reinforce(world, verifiers, n, H, learning_rate, beta, stops):
         adv = torch.nn.functional.pad(reward_to_go(reward, cfg.rl_samples), (world.k, 0))
         logs = train_rl.update(model, world.base, optimizer, params, out, adv, rl, H, "cpu")
         if step in stops:
-            yield (
-                step,
-                model,
-                dict(kl=logs["kl"] * H, believed=float(reward.mean())),
-            )  # kl: nats a trace
+            # kl: nats a trace.
+            yield (step, model, dict(kl=logs["kl"] * H, believed=float(reward.mean())))
 
 
 def judge(world, model, H, each):
@@ -508,11 +504,11 @@ def trials(world, name, n, H, best):
                 )
         return
     for lr in cfg.learning_rates:
-        for step, found in (vf if name == "vf" else vb)(world, n, H, lr, cfg.steps):
+        for step, trained in (vf if name == "vf" else vb)(world, n, H, lr, cfg.steps):
             J = (
-                judge(world, found, H, 8)["J"]
+                judge(world, trained, H, 8)["J"]
                 if name == "vf"
-                else search(world, found, H, cfg.pessimism, 16)["J"][16]
+                else search(world, trained, H, cfg.pessimism, 16)["J"][16]
             )
             yield dict(learning_rate=lr, steps=step, J=J)
 

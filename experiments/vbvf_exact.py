@@ -172,11 +172,11 @@ def figure(rows, N, path):
         return
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), constrained_layout=True)
     for mixture, style in zip(MIXTURES, (":", "-", "--")):
-        mine = [r for r in rows if r["mixture"] == mixture]
-        H = [r["H"] for r in mine]
+        of_base = [r for r in rows if r["mixture"] == mixture]
+        H = [r["H"] for r in of_base]
         left.plot(
             H,
-            [r["gap_best"] for r in mine],
+            [r["gap_best"] for r in of_base],
             style,
             marker="o",
             color=METHOD_COLOURS["vb_bon"],
@@ -184,7 +184,7 @@ def figure(rows, N, path):
         )
         left.plot(
             H,
-            [r["gap_near"] for r in mine],
+            [r["gap_near"] for r in of_base],
             style,
             marker="o",
             color=METHOD_COLOURS["vb_rl"],
@@ -192,7 +192,7 @@ def figure(rows, N, path):
         )
         right.plot(
             H,
-            [r["sigma"] for r in mine],
+            [r["sigma"] for r in of_base],
             style,
             marker="o",
             color=METHOD_COLOURS["base"],

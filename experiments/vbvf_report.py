@@ -4,6 +4,7 @@ python -m experiments.vbvf        # whose cells, under runs/vbvf, are then only 
 """
 
 import itertools
+import math
 
 import numpy as np
 
@@ -11,11 +12,18 @@ from experiments.toolkit import METHOD_COLOURS, finish, mean_sd, opposite, pyplo
 from infra.runs import mean
 
 BUDGETS = (1, 2, 4, 8, 16)  # N of best-of-N
-MIXTURES = {
-    "concentrated": (12.0,),
-    "mixed": (3.0, 48.0),
-    "widest": (1.0, 144.0),
-}  # geometric mean 12, each
+# Geometric mean 12, each.
+MIXTURES = {"concentrated": (12.0,), "mixed": (3.0, 48.0), "widest": (1.0, 144.0)}
+
+
+def best_of_vf(r, N):
+    """J of the better of VF's sample and its likeliest of N."""
+    return max(r["vf"]["J"], r["vf"]["likeliest"][N])
+
+
+def in_cell(rows, mixture, n, H):
+    return [r for r in rows if (r["mixture"], r["n"], r["H"]) == (mixture, n, H)]
+
 
 VALUES = {
     "base": lambda r: r["base"]["J"],
@@ -27,12 +35,9 @@ VALUES = {
     "greedy_base": lambda r: r["base"]["greedy"]["J"],
     "greedy_vf": lambda r: r["vf"]["greedy"]["J"],
     "greedy_rl": lambda r: r["rl"]["greedy"]["J"],
-    "gap": lambda r: (
-        (r["rl"]["J"] - r["vf"]["J"]) * r["H"]
-    ),  # tokens after the first right point; H tokens at test time
-    "gap_bon": lambda r: (
-        (r["bon"]["J"]["16"] - max(r["vf"]["J"], r["vf"]["likeliest"]["16"])) * r["H"]
-    ),  # 16 H tokens
+    # In tokens after the first right point; the first costs H tokens at test time, the second 16 H.
+    "gap": lambda r: (r["rl"]["J"] - r["vf"]["J"]) * r["H"],
+    "gap_bon": lambda r: (r["bon"]["J"]["16"] - best_of_vf(r, "16")) * r["H"],
     "sigma": lambda r: r["base"]["sigma"] * r["H"],
     "c": lambda r: r["base"]["c_1"],
 }
@@ -40,79 +45,85 @@ VALUES = {
 
 def per_seed(rows, name, mixture, n, H):
     """[seeds] of one value in one cell, in the order of seeds."""
-    mine = sorted(
-        (r for r in rows if (r["mixture"], r["n"], r["H"]) == (mixture, n, H)),
-        key=lambda r: r["seed"],
-    )
-    return np.array([VALUES.get(name, lambda r: r[name])(r) for r in mine])
+    cell = sorted(in_cell(rows, mixture, n, H), key=lambda r: r["seed"])
+    return np.array([VALUES[name](r) for r in cell])
 
 
 def tables(rows, cfg):
-    """Markdown. J: mean trace reward in [0,1); gaps in tokens; mean ± sd over seeds."""
+    """Markdown. J: mean trace reward in [0,1); gaps in tokens; mean (sd over seeds)."""
     cells = [("mixed", n, H) for n, H in itertools.product(cfg.sizes, cfg.horizons)]
     cells += sorted({(r["mixture"], r["n"], r["H"]) for r in rows if r["mixture"] != "mixed"})
+    text = "\n".join(
+        [
+            f"J = E[(H - t_solve)/H] on new prompts, mean (sd over {cfg.seeds} seeds). At H tokens "
+            "base, VF and VB-RL, one sample. At 16 H: VB best-of-16 of the base, and the VF "
+            "policy's likeliest of 16. Gaps in tokens after the first right point: VB-RL minus VF; "
+            "best-of-16 minus the better of VF's two.\n",
+            "| base | n | H | base J | VF | VB-RL | VF likeliest of 16 | VB best-of-16 | oracle of "
+            "16 | gap at H | gap at 16 H |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+            *(result_line(rows, c) for c in cells),
+            "\nThe same cells, what lies behind: sigma (tokens; root of the median variance of a "
+            "trace's reward), anti-concentration c = Pr[r >= mean + sd], accuracy, greedy "
+            "decoding, the verifier's correlation with the true reward, VF's right traces and the "
+            "base traces drawn for them, KL of the RL policy to the base, nats a trace.\n",
+            "| base | n | H | sigma | c | accuracy base / VF / VB-RL | greedy J base / VF / VB-RL "
+            "| correlation | traces of VF | KL |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *(background_line(rows, c) for c in cells),
+            *by_samples(rows, cfg),
+        ]
+    )
+    return text.replace("nan", "")
 
-    def find(name, c, digits=3):
-        return mean_sd(per_seed(rows, name, *c), digits)
 
-    out = [
-        f"J = E[(H - t_solve)/H] on new prompts, mean (sd over {cfg.seeds} seeds). At H tokens: "
-        "base, VF and VB-RL, one sample. At 16 H: VB best-of-16 of the base, and the VF "
-        "policy's likeliest of 16. Gaps in tokens after the first right point: VB-RL minus VF; "
-        "best-of-16 minus the better of VF's two.\n",
-        "| base | n | H | base J | VF | VB-RL | VF likeliest of 16 | VB best-of-16 | oracle of "
-        "16 | gap at H | gap at 16 H |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+def result_line(rows, cell):
+    names = ("base", "vf", "rl", "likeliest", "bon", "oracle")
+    J = [mean_sd(per_seed(rows, name, *cell)) for name in names]
+    gaps = [mean_sd(per_seed(rows, name, *cell), 2) for name in ("gap", "gap_bon")]
+    return f"| {' | '.join([*map(str, cell), *J, *gaps])} |"
+
+
+def background_line(rows, cell):
+    of = in_cell(rows, *cell)
+
+    def trio(value):
+        return " / ".join(f"{mean(value(r[arm]) for r in of):.2f}" for arm in ("base", "vf", "rl"))
+
+    traces = mean(r["vf"]["traces"] for r in of), mean(r["vf"]["base_traces"] for r in of)
+    cells = [
+        *map(str, cell),
+        *(mean_sd(per_seed(rows, name, *cell), 2) for name in ("sigma", "c")),
+        trio(lambda a: a["accuracy"]),
+        trio(lambda a: a["greedy"]["J"]),
+        f"{mean(r['bon']['correlation'] for r in of):.2f}",
+        "{:.0f} of {:.0f}".format(*traces),
+        f"{mean(r['rl']['kl'] for r in of):.1f}",
     ]
-    for c in cells:
-        names = ("base", "vf", "rl", "likeliest", "bon", "oracle")
-        out.append(
-            f"| {c[0]} | {c[1]} | {c[2]} | "
-            + " | ".join(find(name, c) for name in names)
-            + f" | {find('gap', c, 2)} | {find('gap_bon', c, 2)} |"
-        )
-    out += [
-        "\nThe same cells, what lies behind: sigma (tokens; root of the median variance of a "
-        "trace's reward), anti-concentration c = Pr[r >= mean + sd], accuracy, greedy decoding, "
-        "the verifier's correlation with the true reward, VF's right traces and the base traces "
-        "drawn for them, KL of the RL policy to the base in nats a trace.\n",
-        "| base | n | H | sigma | c | accuracy base / VF / VB-RL | greedy J base / VF / VB-RL | "
-        "correlation | traces of VF | KL |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for c in cells:
-        mine = [r for r in rows if (r["mixture"], r["n"], r["H"]) == c]
+    return f"| {' | '.join(cells)} |"
 
-        def trio(f):
-            return " / ".join(f"{mean(f(r[a]) for r in mine):.2f}" for a in ("base", "vf", "rl"))  # noqa: B023
 
-        out.append(
-            f"| {c[0]} | {c[1]} | {c[2]} | {find('sigma', c, 2)} | {find('c', c, 2)} | "
-            f"{trio(lambda a: a['accuracy'])} | {trio(lambda a: a['greedy']['J'])} | "
-            f"{mean(r['bon']['correlation'] for r in mine):.2f} | "
-            f"{mean(r['vf']['traces'] for r in mine):.0f} of "
-            f"{mean(r['vf']['base_traces'] for r in mine):.0f} | "
-            f"{mean(r['rl']['kl'] for r in mine):.1f} |"
-        )
+def by_samples(rows, cfg):
+    """J against N in the largest mixed cell."""
     n = cfg.sizes[-1]
     H = cfg.horizons[-1]
-    mine = [r for r in rows if (r["mixture"], r["n"], r["H"]) == ("mixed", n, H)]
-    out += [
+    of = in_cell(rows, "mixed", n, H)
+    columns = (
+        [r["vf"]["likeliest"] for r in of],
+        [r["bon"]["J"] for r in of],
+        [r["bon"]["J_mean"] for r in of],
+        [r["base"]["oracle"] for r in of],
+    )
+    lines = [
         f"\nJ against N (mixed, n = {n}, H = {H}); lambda = {cfg.pessimism:g} is the pessimistic "
         "score.\n",
         "| N | VF likeliest of N | VB best-of-N | VB, lambda 0 | oracle |",
         "|---|---|---|---|---|",
     ]
     for N in map(str, BUDGETS):
-
-        def at(f):
-            return f"{mean(f(r).get(N, float('nan')) for r in mine):.3f}"  # noqa: B023
-
-        out.append(
-            f"| {N} | {at(lambda r: r['vf']['likeliest'])} | {at(lambda r: r['bon']['J'])} | "
-            f"{at(lambda r: r['bon']['J_mean'])} | {at(lambda r: r['base']['oracle'])} |"
-        )
-    return "\n".join(out).replace("nan", "")
+        means = [mean(by_n.get(N, math.nan) for by_n in column) for column in columns]
+        lines.append(f"| {N} | {' | '.join(f'{m:.3f}' for m in means)} |")
+    return lines
 
 
 class Cells:
@@ -262,103 +273,95 @@ def best_of_n_wins(c):
     )
 
 
-def figure(rows, cfg, path):
-    """Left: the gap against H, by n. Middle: J against N. Right: the gap against sigma, every
-    cell of the three bases."""
-    plt = pyplot()
-    if plt is None:
-        return
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
-    bars = dict(linewidth=2, markersize=5, capsize=3)
-    for n, style in zip(cfg.sizes, (":", "--", "-", "-.")):
-        for name, colour, label in (
-            ("gap", "vb_rl", "RL at H tokens"),
-            ("gap_bon", "vb_bon", "best-of-16 at 16 H"),
-        ):
-            v = [per_seed(rows, name, "mixed", n, H) for H in cfg.horizons]
-            left.errorbar(
-                cfg.horizons,
-                [x.mean() for x in v],
-                [x.std(ddof=1) for x in v],
-                linestyle=style,
-                marker="o",
-                color=METHOD_COLOURS[colour],
-                label=f"{label}, n = {n}",
-                **bars,
-            )
-    left.axhline(0, color="#aaaaaa", linewidth=1)
-    left.set_xscale("log", base=2)
-    left.set_xticks(cfg.horizons, cfg.horizons)
-    left.set(
+BARS = dict(linewidth=2, markersize=5, capsize=3, marker="o")
+
+
+def bars(axis, x, values, **style):
+    """values: [seeds] for each x."""
+    axis.errorbar(x, [v.mean() for v in values], [v.std(ddof=1) for v in values], **BARS | style)
+
+
+def logarithmic(axis, ticks):
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+
+
+def horizon_panel(axis, rows, cfg):
+    """The gap against H, by n."""
+    gaps = (("gap", "vb_rl", "RL at H tokens"), ("gap_bon", "vb_bon", "best-of-16 at 16 H"))
+    for (n, line), (name, arm, label) in itertools.product(
+        zip(cfg.sizes, (":", "--", "-", "-.")), gaps
+    ):
+        values = [per_seed(rows, name, "mixed", n, H) for H in cfg.horizons]
+        style = dict(linestyle=line, color=METHOD_COLOURS[arm], label=f"{label}, n = {n}")
+        bars(axis, cfg.horizons, values, **style)
+    axis.axhline(0, color="#aaaaaa", linewidth=1)
+    logarithmic(axis, cfg.horizons)
+    axis.set(
         xlabel="H, tokens of a trace",
         ylabel="VB minus VF, tokens after the first right point",
         title="Mixed base (bars: sd over seeds)",
     )
-    left.legend(frameon=False, fontsize=7)
-    n = cfg.sizes[-1]
-    H = cfg.horizons[-1]
-    mine = [r for r in rows if (r["mixture"], r["n"], r["H"]) == ("mixed", n, H)]
-    for label, colour, style, f in (
-        ("VB best-of-N", "vb_bon", "-", lambda r: r["bon"]["J"]),
-        ("oracle best-of-N of the base", "base", ":", lambda r: r["base"]["oracle"]),
-        ("VF, its likeliest of N", "vf", "--", lambda r: r["vf"]["likeliest"]),
-    ):
-        x = [N for N in BUDGETS if str(N) in f(mine[0])]
-        v = np.array([[f(r)[str(N)] for N in x] for r in mine])
-        middle.errorbar(
-            x,
-            v.mean(0),
-            v.std(0, ddof=1),
-            color=METHOD_COLOURS[colour],
-            linestyle=style,
-            marker="o",
-            label=label,
-            **bars,
-        )
-    for name, colour, label in (
-        ("rl", "vb_rl", "VB-RL, one sample"),
-        ("vf", "vf", "VF, one sample"),
-    ):
-        middle.axhline(
-            per_seed(rows, name, "mixed", n, H).mean(),
-            color=METHOD_COLOURS[colour],
-            linewidth=1.5,
-            label=label,
-        )
-    middle.set_xscale("log", base=2)
-    middle.set_xticks(BUDGETS, BUDGETS)
-    middle.set(
+
+
+def samples_panel(axis, rows, n, H):
+    """J against N."""
+    of = in_cell(rows, "mixed", n, H)
+    curves = (
+        ("VB best-of-N", "vb_bon", "-", [r["bon"]["J"] for r in of]),
+        ("oracle best-of-N of the base", "base", ":", [r["base"]["oracle"] for r in of]),
+        ("VF, its likeliest of N", "vf", "--", [r["vf"]["likeliest"] for r in of]),
+    )
+    for label, arm, line, seeds in curves:
+        x = [N for N in BUDGETS if str(N) in seeds[0]]
+        values = [np.array([by_n[str(N)] for by_n in seeds]) for N in x]
+        bars(axis, x, values, linestyle=line, color=METHOD_COLOURS[arm], label=label)
+    one = (("rl", "vb_rl", "VB-RL, one sample"), ("vf", "vf", "VF, one sample"))
+    for name, arm, label in one:
+        J = per_seed(rows, name, "mixed", n, H).mean()
+        axis.axhline(J, color=METHOD_COLOURS[arm], linewidth=1.5, label=label)
+    logarithmic(axis, BUDGETS)
+    axis.set(
         xlabel="N, traces at test time",
         ylabel="J = E[(H - t)/H], new prompts",
         title=f"Mixed base, n = {n}, H = {H}",
     )
-    middle.legend(frameon=False, fontsize=7)
-    for mixture, marker in zip(MIXTURES, "osD"):
-        for H, size in ((cfg.horizons[0], 5), (cfg.horizons[-1], 10)):
-            at = (mixture, cfg.sizes[len(cfg.sizes) // 2], H)
-            s = per_seed(rows, "sigma", *at)
-            g = per_seed(rows, "gap", *at)
-            right.errorbar(
-                s.mean(),
-                g.mean(),
-                g.std(ddof=1),
-                s.std(ddof=1),
-                color=METHOD_COLOURS["vb_rl"],
-                marker=marker,
-                markersize=size,
-                capsize=2,
-                linestyle="",
-                label=f"{mixture}, H = {H}",
-                markerfacecolor="white" if mixture == "concentrated" else None,
-                alpha=0.5 if mixture == "widest" else 1,
-            )
-    right.axhline(0, color="#aaaaaa", linewidth=1)
-    right.set(
+
+
+def heterogeneity_panel(axis, rows, n, horizons):
+    """The gap against sigma, every cell of the three bases."""
+    for (mixture, marker), (H, size) in itertools.product(
+        zip(MIXTURES, "osD"), ((horizons[0], 5), (horizons[-1], 10))
+    ):
+        sigma = per_seed(rows, "sigma", mixture, n, H)
+        gap = per_seed(rows, "gap", mixture, n, H)
+        style = dict(
+            color=METHOD_COLOURS["vb_rl"],
+            marker=marker,
+            markersize=size,
+            capsize=2,
+            linestyle="",
+            markerfacecolor="white" if mixture == "concentrated" else None,
+            alpha=0.5 if mixture == "widest" else 1,
+        )
+        spreads = gap.std(ddof=1), sigma.std(ddof=1)
+        axis.errorbar(sigma.mean(), gap.mean(), *spreads, label=f"{mixture}, H = {H}", **style)
+    axis.axhline(0, color="#aaaaaa", linewidth=1)
+    axis.set(
         xlabel="heterogeneity sigma of the base, tokens",
         ylabel="VB-RL minus VF, tokens",
-        title=f"Heterogeneity, n = {cfg.sizes[len(cfg.sizes) // 2]}",
+        title=f"Heterogeneity, n = {n}",
     )
-    right.legend(frameon=False, fontsize=7)
-    for axis in (left, middle):
-        axis.minorticks_off()
-    finish(plt, fig, (left, middle, right), path)
+
+
+def figure(rows, cfg, path):
+    if (plt := pyplot()) is None:
+        return
+    fig, axes = plt.subplots(1, 3, figsize=(14.5, 4.3), constrained_layout=True)
+    horizon_panel(axes[0], rows, cfg)
+    samples_panel(axes[1], rows, cfg.sizes[-1], cfg.horizons[-1])
+    heterogeneity_panel(axes[2], rows, cfg.sizes[len(cfg.sizes) // 2], cfg.horizons)
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=7)
+    finish(plt, fig, axes, path)

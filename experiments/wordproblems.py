@@ -20,19 +20,14 @@ from infra.seeds import derive
 from tasks.answers import extract_answer
 from tasks.files import read_rows
 
-PARTS = (
-    "demonstrated",
-    "first",
-    "second",
-    "val",
-    "test",
-)  # demonstrated: those of first with a solution
+# demonstrated: those of `first` with a solution.
+PARTS = ("demonstrated", "first", "second", "val", "test")
 
 
 def numbers(question):
     """Numbers of a text in its order, as fractions."""
-    found = re.findall(r"(?<![A-Za-z0-9.])[0-9][0-9,]*(?:\.[0-9]+)?", question)
-    return [Fraction(f.replace(",", "").rstrip(",")) for f in found]
+    texts = re.findall(r"(?<![A-Za-z0-9.])[0-9][0-9,]*(?:\.[0-9]+)?", question)
+    return [Fraction(f.replace(",", "").rstrip(",")) for f in texts]
 
 
 def operations(a, b):
@@ -42,20 +37,20 @@ def operations(a, b):
     return both + [(x, "/", y, x / y) for x, y in ((a, b), (b, a)) if y]
 
 
-def derivation(found, goal):
-    """Lines of the one way to get goal by one or two operations on the numbers found; None if
+def derivation(values, goal):
+    """Lines of the one way to get goal by one or two operations on the values; None if
     there is none, or several.
 
     Ways count as one if they add and subtract, multiply and divide the same numbers: of 17 + 32
     - 10 and 17 - 10 + 32 the first in the order of the text is taken."""
     ways = []  # (operations, numbers used)
-    for i, j in itertools.combinations(range(len(found)), 2):
-        for o in operations(found[i], found[j]):
-            ways += [([o], [found[i], found[j]])] if o[3] == goal else []
-            for k in set(range(len(found))) - {i, j}:
+    for i, j in itertools.combinations(range(len(values)), 2):
+        for o in operations(values[i], values[j]):
+            ways += [([o], [values[i], values[j]])] if o[3] == goal else []
+            for k in set(range(len(values))) - {i, j}:
                 ways += [
-                    ([o, p], [found[i], found[j], found[k]])
-                    for p in operations(o[3], found[k])
+                    ([o, p], [values[i], values[j], values[k]])
+                    for p in operations(o[3], values[k])
                     if p[3] == goal
                 ]
     kinds = {
@@ -105,12 +100,12 @@ def read_problems(files, kind):
             ):  # MAWPS rounds a few fractions to ten decimals: no strict grader can take those
                 continue
             seen.add(key)
-            found = numbers(question)
-            lines = text if kind == "gsm8k" else derivation(found, Fraction(text))
+            values = numbers(question)
+            lines = text if kind == "gsm8k" else derivation(values, Fraction(text))
             row = dict(question=question, answer=answer)
             if lines:
                 row["solution"] = lines if "#### " in lines else f"{lines}\n#### {answer}"
-            bucket = derive(0, "openweights", sorted(map(str, found)), answer) % 10
+            bucket = derive(0, "openweights", sorted(map(str, values)), answer) % 10
             if kind == "gsm8k":
                 bucket = 9 if "test" in Path(path).name else bucket % 7
             part = (

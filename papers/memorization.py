@@ -29,11 +29,12 @@ from safetensors.numpy import load_file, save_file
 
 from infra import parallel
 from infra.cli import UserError, opt, parse, print_next_command, script
-from infra.runs import one_thread_if_tiny, with_progress_bar
+from infra.runs import by_step, one_thread_if_tiny, with_progress_bar
 from infra.seeds import derive
 from model import token_logprobs
 from rollouts import grades
 from sample import generate
+from tasks.context import leave_out_long
 from train_sft import (
     SFTFlags,
     build_examples,
@@ -144,7 +145,7 @@ def snapshot(path, model, tokenizer, task, examples, problems, held_out, cfg, st
 
 def load_run(run_dir):
     """The snapshots of a run -> dict of accuracy [M,n], nll [M,n], test [M], test_each [M,held out], step [M]."""
-    files = sorted((Path(run_dir) / "memorization").glob("step_*.safetensors"))
+    files = by_step((Path(run_dir) / "memorization").glob("step_*.safetensors"))
     if not files:
         raise UserError(f"{run_dir} holds no snapshots: measure one with python -m papers.memorization")
     arrays = [load_file(f) for f in files]
@@ -201,6 +202,7 @@ def train(cfg):
         return run.summary
     model, tokenizer = start_model(cfg, task, device)
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", "test")
     problems = curated(cfg, task) if cfg.curate else first_problems(task, cfg.num_problems, cfg.seed)
     examples = build_examples(task, tokenizer, problems, cfg)
     check_lengths(examples, model.cfg.max_position_embeddings, cfg.max_completion_length or task.max_new_tokens)

@@ -44,6 +44,7 @@ from report.watch import evaluate, rollout_logs, summarize
 from rollouts import continue_and_grade, distinct, grades, pad_ends, step_ends
 from sample import generate
 from tasks import get_task, task_class
+from tasks.context import leave_out_long
 
 TERMINATION = "\nTime is up. The answer is"  # where the task has no words of its own
 
@@ -208,6 +209,7 @@ def train(cfg):
         return run.summary
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", cfg.eval_split)
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     state = run.resume(model, partial(load_weights, model), lambda params: train_rl.make_adam(params, cfg))
     tokens_seen = state.get("tokens", 0)

@@ -24,6 +24,7 @@ from papers.mrt import MRTFlags, answer_now, episode_ends, pooled, prefixes, val
 from rollouts import distinct, grades
 from sample import generate
 from tasks import TaskFlags, get_task
+from tasks.context import leave_out_long
 from train_sft import adamw, sft_step
 
 # ----------------------------------------------------------------------------------------------------
@@ -174,12 +175,13 @@ def train(cfg):
     if not cfg.policy:
         raise UserError("--policy is missing: give the folder of the policy to start from (train_sft.py makes one)")
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/{'star' if cfg.rounds else 'measure'}"
-    problems = task.problems(cfg.eval_split, cfg.eval_problems, 0)
     run = Run(cfg)
     if run.summary:
         return run.summary
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", cfg.eval_split)
+    problems = task.problems(cfg.eval_split, cfg.eval_problems, 0)
     state = run.resume(model, partial(load_weights, model), None)  # the optimizer begins anew each round
     spent = {k: state.get(k, 0) for k in ("num_tokens", "mu_tokens")}
     for number in with_progress_bar(range(state["step"], cfg.rounds), "star"):

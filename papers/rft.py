@@ -22,6 +22,7 @@ from infra.seeds import derive
 from model import load_model
 from rollouts import Rollouts, grades, shards, stack
 from sample import generate
+from tasks.context import leave_out_long
 from train_sft import (
     SFTFlags,
     build_examples,
@@ -147,6 +148,7 @@ def train(cfg):
         return run.summary
     model, tokenizer = start_model(cfg, task, device)
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", "val")
     problems = first_problems(task, cfg.num_problems, cfg.seed)
     examples, counts = rft_examples(task, tokenizer, problems, cfg, run, device)
     check_lengths(examples, model.cfg.max_position_embeddings, cfg.max_completion_length or task.max_new_tokens)

@@ -39,6 +39,7 @@ from papers.rft import count, keep_correct, sample_solutions
 from rollouts import continue_and_grade, distinct, pass_at_k, shards, step_ends, write_tensors
 from sample import generate
 from tasks import TaskFlags, get_task
+from tasks.context import leave_out_long
 from train_sft import accuracy, adamw, encode_solution, first_problems, strength_of
 
 
@@ -340,6 +341,7 @@ def train(cfg):
         return run.summary
     model, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(model, cfg.threads)
+    leave_out_long(task, tokenizer, model, "train", "val")
     if not (run.folder / "pairs.safetensors").exists():
         build_pairs(model, tokenizer, task, cfg, run.folder, device)
     pairs, ref_chosen, ref_rejected, counts = load_pairs(run.folder)

@@ -17,7 +17,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ class Config:
 def paid_by_verifier(arm, run):
     """Whether the run's reward needed rollouts of a verifier's prover."""
     reward = run.config.get("reward", arm_of(arm).reward)
-    return reward != "outcome" and not run.config.get("constant_value")
+    return reward != "outcome" and run.config.get("verifier") != "constant"
 
 
 def summarise(arms):
@@ -178,8 +177,11 @@ def task_facts(config):
     """
     facts = dict(name=config.get("task", "run"), text=None, truth=[], ends_with_eos=True)
     try:
-        settings = dataclasses.asdict(TaskFlags()) | config  # flags that are newer than the run
-        task = get_task(SimpleNamespace(**settings))
+        known = {f.name for f in dataclasses.fields(TaskFlags)}  # a later flag: its default
+        flags = TaskFlags(**{name: value for name, value in config.items() if name in known})
+        if flags.task_seed < 0:
+            flags.task_seed = config.get("seed", 0)
+        task = get_task(flags)
         facts["ends_with_eos"] = getattr(task, "ends_with_eos", True)
         facts["text"] = task.describe() if hasattr(task, "describe") else None
         if hasattr(task, "truth"):

@@ -2,7 +2,7 @@
 
     python -m report.evaluate --task planted --model runs/planted/seed0/rl_pav --n 8
     python -m report.evaluate --task gsm8k --data gsm8k_test.jsonl --model smollm2 --greedy
-    python -m report.evaluate --task gsm8k --data train.jsonl test.jsonl --model DIR --task-args shots=4
+    python -m report.evaluate --task jsonl --data q.jsonl --model DIR --task-args shots=4
 
 Every completion is a line of OUT.jsonl, written chunk by chunk; OUT.json beside it holds the
 settings, and in the end the results. Killed? The same command goes on behind the last whole line;
@@ -144,7 +144,8 @@ def open_rows(path, settings):
     beside = path.with_suffix(".json")
     if path.exists() and path.stat().st_size and not beside.exists():
         raise UserError(
-            f"{path} exists and is not an evaluation ({beside.name} is missing); give another --out"
+            f"{path} exists and is not the file of an evaluation ({beside.name} is missing); give "
+            "another --out"
         )
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
     if not lock_file(file):
@@ -229,6 +230,7 @@ def evaluate(cfg, task, model, tokenizer, options):
     seconds = add_rows(rows, cfg, task, model, tokenizer, options, problems, file)
     file.close()
     result = summarize(rows, cfg.n, task, problems)
+    result["left_out"] = getattr(task, "left_out", 0)
     write_json(beside, dict(settings=settings, results=result))
     print_examples(rows[: 3 * cfg.n : cfg.n], problems)
     print(*report(result), sep="\n")

@@ -88,7 +88,7 @@ summary { cursor: pointer; font-size: .9rem; }
 .settings { column-width: 17rem; font-size: .85rem; margin: .4rem 0; }
 .settings div { break-inside: avoid; }
 .pair { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
-.alone { column-width: 24rem; }
+.alone .list { column-width: 24rem; }
 @media (max-width: 720px) { .pair { grid-template-columns: minmax(0, 1fr); } }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
         break-inside: avoid; margin: 0 0 .7rem; padding: .5rem .7rem; }
@@ -519,8 +519,9 @@ def provenance(record, arms):
     stages = "\n".join(f"# {label}\n{line}" for label, line in record["commands"].items())
     commands = ""
     if stages:
+        opened = " open" if len(record["commands"]) <= OPEN else ""
         commands = (
-            "<details open><summary>the commands that made it, each stage by itself</summary>"
+            f"<details{opened}><summary>the commands that made it, each stage by itself</summary>"
             f"<pre>{html.escape(stages)}</pre></details>"
         )
     return f"<h2>How it was made</h2>{pairs_table(rows)}{commands}{settings_section(arms)}"
@@ -560,9 +561,9 @@ def solutions_intro(arms):
     run = next(iter(arms.values()))[0]
     anchored = (
         " The last step's shade is the verifier's own value of the end; in training the true "
-        "outcome stands in its place (<code>--anchor</code>), so here a right solution may end in "
-        "orange."
-        if run.config.get("anchor")
+        "outcome stands in its place (<code>--guards anchor</code>), so here a right solution may "
+        "end in orange."
+        if "anchor" in run.config.get("guards", ())
         else ""
     )
     return (

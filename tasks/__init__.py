@@ -41,6 +41,10 @@ class TaskFlags:
         [], "KEY=VALUE ... of the task: prompts length (planted); template shots question_field "
         "answer_field (files)", GROUP
     )
+    grader: str = opt(
+        "exact", "of answers from files; math-verify knows more formulas, and must be installed",
+        GROUP, choices=["exact", "math-verify"],
+    )
 
 
 def task_class(name):
@@ -52,10 +56,11 @@ def task_class(name):
     return getattr(importlib.import_module(module), name)
 
 
-def get_task(task, seed=0, **options):
-    """The task that a script's config describes, or that has this name and seed and is else as the
-    flags' defaults say. options go to its class and win over the flags."""
+def get_task(task, seed=0, data=None, **options):
+    """The task that a script's config describes, or that has this name, seed and data and is else as
+    the flags' defaults say. options go to its class and win over the flags."""
     if isinstance(task, str):
         task_class(task)  # before the flags: an unknown name is an error here
         task = TaskFlags(task=task, task_seed=seed)
+    options |= {} if data is None else dict(data=data)
     return task_class(task.task).from_config(task, **options)

@@ -7,12 +7,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from infra.cli import UserError, key_values
-from tasks.answers import MAX_ANSWER, answers_equal, canonical, extract_answer, last_number, parse_number
+from tasks.answers import MAX_ANSWER, answers_equal, canonical, extract_answer, parse_number, without_thought
 from tasks.base import Problem, Task, split_of, task_seed
-from tasks.symbolic import symbolically_equal
+from tasks.symbolic import available, symbolically_equal
 
 # ----------------------------------------------------------------------------------------------------
 # Files -> rows
@@ -165,8 +166,8 @@ def to_problem(row, where, question_field, answer_field):
     text = _field(row, answer_field, ANSWER_FIELDS, where, "--task-args answer_field=")
     answer = " ".join((extract_answer(text) or text).split())
     number = parse_number(answer)
-    if number and not number[1] and number[0].denominator == 1:
-        answer = str(number[0])  # 43.0 is 43
+    if number and not number[1] and number[0] == int(number[0]):
+        answer = str(int(number[0]))  # 43.0 is 43
     if len(answer) > MAX_ANSWER:
         raise UserError(f"{where}: the answer is longer than {MAX_ANSWER} characters; choose --task-args answer_field=")
     solution = row.get("solution")
@@ -179,25 +180,37 @@ def load_problems(files, make):
     """[(split, path)] -> {split: [Problem]}; make(row, where) -> Problem. Without a split the question's hash decides.
 
     A question counts once, for test before val before train: no evaluation on what was trained. Where files
-    are named and none is val, val is the tenth of train that the hash gives it.
+    are named and none is val, val is the tenth of train that the hash gives it. A question with two answers is
+    warned about: the first row counts.
     """
     kinds = {split for split, _ in files}
     if "" in kinds and len(kinds) > 1:
         path = next(path for split, path in files if not split)
         raise UserError(f"--data mixes files of a known split with others; write the split of {path}: train={path} or test=...")
-    out, seen = dict(train=[], val=[], test=[]), set()
+    out, first, other = dict(train=[], val=[], test=[]), {}, []
     for split, path in sorted(files, key=lambda x: ("test", "val", "train", "").index(x[0])):
         for where, row in read_rows(path):
             problem = make(plain_row(row, where), where)
             carve = split == "train" and "val" not in kinds and split_of(problem.key) == "val"
-            if problem.key not in seen:
+            if problem.key not in first:
                 out["val" if carve else split or split_of(problem.key)].append(problem)
-            seen.add(problem.key)
+                first[problem.key] = where, problem.answer
+            elif not answers_equal(problem.answer, first[problem.key][1]):
+                other.append((*first[problem.key], where, problem.answer))
+    if other:
+        print("warning: one question, two answers: {} says {!r}, {} says {!r}; the first counts. Rows like the second: {}. "
+              "Mend --data or leave them out".format(*other[0], len(other)), file=sys.stderr)
     return out
 
 
 # ----------------------------------------------------------------------------------------------------
 # Tasks
+
+
+def last_number(text):
+    """The last number in the text, or None: a lenient second opinion for evaluation, never a reward."""
+    found = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-100_000:])
+    return found[-1].rstrip(",") if found else None
 
 
 class Jsonl(Task):
@@ -231,13 +244,18 @@ class Jsonl(Task):
     @classmethod
     def from_config(cls, cfg, **options):
         flags = key_values(cfg.task_args, cls.args, "--task-args")
-        return cls(**(flags | dict(data=cfg.data, seed=task_seed(cfg)) | options))
+        flags |= dict(data=cfg.data, seed=task_seed(cfg), grader=cfg.grader)
+        return cls(**(flags | options))
 
-    def __init__(self, data=(), question_field="", answer_field="", seed=0, template="auto", shots=0):
+    def __init__(self, data=(), question_field="", answer_field="", seed=0, template="auto", shots=0, grader="exact"):
         if template not in ("auto", "chat", "plain", "fewshot") or (template == "chat" and shots):
             raise UserError("--task-args template= is auto, chat, plain or fewshot; worked examples (shots=) need plain text")
         if not data:
             raise UserError(f"--task {self.name} needs --data FILE (JSON lines)")
+        if grader == "math-verify" and not available():
+            raise UserError("--grader math-verify needs the package of that name, on Linux or macOS: pip install math-verify")
+        self.equal = symbolically_equal if grader == "math-verify" else answers_equal
+        self.chats = self.opens_thought = False  # the last prompt: is it a chat, does it end in an opened <think>?
         make = lambda row, where: self.to_problem(row, where, question_field, answer_field)  # noqa: E731
         self.by_split, self.template = load_problems(find_files(data, self.name), make), template
         shots = shots or (DEFAULT_SHOTS if template == "fewshot" else 0)
@@ -263,23 +281,35 @@ class Jsonl(Task):
     def demonstration(self, problem, strength=None, seed=0):
         solution, last = problem.data[0], f"#### {problem.answer}"
         choices = [solution, f"{solution}\n{last}"] if solution else [f"The answer is {problem.answer}."]
-        return next((text for text in choices if self.grade(problem, text)), last)
+        return self.after_thought(next((t for t in choices if answers_equal(extract_answer(t), problem.answer)), last))
 
-    def own_text(self, completion):
-        """A base model goes on with a question of its own: what follows is no answer to ours."""
-        return completion.split("\n" + self.shot.split(":")[0])[0]
+    def after_thought(self, text):
+        """A demonstration closes the thought that the prompt opened: files hold solutions, no thoughts."""
+        return "</think>\n\n" * self.opens_thought + text
+
+    def own_text(self, problem, completion):
+        """What follows the thought. A base model goes on with a question of its own, which is no answer to ours: it begins
+        with a line "Question: " that stands below an answer, or is followed by the whole form of a worked example."""
+        text = without_thought("<think>" * self.opens_thought + completion)
+        mark, form = ("\n" + part.strip("\n") for part in self.shot.split("{}"))
+        given = re.search(r"^[^\S\n]*####|\\boxed|\\fbox", text, re.M)
+        first, last = given.start() if given else len(text), text.rfind(form)
+        for new in re.finditer(mark, "" if self.chats else text):
+            if (first < new.start() or new.start() < last) and not text.startswith(problem.prompt, new.end()):
+                return text[: new.start()]
+        return text
 
     def answer(self, problem, completion):
         """What the completion says in the end, or None (unparsable)."""
-        return extract_answer(self.own_text(completion))
+        return extract_answer(self.own_text(problem, completion))
 
     def grade(self, problem, completion):
-        return float(answers_equal(self.answer(problem, completion), problem.answer))
+        return float(self.equal(self.answer(problem, completion), problem.answer))
 
     def grade_leniently(self, problem, completion):
         """For a second number in evaluation, never a reward: the last number will do, and math-verify is asked."""
-        found = self.answer(problem, completion) or last_number(self.own_text(completion))
-        return float(symbolically_equal(found, problem.answer))
+        text = self.own_text(problem, completion)
+        return float(symbolically_equal(extract_answer(text) or last_number(text), problem.answer))
 
     def final_answer(self, problem, completion):
         return self.answer(problem, completion)
@@ -287,6 +317,8 @@ class Jsonl(Task):
     def stop_ids(self, tokenizer):
         """Tokens that end a completion: EOS, and after worked examples the blank line that parts them or the word ("Question")
         that begins the next: a model that was shown four goes on with a sixth."""
+        if self.in_chat(tokenizer):
+            self.prompt_tokens(Problem("", "", ""), tokenizer)  # before grading completions of another process
         if not self.shots:
             return list(tokenizer.eos_ids)
         word = self.shot.split(":")[0].encode()
@@ -294,11 +326,16 @@ class Jsonl(Task):
         pieces = map(tokenizer.token_bytes, range(tokenizer.n_vocab))
         return [*tokenizer.eos_ids, *(t for t, b in enumerate(pieces) if b == word or (blank and b"\n\n" in b))]
 
+    def in_chat(self, tokenizer):
+        return self.template == "chat" or (self.template == "auto" and bool(getattr(tokenizer, "chat_format", None)))
+
     def prompt_tokens(self, problem, tokenizer):
         """auto: the chat format where the tokenizer has one, else plain."""
-        chat = self.template == "auto" and getattr(tokenizer, "chat_format", None)
-        if self.template == "chat" or chat:
-            return tokenizer.chat([dict(role="user", content=problem.prompt + self.ask)])
+        self.chats, self.opens_thought = self.in_chat(tokenizer), False
+        if self.chats:
+            tokens = tokenizer.chat([dict(role="user", content=problem.prompt + self.ask)])
+            self.opens_thought = tokenizer.decode(tokens[-16:]).rstrip().endswith("<think>")
+            return tokens
         shown = [(p.prompt, self.demonstration(p) + "\n\n") for p in self.shots if p.key != problem.key]
         shown.append((problem.prompt, ""))
         return tokenizer.prompt("".join(self.shot.format(q) + a for q, a in shown))
@@ -337,4 +374,5 @@ class Math(Jsonl):
     def demonstration(self, problem, strength=None, seed=0):
         solution = problem.data[0]
         last = f"The answer is $\\boxed{{{problem.answer}}}$."
-        return next((t for t in (solution, f"{solution}\n{last}".strip()) if self.grade(problem, t)), last)
+        choices = (solution, f"{solution}\n{last}".strip())
+        return self.after_thought(next((t for t in choices if answers_equal(extract_answer(t), problem.answer)), last))

@@ -51,7 +51,7 @@ def make_inputs(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="kills of each script")
-    parser.add_argument("--scripts", nargs="*", default=[*TINY, "rft"], choices=[*TINY, "rft"])
+    parser.add_argument("--scripts", nargs="*", default=list(TINY), choices=list(TINY))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     context = multiprocessing.get_context("forkserver")

@@ -33,23 +33,25 @@ def test_a_conversation_is_written_as_the_models_template_has_it(name):
     parts = chat.join(chat.pieces(name, messages, True, *ENDS[name]))
     assert "".join(parts) == WRITTEN[name]
     marks = [p for p in parts if isinstance(p, chat.Marker)]
-    assert set(chat.MARKERS[name]) <= set(marks) <= {*chat.MARKERS[name], *ENDS[name]}
+    markers = chat.MARKERS[chat.FORMATS[name].family]
+    assert set(markers) <= set(marks) <= {*markers, *ENDS[name]}
     bare = "".join(chat.pieces(name, messages[:-1], False, *ENDS[name]))
     assert WRITTEN[name].startswith(bare) and bare.rindex("4") > len(bare) - 25  # ends with the answer and its mark
 
 
-@pytest.mark.parametrize("name", [n for n, system in chat.FORMATS.items() if system])
+@pytest.mark.parametrize("name", [n for n, f in chat.FORMATS.items() if f.system])
 def test_default_system_prompts(name):
     text = "".join(chat.pieces(name, CALL, True, "", "<|im_end|>"))
-    assert text.startswith(f"<|im_start|>system\n{chat.FORMATS[name]}<|im_end|>\n<|im_start|>user\n")
-    assert "".join(chat.pieces(name, SYSTEM + CALL, True, "", "<|im_end|>")) == WRITTEN["chatml"]
+    assert text.startswith(f"<|im_start|>system\n{chat.FORMATS[name].system}<|im_end|>\n<|im_start|>user\n")
+    given = "".join(chat.pieces(name, SYSTEM + CALL, True, "", "<|im_end|>"))
+    assert given == WRITTEN["chatml"] + chat.THOUGHT * name.endswith("-think")
 
 
 @pytest.mark.parametrize("template, name", [
     ("{{ '<|start_header_id|>' + message['role'] }}", "llama3"),
     ("{{ '<start_of_turn>' + role }}", "gemma"),
     ("{{ bos_token + '[INST] ' }}{{ '<<SYS>>\\n' }}", "llama2"),
-    ("{{'<｜User｜>' + message['content']}}", "deepseek-r1"),
+    ("{{'<｜User｜>' + message['content']}}", "deepseek"),
     ("{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>' }}",
      "chatml-qwen2.5"),
     ("{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}", "chatml-qwen2"),
@@ -62,6 +64,77 @@ def test_default_system_prompts(name):
 ])
 def test_templates_are_recognised_by_what_stands_in_them(template, name):
     assert chat.detect(template) == name
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a template writes where an answer is asked for
+
+TURNS = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+         "'\n'}}{% endfor %}")
+HEADER = "<|im_start|>assistant\\n"
+NOT_ASKED = "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}"
+OPENINGS = {  # how a template goes on behind its turns -> its format
+    "as published most": ("{% if add_generation_prompt %}{{ '" + HEADER + "' }}{% endif %}", "chatml"),
+    "QwQ": ("{%- if add_generation_prompt %}\n    {{- '" + HEADER + "<think>\\n' }}\n{%- endif %}\n", "chatml-think"),
+    "in two expressions": ("{% if add_generation_prompt %}{{ '" + HEADER + "' }}{{ '<think>\\n' }}{% endif %}", "chatml-think"),
+    "added up": ("{% if add_generation_prompt %}{{ '<|im_start|>' + \"assistant\" ~ '\\n' }}{% endif %}", "chatml"),
+    "as plain text": ("{% if add_generation_prompt %}\n<|im_start|>assistant\n<think>\n{% endif %}", "chatml-think"),
+    "without asking": ("{{ '" + HEADER + "<think>\\n' }}", "chatml-think"),
+    "else, nothing": ("{% if add_generation_prompt %}{{ '" + HEADER + "' }}{% else %}{{ '' }}{% endif %}", "chatml"),
+    "Qwen3, a thought only where it is switched off": (
+        "{%- if add_generation_prompt %}\n  {{- '" + HEADER + "' }}\n  " + NOT_ASKED + "{% endif %}\n{%- endif %}", "chatml"),
+    "a thought unless it is switched off": (
+        "{% if add_generation_prompt %}{{ '" + HEADER + "' }}" + NOT_ASKED
+        + "{% else %}{{ '<think>\\n' }}{% endif %}{% endif %}", None),
+    "a name": ("{% set t = '<think>\\n' %}{% if add_generation_prompt %}{{ '" + HEADER + "' + t }}{% endif %}", None),
+    "inside one expression": ("{{ '" + HEADER + "<think>\\n' if add_generation_prompt else '' }}", None),
+    "without the new line": ("{% if add_generation_prompt %}{{ '" + HEADER + "<think>' }}{% endif %}", None),
+    "another tag": ("{% if add_generation_prompt %}{{ '" + HEADER + "<reasoning>\\n' }}{% endif %}", None),
+    "words": ("{% if add_generation_prompt %}{{ '" + HEADER + "Sure! ' }}{% endif %}", None),
+}
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+def test_a_template_that_opens_a_thought_is_seen_to_do_so_or_refused(name):
+    """What is recognised is written as Jinja, set up as in transformers, renders it."""
+    template, form = TURNS + OPENINGS[name][0], OPENINGS[name][1]
+    assert chat.detect(template) == form
+    environment = pytest.importorskip("jinja2.sandbox").ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(template).render(messages=SYSTEM + CALL, add_generation_prompt=True)
+    assert form is None or "".join(chat.pieces(form, SYSTEM + CALL, True, "", "<|im_end|>")) == text
+    assert form is None or chat.FORMATS[form].opens_thought == text.endswith("<think>\n")
+    assert form is not None or not text.endswith("assistant\n")
+
+
+@pytest.mark.parametrize("name", [n for n, f in chat.FORMATS.items() if f.family == "chatml"])
+def test_the_template_that_is_written_is_recognised(name):
+    assert chat.detect(chat.chatml_template(name)) == name
+
+
+@pytest.mark.parametrize("header, plain, thinking", [
+    ("<|start_header_id|>assistant<|end_header_id|>\\n\\n", "llama3", "llama3-think"),
+    ("<start_of_turn>model\\n", "gemma", "gemma-think"), ("<｜Assistant｜>", "deepseek", "deepseek-r1"),
+])
+def test_other_formats_open_thoughts_too(header, plain, thinking):
+    turns = "{% for m in messages %}{{ '<start_of_turn><｜User｜><|start_header_id|>'[:0] }}{% endfor %}"
+    turns = turns.replace("<start_of_turn><｜User｜><|start_header_id|>", {"gemma": "<start_of_turn>", "deepseek": "<｜User｜>",
+                                                                       "llama3": "<|start_header_id|>"}[plain])
+    for thought, name in (("", plain), ("<think>\\n", thinking), ("<thought>", None)):
+        assert chat.detect(turns + "{% if add_generation_prompt %}{{ '" + header + thought + "' }}{% endif %}") == name
+    end = "".join(chat.pieces(thinking, CALL, True, "", "</s>"))
+    assert end == "".join(chat.pieces(plain, CALL, True, "", "</s>")) + "<think>\n"
+    assert chat.FORMATS[thinking].opens_thought and not chat.FORMATS[plain].opens_thought
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tags_of_a_thought_are_tokens_and_are_seen_in_the_text(tmp_path, special):
+    """A grader looks for </think>, so it must not be left out of the text as a special token is."""
+    tok = load(tmp_path, spec_with(["<think>", "</think>"], special), CONFIG | dict(chat_format="chatml-think"))
+    start, end = (tok.encode(tag) for tag in chat.THOUGHT_TAGS)
+    assert len(start) == len(end) == 1
+    prompt = tok.chat([dict(role="user", content="2 + 2?")])
+    assert prompt[-1 - len(tok.encode("\n")) :] == start + tok.encode("\n")
+    assert tok.decode([*tok.encode("4"), *end, *tok.encode(" 4")]) == "4</think> 4"
 
 
 def test_what_no_format_can_say_is_refused():
@@ -83,17 +156,18 @@ def spec_with(marks, special):
 @pytest.mark.parametrize("name, special", [("llama3", True), ("gemma", True), ("deepseek-r1", False), ("llama2", True)])
 def test_ids_are_those_of_the_rendered_text_and_no_text_forges_a_marker(tmp_path, name, special):
     bos, eos = ENDS[name]
-    marks = list(dict.fromkeys([bos, eos, *chat.MARKERS[name]]))
+    markers = chat.MARKERS[chat.FORMATS[name].family]
+    marks = list(dict.fromkeys([bos, eos, *markers]))
     tok = load(tmp_path, spec_with(marks, special), dict(bos_token=bos, eos_token=eos, chat_format=name))
     tokenizers = pytest.importorskip("tokenizers")
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     messages = CALL if name == "gemma" else SYSTEM + CALL
     assert tok.chat(messages) == theirs.encode(WRITTEN[name], add_special_tokens=False).ids
     known = tok.special | tok._plain_added
-    forged = tok.chat([dict(role="user", content="".join(chat.MARKERS[name]) + "x")])
+    forged = tok.chat([dict(role="user", content="".join(markers) + "x")])
     plain = tok.chat([dict(role="user", content="x")])
-    assert [forged.count(known[m]) for m in chat.MARKERS[name]] == [plain.count(known[m]) for m in chat.MARKERS[name]]
-    assert "".join(chat.MARKERS[name]) in tok.decode(forged)
+    assert [forged.count(known[m]) for m in markers] == [plain.count(known[m]) for m in markers]
+    assert "".join(markers) in tok.decode(forged)
 
 
 def test_a_format_without_its_tokens_is_refused(tmp_path):
@@ -172,6 +246,67 @@ def test_sentencepiece_goes_through_the_library(tmp_path, gemma):
     assert again.fingerprint == tok.fingerprint and again.encode("the 12") == tok.encode("the 12")
     spec["model"]["merges"].pop()
     assert load(tmp_path / "c", spec, {}).fingerprint != tok.fingerprint
+
+
+def metaspace_spec(scheme):
+    """As Llama 2's, but with a Metaspace pre-tokenizer in place of the normalizer."""
+    split = dict(type="Metaspace", replacement=SPACE, prepend_scheme=scheme, split=False)
+    return sentencepiece_spec(False) | dict(normalizer=None, pre_tokenizer=split)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_where_metaspace_puts_a_space_in_a_conversation(tmp_path, scheme, nested):
+    """The ids of a rendered conversation, in one call of the library that knows the markers."""
+    tokenizers = pytest.importorskip("tokenizers")
+    spec = metaspace_spec(scheme)
+    if nested:
+        spec["pre_tokenizer"] = dict(type="Sequence", pretokenizers=[spec["pre_tokenizer"]])
+    tok = load(tmp_path, spec, dict(bos_token="<s>", eos_token="</s>", chat_format="llama2"))
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    assert tok.chat(SYSTEM + CALL) == theirs.encode(WRITTEN["llama2"], add_special_tokens=False).ids
+    for text in ("the in", " the", ""):
+        assert tok.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    without = load(tmp_path, spec, dict(eos_token="</s>", chat_format="llama2"))  # the first part is text
+    text = WRITTEN["llama2"].replace("<s>", "")
+    assert without.chat(SYSTEM + CALL) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("left", [
+    dict(truncation=dict(direction="Right", max_length=4, strategy="LongestFirst", stride=0)),
+    dict(padding=dict(strategy=dict(Fixed=32), direction="Right", pad_to_multiple_of=None, pad_id=0, pad_type_id=0,
+                      pad_token="<unk>")),
+])
+def test_truncation_and_padding_that_a_trainer_left_in_the_file(tmp_path, left):
+    pytest.importorskip("tokenizers")
+    text, config = "the theory in the three or the four", dict(bos_token="<s>", eos_token="</s>", chat_format="llama2")
+    for k, spec in enumerate((sentencepiece_spec(False), make_spec())):  # the library's way, and tiktoken's
+        config = config if k == 0 else CONFIG
+        plain, other = load(tmp_path / f"a{k}", spec, config), load(tmp_path / f"b{k}", spec | left, config)
+        call = [dict(role="user", content=text)]
+        assert other.encode(text) == plain.encode(text) and other.chat(call) == plain.chat(call)
+        other.save(tmp_path / f"c{k}")
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"c{k}")
+        assert theirs(text, add_special_tokens=False)["input_ids"] == plain.encode(text)
+
+
+def test_half_of_a_surrogate_pair_is_a_replacement_character(tmp_path):
+    pytest.importorskip("tokenizers")
+    for k, tok in enumerate((load(tmp_path / "a", sentencepiece_spec(False), dict(bos_token="<s>", eos_token="</s>",
+                                                                                 chat_format="llama2")),
+                             load(tmp_path / "b", make_spec()))):
+        lead = " " if k == 0 else ""
+        for text in ("a\ud83d", "\ude00a", "\ud83d\ude00", "\ufeffa"):
+            shown = lead + text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            assert tok.decode(tok.encode(text)) == shown and tok.chat([dict(role="user", content=text)])
+
+
+def test_a_tokenizer_that_draws_its_ids_is_refused(tmp_path):
+    for k, spec in enumerate((sentencepiece_spec(True), make_spec())):
+        spec["model"]["dropout"] = 0.1
+        with pytest.raises(UserError, match="dropout=0.1"):
+            load(tmp_path / str(k), spec, {})
 
 
 def test_gemma_speaks_its_chat_format(tmp_path):

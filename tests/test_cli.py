@@ -94,7 +94,7 @@ def test_an_unknown_flag_is_refused(refuse, script):
     ("train_rl", ["--alpha", "-1"], "--alpha must be at least 0"),
     ("train_rl", ["--num-generations", "1"], "--num-generations must be at least 2"),
     ("train_rl", ["--learning-rate", "nan"], "--learning-rate must be a finite number"),
-    ("train_rl", ["--temperature", "0"], "--temperature must be greater than 0"),
+    ("train_rl", ["--temperature", "0"], "--temperature must be at least 1e-06"),
     ("train_rl", ["--reward", "prm"], "--reward"), ("train_rl", ["--steps", "ten"], "--steps"),
     ("train_rl", ["--seed", "-1"], "--seed"), ("train_rl", ["--loss-type"], "--loss-type"),
     ("train_sft", ["--batch-size", "0"], "--batch-size"), ("train_sft", ["--learning-rate", "0"], "--learning-rate"),

@@ -38,7 +38,7 @@ def test_flags_of_the_trl_table_exist(heading):
 
 
 def test_metrics_of_the_trl_table_are_written():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train_rl", "train_dpo"))
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train_rl", "papers/train_dpo", "infra/runs", "report/watch"))
     for _, cell, _ in rows(TRL, "Metrics (`metrics.jsonl`)"):
         for name in re.findall(r"`([\w/]+)`", cell):
             assert f'"{name}"' in source or f"{name}=" in source, name
@@ -55,7 +55,7 @@ def test_the_left_column_is_trl():
 
 def test_readme_names_files_that_exist():
     paths = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README) + re.findall(r"`((?:\w+/)*\w+\.(?:py|md))`", README)
-    missing = [p for p in paths if not (ROOT / p).exists() and p != "sums.py"]
+    missing = [p for p in paths if not (ROOT / p).exists() and p != "tasks/sums.py"]
     assert len(paths) > 20 and not missing
 
 
@@ -66,23 +66,24 @@ def test_it_is_a_repository_and_no_package():
 
 
 def test_every_function_that_readme_points_to_exists():
-    named = re.findall(r"`(\w+)\.(\w+)`", README.split("## The equations and their lines")[1].split("\n## ")[0])
+    named = re.findall(r"`([\w.]+)\.(\w+)`", README.split("## The equations and their lines")[1].split("\n## ")[0])
     assert len(named) > 8
     for module, name in named:
-        module = importlib.import_module(f"kernels.{module}" if (ROOT / f"kernels/{module}.py").exists() else module)
+        module = importlib.import_module(module)
         assert hasattr(module, name), (module, name)
 
 
 def test_flags_in_readme_commands_exist():
-    """python SCRIPT.py --flag ...: every flag is a field of that script's config."""
-    commands = re.findall(r"python (\w+)\.py ([^\n`]*)", README)
+    """python SCRIPT.py --flag ..., python -m MODULE --flag ...: every flag is a field of its config."""
+    commands = re.findall(r"python (?:(\w+)\.py|-m ([\w.]+)) ([^\n`]*)", README)
     assert len(commands) > 5
-    for script, arguments in commands:
-        module = importlib.import_module(script)
+    for script, module, arguments in commands:
+        module = importlib.import_module(script or module)
         if hasattr(module, "Config") and dataclasses.is_dataclass(module.Config):
-            known = {f.name.replace("_", "-") for f in dataclasses.fields(module.Config)} | {"help"}
+            config = pipeline.with_flags(module.Config) if script == "train_rl" else module.Config
+            known = {f.name.replace("_", "-") for f in dataclasses.fields(config)} | {"help"}
             for flag in re.findall(r"--([a-z][a-z-]*)", arguments.split("#")[0]):
-                assert flag in known or flag.removeprefix("no-") in known, (script, flag)
+                assert flag in known or flag.removeprefix("no-") in known, (module, flag)
 
 
 def example_task():

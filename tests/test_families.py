@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from infra.cli import UserError
-from model import load_model, save_model, shared_prefixes, token_logprobs
+from model import load_model, save_model, token_logprobs
 from open_weights.families import FAMILIES, Config, file_names
 from sample import generate
 
@@ -100,8 +100,8 @@ def test_a_batch_of_several_lengths_decodes_as_each_row_alone(tmp_path, tokenize
     for i, prompt in enumerate(prompts):
         alone = generate(model, [prompt], max_new_tokens=24, temperature=1.0, seed=5, stop_ids=(), sequence_ids=[i])
         assert out.completion(i) == alone.completion(0)
-    share = shared_prefixes(out.tokens[:, :-1], out.length - 1, "cpu", worth=1.0)
-    logprob, _ = token_logprobs(model, out.tokens, out.mask(), 1.0, share)  # the sampler and the trainer agree
+    # The sampler and the trainer agree.
+    logprob, _ = token_logprobs(model, out.tokens, out.mask(), 1.0, out.length)
     torch.testing.assert_close(logprob, out.logprob[out.mask()], atol=2e-4, rtol=0)
 
 

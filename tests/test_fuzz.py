@@ -14,14 +14,16 @@ from hypothesis import strategies as st  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from toy import tiny_model  # noqa: E402
 
+from engines import server  # noqa: E402
 from infra.cli import UserError  # noqa: E402
 from model import load_model, save_model  # noqa: E402
+from open_weights import chat  # noqa: E402
 from open_weights.families import Config  # noqa: E402
 from open_weights.tokenizer import alphabet_tokenizer, load_tokenizer  # noqa: E402
 from report.statistics import vote  # noqa: E402
 from tasks import get_task  # noqa: E402
-from tasks.answers import answers_equal, canonical, extract_answer, last_number, parse_number  # noqa: E402
-from tasks.files import read_rows  # noqa: E402
+from tasks.answers import answers_equal, canonical, extract_answer, parse_number  # noqa: E402
+from tasks.files import last_number, read_rows  # noqa: E402
 
 LIMIT = 1.0  # seconds of processor time for one verdict
 few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -33,9 +35,15 @@ pieces = st.sampled_from([
     "\\cup", "####", "#### ", "\\text{", "\\%", "%", "$", "^", "*", "**", "/", "-", "+", "=", ".", "0", "1", "9", "99999999999",
     "1e9", "e308", "\\pi", "x", "!", "\\cdot", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "&", "\n", " ", "The answer is ",
     "\u0663", "\u00b2", "\x00", "9**9**9**9", "__import__('os').system('x')", "\\infty", "inf", "nan", "\\input{/etc/passwd}",
-    "\u202e", "\U0001f600", "i", "^\\circ"])
+    "\u202e", "\U0001f600", "i", "^\\circ", "<think>", "</think>", " and ", ", ", "; ", "x=", "f(", "\\in ", "\\{", "\\}",
+    "\u00bd", "\u207b\u00b9", "\u03c0", "\u221a", "\\mathrm{", "\\color{red}", "\\,", "\\quad", "{,}",
+    "000", " tenths", " km/h", "apples ", "\\ln", "\\sin^", "\\log_", "\\begin{array}{c}", "\\end{array}", "\\right.",
+    "\\le", "sqrt(", "10^-4", "e^"])
 latex = st.lists(pieces, max_size=60).map("".join) | st.text(max_size=200)
-deep = st.tuples(st.sampled_from(["(", "{", "\\frac{", "\\sqrt{", "[", "\\boxed{", "^{", "-", "2^"]), st.integers(1, 3000)).map(
+deep = st.tuples(st.sampled_from(
+    ["(", "{", "\\frac{", "\\sqrt{", "[", "\\boxed{", "^{", "-", "2^", "x=", "x\\in ", "\\sin", "\\frac", "\\sqrt", "^", "1 ",
+     "a", "abe ", "3 cm ", "1,", "\\{", "\\text{", "1000 ", "\\begin{pmatrix}",
+     "(\\begin{array}"]), st.integers(1, 3000)).map(
     lambda x: x[0] * x[1])
 
 
@@ -58,8 +66,8 @@ def test_the_grader_answers_in_time(a, b):
     assert timed(answers_equal, found, b) in (True, False)
     assert not answers_equal(None, a) and not answers_equal(a, None)
     timed(last_number, a)
-    timed(canonical, a)
-    timed(parse_number, a)
+    timed(canonical, a[:2000])
+    timed(parse_number, a[:2000])
 
 
 @many
@@ -75,7 +83,9 @@ def test_an_answer_equals_itself_or_is_refused_both_ways(a):
 @many
 @given(st.lists(st.sampled_from(["1", "2", None, "x"]) | st.none(), min_size=1, max_size=9))
 def test_the_vote_names_one_of_the_votes(answers):
-    assert 0 <= vote(answers) < len(answers)
+    winner = vote(answers)
+    assert (winner is None) == all(a is None for a in answers)
+    assert winner is None or answers[winner] is not None
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +218,53 @@ def test_problem_files_of_any_kind(tmp_path_factory, rows, edits, damage_it):
     found = one_line(read_rows, path)
     assert found is None or all(isinstance(row, dict) for _, row in found)
     one_line(lambda: get_task("jsonl", data=[str(path)]).problems("train", 2))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Templates, and what a server answers
+
+
+jinja = st.lists(st.sampled_from([
+    "{%", "%}", "{%-", "-%}", "{{", "}}", "{#", "#}", "'", '"', "\\", "\\n", "\n", " ", "if ", "endif",
+    "else", "for m in messages ", "endfor", "add_generation_prompt", "<|im_start|>",
+    "<|im_start|>assistant\\n", "<think>\\n", "</think>", "<start_of_turn>model\n", "You are ", "messages",
+    "+", "~", "set x = ", "<\uff5cUser\uff5c>", "\ud800",
+]) | st.text(max_size=6), max_size=60).map("".join)
+
+
+@many
+@given(jinja, st.integers(1, 3000))
+@example("<|im_start|>{% if add_generation_prompt %}{#", 3000)
+@example("<|im_start|>" + " " * 100_000 + "{%", 1)
+@example("<|im_start|>{{'", 3000)
+def test_any_template_is_recognised_or_not_in_time(text, times):
+    for template in (text, text * times if len(text) < 60 else text):
+        name = timed(chat.detect, template)
+        assert name is None or name in chat.FORMATS
+
+
+@few
+@given(json_values | st.fixed_dictionaries(dict(choices=st.lists(json_values | st.fixed_dictionaries(dict(
+    token_ids=json_values, prompt_token_ids=st.just([1]), finish_reason=json_values, logprobs=json_values,
+    error=json_values)), max_size=2))), st.text(max_size=40))
+def test_answers_of_a_server_of_any_kind(answer, header):
+    with pytest.raises(UserError) as e:
+        server.read_completion(answer, [1], 2, {11}, 12)
+    assert str(e.value).isprintable()
+    wait = server.retry_after({"Retry-After": header}, 0.0)
+    assert wait is None or wait >= 0
+
+
+@few
+@given(st.sampled_from(["tokenizer_config", "special_tokens_map", "generation_config", "config"]), st.dictionaries(
+    st.sampled_from(["bos_token", "eos_token", "eos_token_id", "eos_token_ids", "chat_template", "chat_format", "add_bos_token"]),
+    json_values, max_size=4))
+def test_files_beside_a_tokenizer_of_any_kind(tmp_path_factory, folder, name, content):
+    beside = tmp_path_factory.mktemp("beside")
+    (beside / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (beside / f"{name}.json").write_text(json.dumps(content))
+    found = one_line(load_tokenizer, beside)
+    assert found is None or all(0 <= i < found.n_vocab for i in found.eos_ids)
 
 
 @few

@@ -67,7 +67,7 @@ def weights(tied=True):
 def write_gguf(path, metadata=METADATA, tied=True, arch="llama", extra=(), without=()):
     writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
-        kinds = dict(str="string", int="uint32", float="float32", list="array")
+        kinds = dict(str="string", int="uint32", float="float32", list="array", bool="bool")
         getattr(writer, f"add_{kinds[type(value).__name__]}")(key, value)
     for theirs, (ours, w) in weights(tied).items():
         if ours in without:
@@ -155,9 +155,25 @@ def refuse(tmp_path, path, match):
     ({"llama.feed_forward_length": 32}, "ffn_"),
     ({"llama.attention.head_count": 0}, "damaged"),
     ({"llama.attention.head_count": "four"}, "damaged"),
-    ({"llama.expert_count": 8}, "experts"),
-    ({"llama.rope.dimension_count": 4}, "rotary"),
-    ({"llama.rope.scaling.type": "yarn"}, "rotary"),
+    ({"llama.expert_count": 8}, "llama.expert_count='8'"),
+    ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4"),
+    ({"llama.attention.value_length": 16}, "llama.attention.value_length=16"),
+    ({"llama.vocab_size": V + 1}, f"llama.vocab_size={V + 1}"),
+    ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn'"),
+    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "scaling.factor=4 .linear."),
+    ({"llama.rope.scaling.factor": 4.0}, "scaling.factor=4 .linear."),  # llama.cpp takes it for linear
+    ({"llama.rope.scale_linear": 2.0}, "scaling.factor=2 .linear."),  # its older name
+    ({"llama.rope.scaling.attn_factor": 0.5}, "llama.rope.scaling.attn_factor='0.5'"),
+    ({"llama.logit_scale": 0.25}, "llama.logit_scale='0.25'"),
+    ({"llama.attention.sliding_window": 512}, "llama.attention.sliding_window='512'"),
+    ({"llama.attention.head_count_kv": [2, 1]}, "llama.attention.head_count_kv is a list"),
+    ({"llama.something.new": 1}, "llama.something.new='1'"),
+    ({"tokenizer.ggml.add_eos_token": True}, "tokenizer.ggml.add_eos_token='True'"),
+    ({"tokenizer.ggml.add_space_prefix": True}, "tokenizer.ggml.add_space_prefix='True'"),
+    ({"tokenizer.ggml.precompiled_charsmap": [1]}, "tokenizer.ggml.precompiled_charsmap="),
+    ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": None}, "add_bos_token without"),
+    ({"tokenizer.ggml.eot_token_id": 10**6}, "eot_token_id 1000000"),
+    ({"split.count": 3, "split.no": 0}, "one part .split.no 0. of a model that is split into 3 files"),
     ({"tokenizer.ggml.model": "llama"}, "'llama' is not supported"),
     ({"tokenizer.ggml.pre": "viking"}, "'viking' is not supported"),
     ({"tokenizer.ggml.tokens": None}, "tokens is missing"),
@@ -170,6 +186,46 @@ def refuse(tmp_path, path, match):
 def test_metadata_is_checked(tmp_path, change, match):
     metadata = {k: v for k, v in (METADATA | change).items() if v is not None}
     refuse(tmp_path, write_gguf(tmp_path / "m.gguf", metadata), match)
+
+
+@pytest.mark.parametrize("change", [
+    {"llama.vocab_size": V, "llama.attention.key_length": HEAD_DIM, "llama.attention.value_length": HEAD_DIM},
+    {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},  # llama.cpp scales nothing then
+    {"llama.rope.scaling.factor": 1.0}, {"llama.rope.scale_linear": 0.0},
+    {"llama.expert_count": 0, "llama.attention.causal": True, "llama.logit_scale": 1.0},
+    {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": False, "tokenizer.ggml.fim_pad_token_id": 0},
+    {"general.name": "x", "general.quantization_version": 2, "quantize.imatrix.file": "x", "split.count": 1},
+    {"tokenizer.chat_template.tool_use": "{{ tools }}", "tokenizer.chat_templates": ["tool_use"]},
+])  # fmt: skip
+def test_metadata_that_changes_nothing_is_read(tmp_path, change):
+    convert_gguf(write_gguf(tmp_path / "plain.gguf"), tmp_path / "plain")
+    convert_gguf(write_gguf(tmp_path / "m.gguf", METADATA | change), tmp_path / "out")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_bos_and_stop_ids_are_those_that_the_file_names(tmp_path):
+    ids = {"tokenizer.ggml.eot_token_id": TOKENS.index("the"), "tokenizer.ggml.add_bos_token": True}
+    convert_gguf(write_gguf(tmp_path / "m.gguf", METADATA | ids), tmp_path / "out")
+    tok = load_tokenizer(tmp_path / "out")
+    assert tok.eos_ids == (2, 0, TOKENS.index("the")) and tok.prompt("the") == [1, TOKENS.index("the")]
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.bos_token_id == 1
+
+
+def test_each_part_of_a_split_model_is_called_one(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
+    writer.add_token_list(TOKENS)
+    for i in range(4):
+        writer.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(D, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(parts) == 2
+    for part in parts:
+        refuse(tmp_path, part, "into 2 files; join them first: llama-gguf-split --merge")
 
 
 def test_other_files_are_refused(tmp_path):
@@ -218,8 +274,10 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_command_line(tmp_path):
-    script = Path(__file__).parent.parent / "gguf_import.py"
-    run = lambda *args: subprocess.run([sys.executable, script, *args], capture_output=True, text=True)  # noqa: E731
+    def run(*args):
+        command = [sys.executable, "-m", "open_weights.gguf", *args]
+        return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+
     write_gguf(tmp_path / "m.gguf")
     assert run(tmp_path / "m.gguf", tmp_path / "out").returncode == 0
     again = run(tmp_path / "m.gguf", tmp_path / "out")

@@ -64,8 +64,8 @@ ROW = dict(prompt="1=", completions=["2", "3"], labels=[True, 0.25])
 def test_labelled_rows_are_read_strictly(tmp_path):
     path = write(tmp_path / "f.jsonl", ROW, ROW | dict(prompt=[USER], labels=[1, 0]))
     assert read_labelled(path) == [("1=", ["2", "3"], [1.0, 0.25]), ("2+2?", ["2", "3"], [1.0, 0.0])]
-    for change, said in [(dict(labels=[True]), "one a step"), (dict(labels=[True, None]), "None"), (dict(completions=[]), "one a"),
-                         (dict(labels=[0.5, 1.5]), "1.5"), (dict(completions=["2", " "]), "list of steps"),
+    for change, said in [(dict(labels=[True]), "one a step"), (dict(labels=[True, None]), "None"),
+                         (dict(completions=[]), "list of steps"), (dict(labels=[0.5, 1.5]), "1.5"), (dict(completions=["2", " "]), "list of steps"),
                          (dict(prompt=""), None), (dict(labels=[0, "yes"]), "yes"), (dict(completions="2"), "list of steps")]:
         path = write(tmp_path / "f.jsonl", ROW, ROW | change)
         if said is None:  # an empty prompt is a prompt
@@ -89,6 +89,8 @@ def test_labels_stand_where_steps_end():
     task, tokenizer = Lines(), Lines().tokenizer()
     rows = [("1=", ["22", "3"], [1.0, 0.25]), ("1=", ["4"], [0.75]), ("1=", ["5" * 30], [1.0])]
     data = labelled_solutions(task, tokenizer, rows, context=20)  # the last one is too long
+    with pytest.raises(UserError, match="no labelled solution fits"):
+        labelled_solutions(task, tokenizer, rows, context=2)
     newline, eos = 11, 12
     assert data["tokens"].tolist() == [[1, 10, 2, 2, newline, 3, eos], [1, 10, 4, eos, 0, 0, 0]]
     assert data["ends"].tolist() == [[2, 5, 7], [2, 4, 4]]

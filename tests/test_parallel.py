@@ -107,7 +107,8 @@ def test_the_end_is_not_gloos_to_abort(tmp_path, ending, code):
     (tmp_path / "go.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import cli, parallel, torch.distributed as dist
+from infra import cli, parallel
+import torch.distributed as dist
 
 def main():
     parallel.join("cpu")

@@ -88,7 +88,7 @@ def run(tmp_path, tokenizer, monkeypatch):
     def run(name, **options):
         small = dict(policy=str(tmp_path / "policy"), run_dir=str(tmp_path / name), device="cpu", num_prompts=2,
                      num_generations=4, steps=3, eval_steps=3, eval_problems=4, save_steps=3, reward="outcome",
-                     rollout_retries=0, rollout_timeout=60.0)
+                     rollout_args=["retries=0", "timeout=60"])
         train_rl.train(train_rl.Config(**(small | options)))
         return load_file(tmp_path / name / "step_000003" / "model.safetensors"), read_metrics(tmp_path / name)
 
@@ -97,7 +97,7 @@ def run(tmp_path, tokenizer, monkeypatch):
 
 def test_a_run_through_the_server_is_the_local_run_bit_for_bit(run, server, tmp_path):
     local, rows = run("local")
-    far, far_rows = run("far", rollout_url=server.url + "/v1/", rollout_model="policy")
+    far, far_rows = run("far", rollout_url=server.url + "/v1/", rollout_args=["retries=0", "model=policy"])
     initial = load_file(tmp_path / "policy" / "model.safetensors")
     assert any(not torch.equal(local[k], initial[k]) for k in local)
     assert all(torch.equal(local[k], far[k]) for k in local)
@@ -179,8 +179,8 @@ WRONG = {
     "HTTP 500": (lambda p, a, h: h.say(500, b"out of\nmemory \x1b[2J"), "HTTP 500 out of memory [2J"),
     "HTTP 400": (lambda p, a, h: h.say(400, b'{"error": "max_model_len"}'), 'HTTP 400 {"error": "max_model_len"}'),
     "redirect": (lambda p, a, h: h.say(307, b"", Location="http://127.0.0.1:9/"), "HTTP 307"),
-    "hang": (hang, "no answer within 0.3 s (--rollout-timeout)"),
-    "dribble": (dribble, "no answer within 0.3 s (--rollout-timeout)"),
+    "hang": (hang, "no answer within 0.3 s (--rollout-args timeout=)"),
+    "dribble": (dribble, "no answer within 0.3 s (--rollout-args timeout=)"),
     "cut": (lambda p, a, h: h.say(200, json.dumps(a).encode()[:50], length=500), "connection lost: IncompleteRead"),
     "closed": (lambda p, a, h: h.connection.close(), "connection lost: "),
     "not JSON": (lambda p, a, h: h.say(200, b"<html>\n"), "its answer is not JSON: '<html>'"),
@@ -218,6 +218,34 @@ def test_a_lost_connection_and_http_5xx_are_tried_again(server, monkeypatch):
     assert len(server.seen) == 7
 
 
+@pytest.mark.parametrize("status, header, wait", [
+    (429, "7", 7), (408, None, 1), (503, "3", 3), (429, "0", 0), (429, "999999", 20), (429, "9" * 400, 20), (429, "-5", 1),
+    (429, "soon", 1), (429, "Wed, 21 Oct 2015 07:28:00 GMT", 0), (429, "Wed, 21 Oct 2995 07:28:00 GMT", 20), (429, "nan", 1),
+])
+def test_a_server_that_is_busy_is_asked_again_when_it_says_so(server, monkeypatch, status, header, wait):
+    """The wait that it asks for, no longer than a request may take (here 20 s); without one that can be read, 1 s."""
+    waits, first = [], iter([status])
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    headers = {} if header is None else {"Retry-After": header}
+    server.spoil = lambda p, a, h: h.say(code, b"busy", **headers) if (code := next(first, None)) else a
+    got = remote.generate(server.url, "", PROMPTS, model=server.model, **ASK, concurrency=1, timeout=20.0, retries=1)
+    assert torch.equal(got.tokens, generate(tiny_model(), PROMPTS, **ASK).tokens) and waits == [wait]
+    server.spoil = lambda p, a, h: h.say(status, b'{"error": "slow down"}')
+    with pytest.raises(UserError, match=f'HTTP {status} {{"error": "slow down"}}'):
+        remote.generate(server.url, "", PROMPTS[:1], model=server.model, **ASK | dict(sequence_ids=[0]), timeout=20.0, retries=1)
+
+
+@pytest.mark.parametrize("answer", [
+    dict(error=dict(message="engine\nhas died", code=500)), dict(object="error", message="engine has died", code=40303),
+    dict(error="engine has died", choices=[]), dict(detail="engine has died"), "engine has died", ["engine has died"],
+    dict(choices=[dict(index=0, finish_reason="error", error=dict(message="engine has died"))]),
+])
+def test_what_a_server_says_is_wrong_is_handed_on(answer):
+    with pytest.raises(UserError, match="engine.{1,2}has died") as e:
+        remote.read_completion(answer, [1], 2, {EOS}, 12)
+    assert str(e.value).isprintable() and len(str(e.value)) < 300
+
+
 def test_nobody_there(server):
     with pytest.raises(UserError, match="http://127.0.0.1:1/v1/completions: connection lost: .*refused"):
         remote.generate("http://127.0.0.1:1", "", PROMPTS, model=server.model, **ASK, **PATIENCE)
@@ -238,10 +266,13 @@ def test_weights_that_were_not_loaded_end_the_run(run, server):
     server.spoil = lambda p, a, h: dict(success=False, message="shape mismatch") if p == "/collective_rpc" else a
     with pytest.raises(UserError, match="the policy was not loaded: .*shape mismatch"):
         run("words", rollout_url=server.url)
+    server.spoil = lambda p, a, h: dict(object="error", message="no such folder") if p == "/collective_rpc" else a
+    with pytest.raises(UserError, match="the policy was not loaded: .*no such folder"):
+        run("object", rollout_url=server.url)
     server.spoil, server.stale = lambda p, a, h: a, True
     with pytest.raises(UserError, match="step 2: .* differ from the trainer's by .* older weights"):
         run("stale", rollout_url=server.url, learning_rate=0.1)
-    _, rows = run("blind", rollout_url=server.url, learning_rate=0.1, rollout_tolerance=0.0)
+    _, rows = run("blind", rollout_url=server.url, learning_rate=0.1, rollout_args=["tolerance=0"])
     assert rows[1]["sampling/sampling_logp_difference/mean"] < 1e-4 < 0.1 < rows[2]["sampling/sampling_logp_difference/mean"]
 
 
@@ -267,8 +298,9 @@ def test_log_probs_without_the_temperature_end_the_run(run, server, task, tokeni
     (dict(rollout_url="file:///etc/passwd"), "must be like http://HOST:8000"),
     (dict(rollout_url="localhost:8000"), "must be like"), (dict(rollout_url="http://"), "must be like"),
     (dict(rollout_url="http://[x"), "cannot be read"),
-    (dict(rollout_url="http://h", rollout_reload="reload"), "--rollout-reload 'reload' like /PATH"),
-    (dict(rollout_url="http://h", rollout_reload_body="{"), "cannot be read"),
+    (dict(rollout_url="http://h", rollout_args=["reload=reload"]), "reload 'reload' like /PATH"),
+    (dict(rollout_url="http://h", rollout_args=["reload_body={"]), "cannot be read"),
+    (dict(rollout_url="http://h", rollout_args=["timeout=0"]), "timeout above 0"),
 ])
 def test_flags_that_cannot_be(run, flags, words):
     with pytest.raises(UserError, match=words):

@@ -16,7 +16,7 @@ from report.solutions import write_rows
 from tasks.planted import Planted
 
 CONFIG = dict(task="planted", reward="pav", verifier="v", eval_problems=8, steps=20, seed=0, data=[],
-              anchor=True, policy="p", task_args=["prompts=2", "length=3"])
+              guards=["anchor"], policy="p", task_args=["prompts=2", "length=3"])
 ROW = dict(prompt="A", answer="abc", steps=["ab", "c"], values=[0.25, 0.75, 0.5], reward=1.0,
            finish_reason="length")
 HOSTILE = dict(ROW, prompt="<b>", steps=["</span><script>alert(1)</script>", "x"], reward=0.0)
@@ -46,8 +46,8 @@ def make_run(root, arm="pav", seed=0, points=((0, 0.0, 0.1), (1000, 0.5, 0.2)), 
     (place / "step_000010/verifier.json").write_text(json.dumps(dict(prover_k=k)))
     summary = dict(sampled_tokens=500, reliability=[(0.3, 0.4, 5)], corr_advantage_exact=0.5)
     (place / "summary.json").write_text(json.dumps(summary))
-    reward = dict(reward=arms.arm_of(arm).reward, **arms.arm_of(arm).flags)
-    config = CONFIG | reward | dict(seed=seed, verifier=f"/nowhere/{stage}") | change
+    of_arm = dict(reward=arms.arm_of(arm).reward) | arms.arm_of(arm).flags
+    config = CONFIG | dict(seed=seed, verifier=f"/nowhere/{stage}") | of_arm | change
     (run / "run_config.json").write_text(json.dumps(config))
     (run / "summary.json").write_text("{}")
     lines = "".join(json.dumps(row) + "\n" for row in metrics(points))
@@ -145,7 +145,7 @@ def test_a_run_by_hand_is_known_by_its_settings(tmp_path):
     run = make_run(tmp_path, "constant")
     run = run.rename(tmp_path / "seed0/x")
     assert list(runs.load_arms(run)) == ["constant"]
-    assert "--constant-value" in report.commands_of(run, runs.load_arms(run))["x"]
+    assert "--verifier=constant" in report.commands_of(run, runs.load_arms(run))["x"]
 
 
 def test_a_typo_creates_nothing(tmp_path):

@@ -24,25 +24,27 @@ from toy import ToyTask, tiny_model
 
 from infra import cli
 from infra.cli import UserError
-from infra.runs import latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
+from infra.runs import by_step, latest_checkpoint, load_state, open_run, read_metrics, save_checkpoint
 from model import load_weights, save_model, write_model
+from open_weights.files import resolve
 from verifier import Verifier, save_verifier
 
 ROOT = Path(__file__).parent.parent
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+SFT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, steps=12, num_examples=40, batch_size=8, save_steps=3,
+           logging_steps=2, eval_problems=8)
+RL = dict(num_prompts=3, num_generations=4, steps=8, save_steps=3, eval_steps=2, eval_problems=8, num_iterations=2, beta=0.1)
 TINY = {
-    "train_sft": dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, steps=12, num_examples=40,
-                      batch_size=8, save_steps=3, logging_steps=2, eval_problems=8, track_memorization=4,
-                      memorization_samples=1, memorization_problems=4),
+    "train_sft": SFT,
     "pav": dict(num_problems=18, n_mc=2, cuts=2, shard_problems=6, epochs=6, batch_size=16, save_steps=4,
                 eval_problems=8, eval_mc=2),
-    "train_rl": dict(reward="pav", num_prompts=3, num_generations=4, steps=8, save_steps=3, eval_steps=2,
-                     eval_problems=8, num_iterations=2, beta=0.1),
-    "train_dpo": dict(num_problems=18, num_generations=8, n_mc=5, shard_problems=6, epochs=4, batch_size=8, save_steps=3,
-                      logging_steps=1, eval_problems=8),
+    "train_rl": RL | dict(reward="pav"),
+    "papers.memorization": SFT | dict(snapshots=4, memorization_samples=1, memorization_problems=4),
+    "papers.rft": SFT | dict(num_problems=18, num_examples=18, num_generations=6, shard_problems=6),
+    "papers.train_dpo": dict(num_problems=18, num_generations=8, n_mc=5, shard_problems=6, epochs=4, batch_size=8,
+                             save_steps=3, logging_steps=1, eval_problems=8),
+    "papers.mrt": RL | dict(mu_samples=2, mu_tokens=2, termination_text="="),
 }
-RFT = TINY["train_sft"] | dict(track_memorization=0, rft=True, num_problems=18, num_examples=18,
-                                num_generations=6, shard_problems=6)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -73,8 +75,9 @@ def stage(script, argv, log, die_at=None, die_after=None, largest_file=None):
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 (for the life of the process)
-    module, begin = importlib.import_module("train_sft" if script == "rft" else script), time.time()
-    module.get_task = lambda cfg: ToyTask()
+    module, begin = importlib.import_module(script), time.time()
+    for where in (module, importlib.import_module("train_sft")):  # rft and memorization open their runs there
+        where.get_task = lambda cfg: ToyTask()
     count = count_files(os.path.dirname(log), die_at)
     if die_after is not None:
         threading.Timer(die_after, die).start()
@@ -120,10 +123,9 @@ def inputs(tmp_path_factory):
 
 def command(script, inputs, run_dir, **change):
     """Flags of a tiny run."""
-    policy = {} if script == "train_sft" else dict(policy=inputs / "policy")
+    policy = {} if script in ("train_sft", "papers.memorization") else dict(policy=inputs / "policy")
     policy |= dict(verifier=inputs / "verifier") if script == "train_rl" else {}
-    settings = (RFT | dict(policy=inputs / "policy") if script == "rft" else TINY[script] | policy)
-    settings |= dict(run_dir=run_dir, device="cpu", threads=1) | change
+    settings = TINY[script] | policy | dict(run_dir=run_dir, device="cpu", threads=1) | change
     return [f"--{k.replace('_', '-')}" + (f"={v}" if v is not True else "") for k, v in settings.items()]
 
 
@@ -142,7 +144,7 @@ def outcome(run):
 # Kill and go on
 
 
-@pytest.mark.parametrize("script", [*TINY, "rft"])
+@pytest.mark.parametrize("script", TINY)
 def test_killed_runs_end_with_the_same_bits(start, inputs, tmp_path, script):
     argv, log = command(script, inputs, tmp_path / "run"), tmp_path / "log"
     assert start(script, argv, log) == 0, log.read_text()
@@ -235,7 +237,8 @@ def test_a_second_process_and_changed_settings_are_refused(start, inputs, tmp_pa
     assert outcome(run) == before
 
 
-@pytest.mark.parametrize("script, name", [(s, n) for s in TINY for n in ("state.json", "model.safetensors")] + [
+@pytest.mark.parametrize("script, name", [
+    *((s, n) for s in ("train_sft", "pav", "train_rl") for n in ("state.json", "model.safetensors")),
     ("train_sft", "optimizer.safetensors"), ("pav", "value_head.safetensors")])
 def test_a_truncated_checkpoint_is_passed_over_with_a_warning(start, inputs, tmp_path, script, name):
     """No older one is kept here, so it begins again, and ends with the same bits."""
@@ -260,8 +263,21 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("warning: ")
 
 
+def test_step_1000000_comes_after_step_999999(tmp_path, tokenizer):
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        checkpoint(tmp_path, step, 1)
+        (tmp_path / "step_000100.mine").mkdir(exist_ok=True)  # a name that no run gives is nobody's checkpoint
+        (tmp_path / "step_last").mkdir(exist_ok=True)
+        assert latest_checkpoint(tmp_path).name == f"step_{step}"
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"step_1000000", "step_1000001", "step_000100.mine", "step_last"}
+    assert resolve(tmp_path).name == "step_1000001"
+    assert [p.name for p in by_step(map(Path, ["step_1000000", "step_999999", "step_7.safetensors", "step_x"]))] == [
+        "step_7.safetensors", "step_999999", "step_1000000"]
+
+
 @pytest.mark.parametrize("script, largest_file", [
-    ("train_sft", 3000), ("pav", 3000), ("pav", 8000), ("train_rl", 12000), ("train_dpo", 3000)])
+    ("train_sft", 3000), ("pav", 3000), ("pav", 8000), ("train_rl", 12000), ("papers.train_dpo", 3000)])
 def test_a_run_goes_on_when_there_is_space_again(start, inputs, tmp_path, script, largest_file):
     """No file may grow beyond the limit: the weights do not fit, nor, with the smaller one, pav.py's rollouts."""
     run, log = tmp_path / "run", tmp_path / "log"
@@ -277,7 +293,7 @@ def test_a_run_goes_on_when_there_is_space_again(start, inputs, tmp_path, script
     assert outcome(run) == whole
 
 
-@pytest.mark.parametrize("where", ["weights", "common"])
+@pytest.mark.parametrize("where", ["open_weights.files", "infra.runs"])
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, where):
     model, _ = checkpoint(tmp_path, 10, 1)
     before = {p.name: p.read_bytes() for p in (tmp_path / "step_000010").iterdir()}

@@ -239,3 +239,14 @@ def test_pass_at_k_equals_enumeration(n):
         with pytest.raises(UserError, match="pass@"):
             pass_at_k(n, 0, k)
     assert math.isclose(pass_at_k(10_000, 1, 100), 0.01)  # no overflow in the binomials
+
+
+@pytest.mark.parametrize("temperature", [1e-31, 1e-38, 1e-40, 5e-324])
+def test_next_to_zero_the_likeliest_token_is_drawn(model, temperature):
+    """Logits divided by such a temperature are infinite in float32."""
+    options = dict(max_new_tokens=4, seed=1, stop_ids=[EOS])
+    for cut in ({}, dict(top_k=3), dict(top_p=0.5)):
+        cold, greedy = (generate(model, [[1, 2], [3]], temperature=t, **options, **cut) for t in (temperature, 0))
+        assert cold.completions() == greedy.completions() and torch.equal(cold.logprob, greedy.logprob)
+        least = generate(model, [[1, 2], [3]], temperature=1e-30, **options, **cut)  # the least that is divided by
+        assert least.completions() == greedy.completions() and least.logprob.isfinite().all()

@@ -13,7 +13,7 @@ import train_sft
 from infra import cli
 from infra.cli import UserError
 from open_weights.tokenizer import alphabet_tokenizer
-from tasks import TASKS, get_task, task_class
+from tasks import TASKS, answers_equal, extract_answer, files, get_task, symbolic, task_class
 from tasks.base import line_ends, split_of
 from tasks.countdown import Countdown, countdown_moves
 from tasks.files import Jsonl
@@ -363,10 +363,68 @@ def test_jsonl_prompts(tmp_path):
     class Chat:
         chat_format = "chatml"
 
-        def chat(self, messages):
-            return [messages[0]["content"]]
+        opens = ""
 
-    assert Jsonl([path]).prompt_tokens(p, Chat())[0].startswith(p.prompt + "\n")
+        def chat(self, messages):
+            return [messages[0]["content"], self.opens]
+
+        def decode(self, tokens):
+            return "".join(tokens)
+
+    task, tokenizer = Jsonl([path]), Chat()
+    assert task.prompt_tokens(p, tokenizer)[0].startswith(p.prompt + "\n")
+    right, unfinished = f"It is.\n</think>\n\\boxed{{{p.answer}}}", f"Is it \\boxed{{{p.answer}}}? Let me see"
+    assert task.grade(p, right) == task.grade(p, unfinished) == 1.0
+    tokenizer.opens = "<think>\n"  # the prompt ends inside a thought, so a completion begins there
+    task.prompt_tokens(p, tokenizer)
+    assert task.grade(p, right) == 1.0 and task.grade(p, unfinished) == task.grade_leniently(p, unfinished) == 0.0
+    assert task.answer(p, unfinished) is None and task.answer(p, right) == p.answer
+    assert all(answers_equal(extract_answer(task.demonstration(q)), q.answer) for q in task.by_split["train"])
+    assert all(task.grade(q, task.demonstration(q)) == 1.0 for q in task.by_split["train"])  # the thought is closed
+    tokenizer.opens, tokenizer.eos_ids = "", (0,)
+    assert task.stop_ids(tokenizer) == [0] and task.grade(p, unfinished) == 1.0  # asked of this tokenizer's prompts
+
+
+@pytest.mark.parametrize("kind, text, grade", [
+    ("jsonl", "I read it again.\nQuestions of this kind need a sum.\n#### 23", 1),
+    ("jsonl", "Question by question:\nQuestion one asks for a sum.\n#### 23", 1),
+    ("jsonl", "So.\nQuestion: What is 20 + 3?\nAnswer:\n#### 23", 1),  # ours, repeated
+    ("jsonl", "#### 23\n\nQuestion: What is 4 + 5?\nAnswer:\n#### 9", 1),
+    ("jsonl", "#### 23\n\nQuestion: Write 9 as \\boxed{9}. Wh", 1),
+    ("jsonl", "No idea.\n\nQuestion: What is 22 + 1?\nAnswer:\n#### 23", 0),  # answers another question
+    ("jsonl", "Let me ask.\nQuestion: which sum is it? 20 + 3.\n#### 23", 1),
+    ("math", "Problems like this are sums.\nProblem solved: \\boxed{23}", 1),
+    ("math", "\\boxed{23}\n\nProblem: What is 4 + 5?\nSolution:\n\\boxed{9}", 1),
+    ("math", "Problem: hard.\nProblem: is it 23? Yes.\n\\boxed{23}", 1),
+])
+def test_a_question_of_its_own_ends_the_answer(tmp_path, kind, text, grade):
+    row = dict(question="What is 20 + 3?", answer="23", solution="\\boxed{23}")
+    task = get_task(kind, 0, ["test=" + write(tmp_path, [row])])
+    assert task.grade(task.problems("test")[0], text) == grade
+
+
+def test_one_question_with_two_answers_is_warned_about(tmp_path, capsys):
+    rows = [dict(question="how many?", answer=a) for a in ("4", "4.0", "\\boxed{4}")]
+    task = get_task("jsonl", 0, ["test=" + write(tmp_path, rows)])
+    assert capsys.readouterr().err == "" and len(task.problems("test")) == 1
+    path = write(tmp_path, [*rows, dict(question=" how  many?", answer="6"), dict(question="how many?", answer="7")], "two.jsonl")
+    assert [p.answer for p in get_task("jsonl", 0, ["test=" + path]).problems("test")] == ["4"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{path} line 1 says '4', {path} line 4 says '6'" in said and "like the second: 2" in said
+
+
+def test_math_verify_grades_where_it_is_asked_to(tmp_path, monkeypatch):
+    data = ["test=" + write(tmp_path, [dict(question="solve", answer="x > 3")])]
+    monkeypatch.setattr(symbolic, "available", lambda: False)
+    monkeypatch.setattr(files, "available", lambda: False)
+    with pytest.raises(UserError, match="pip install math-verify"):
+        get_task("jsonl", 0, data, grader="math-verify")
+    monkeypatch.setattr(symbolic, "available", lambda: True)
+    monkeypatch.setattr(files, "available", lambda: True)
+    monkeypatch.setattr(symbolic._judge, "ask", lambda a, b: {a, b} == {"3<x", "x>3"})
+    ours, task = get_task("jsonl", 0, data), get_task(train_sft.Config(task="jsonl", data=data, grader="math-verify"))
+    p = task.problems("test")[0]
+    assert (ours.grade(p, "#### 3 < x"), task.grade(p, "#### 3 < x"), task.grade(p, "#### x < 3")) == (0.0, 1.0, 0.0)
 
 
 def test_get_task_takes_a_config_as_well():

@@ -211,8 +211,10 @@ def test_options_agree_with_the_library(tmp_path):
     added = make_spec(added=["<think>", "  ", "   ", "</think>"], pre=PRE_TOKENIZERS["smollm2"])
     pairs = make_spec()
     pairs["model"]["merges"] = [m.split(" ") for m in pairs["model"]["merges"]]
-    nfc = make_spec() | dict(normalizer=dict(type="NFC"))
-    for k, spec in enumerate([word, unknown, dropped, added, pairs, nfc]):
+    nested = dict(type="Sequence", normalizers=[dict(type="Sequence", normalizers=[]), dict(type="NFC")])
+    none = make_spec() | dict(normalizer=dict(type="Sequence", normalizers=[]))
+    nfcs = [make_spec() | dict(normalizer=n) for n in (nested, dict(type="NFC"))]
+    for k, spec in enumerate([word, unknown, dropped, added, pairs, none, *nfcs]):
         tok, theirs = load(tmp_path / str(k), spec), library(spec)
         for text in [*HARD, "theory xtheory xyz thexyz", "a z zz razor", "<think> 1     2</think>x    <thin"]:
             assert tok.encode(text) == theirs(text), (k, text)
@@ -311,6 +313,53 @@ def test_stop_ids(tmp_path):
     assert as_object.eos_ids == (2,) and as_object.bos_id is None
     with pytest.raises(UserError, match="</s>"):
         load(tmp_path / "c", make_spec(), dict(eos_token="</s>"))
+
+
+BESIDE = [  # files beside tokenizer.json -> bos id, stop ids, as transformers has them
+    (dict(tokenizer_config=dict(eos_token="<|endoftext|>"), config=dict(eos_token_id=[0, 2])), None, {0, 2}),
+    (dict(tokenizer_config=dict(eos_token="<|endoftext|>"), config=dict(eos_token_id=2)), None, {0, 2}),
+    (dict(config=dict(eos_token_id=2)), None, {2}),
+    (dict(config=dict(eos_token_id=1), generation_config=dict(eos_token_id=2)), None, {2}),
+    (dict(config=dict(eos_token_id=1), generation_config=dict(temperature=1.0)), None, {1}),
+    (dict(special_tokens_map=dict(eos_token="<|im_end|>", bos_token=dict(content="<|im_start|>"))), 1, {2}),
+    (dict(special_tokens_map=dict(eos_token="<|im_end|>"), tokenizer_config=dict(eos_token="<|endoftext|>")), None, {2}),
+    (dict(special_tokens_map=dict(eos_token="<|im_end|>"), tokenizer_config=dict(
+        eos_token="<|endoftext|>", added_tokens_decoder={"0": dict(content="<|endoftext|>", special=True)})), None, {0}),
+]
+
+
+@pytest.mark.parametrize("files, bos, stops", BESIDE)
+def test_stop_ids_of_every_file_that_may_name_them(tmp_path, files, bos, stops):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(make_spec()))
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    tok = load_tokenizer(tmp_path)
+    assert (tok.bos_id, set(tok.eos_ids)) == (bos, stops)
+    tok.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eos_ids == tok.eos_ids
+    (tmp_path / "config.json").write_text('{"eos_token_id": 999999}')
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="stop ids .*999999"):
+        load_tokenizer(tmp_path)
+
+
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("value, name", [
+    ([dict(name="tool_use", template="{{ tools }}"), dict(name="default", template=CHATML)], "chatml"),
+    (dict(default=CHATML, tool_use="{{ tools }}"), "chatml"), (CHATML, "chatml"),
+    ([dict(name="rag", template=CHATML)], None), ([], None), ({}, None), (None, None), (7, None),
+])
+def test_of_named_templates_the_default_one_counts(tmp_path, value, name):
+    assert load(tmp_path, make_spec(), dict(chat_template=value)).chat_format == name
+    (tmp_path / "chat_template.jinja").write_text(CHATML + "{{ '<|im_start|>assistant\n<think>\n' }}")
+    tok = load_tokenizer(tmp_path)  # a file of its own goes first, as in transformers
+    assert tok.chat_format == "chatml-think"
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert "<think>" in theirs.chat_template
+    tok.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").chat_format == "chatml-think"
 
 
 def test_save_and_load(tmp_path):
@@ -438,10 +487,11 @@ def test_unsupported_pre_tokenizers_are_named(tmp_path, pre, name):
 def test_other_unsupported_parts_are_named(tmp_path):
     unigram = make_spec(type="Unigram")
     lower = make_spec() | dict(normalizer=dict(type="Lowercase"))
+    nested = make_spec() | dict(normalizer=dict(type="Sequence", normalizers=[dict(type="NFC"), dict(type="Lowercase")]))
     strips = make_spec(added=["<mask>"])
     strips["added_tokens"][-1]["lstrip"] = True
     fallback, words = make_spec(byte_fallback=True), make_spec(type="WordLevel")
-    for spec, name in [(unigram, "Unigram"), (lower, "Lowercase"), (fallback, "byte_fallback"),
+    for spec, name in [(unigram, "Unigram"), (lower, "Lowercase"), (nested, "Lowercase"), (fallback, "byte_fallback"),
                        (strips, "lstrip"), (words, "alphabet")]:  # fmt: skip
         (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
         refuse(tmp_path, name)

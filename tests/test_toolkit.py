@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import restate, toolkit
+from experiments import adam_epsilon, restate, toolkit
 from infra.runs import mean
 
 RESULTS = Path(__file__).parent.parent / "docs/results"
@@ -135,3 +135,19 @@ def test_recorded_commands_run_as_they_are_written():
         assert python == "python"
         if rest[0] == "-m":
             assert importlib.util.find_spec(rest[1]), command
+
+
+def test_a_step_is_silent_only_if_no_sample_is_right(monkeypatch):
+    def step(outcome):
+        return {
+            "grad_norm": 0.5,
+            "frac_reward_zero_std": 1,
+            "rewards/outcome/mean": outcome,
+            "entropy": 2.0,
+            "eval/accuracy": 0.5,
+        }
+
+    rows = [step(0.0), step(0.0), step(1.0), step(0.25)]
+    monkeypatch.setattr(adam_epsilon, "read_metrics", lambda run: rows)
+    found = adam_epsilon.look("run")
+    assert (found["with_gradient"], found["silent"], found["silent_norm"]) == (3, 1, 0.5)

@@ -93,8 +93,13 @@ def test_loading_needs_the_memory_of_one_copy(tmp_path, tokenizer):
 
 
 def test_tensors_that_do_not_belong_are_refused(folder):
-    rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
-    load_model(folder)  # old Llama files hold these
+    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "rotary_emb.inv_freq",
+                 "model.rotary_emb.original_inv_freq", "model.layers.1.self_attn.rotary_emb.cos_cached"):
+        rewrite(folder, lambda t, name=name: t.update({name: torch.ones(2)}))
+        load_model(folder)  # older files hold these
+    rewrite(folder, lambda t: t.update({"model.rotary_emb.weight": torch.ones(2)}))
+    refuse(folder, r"unexpected tensor model\.rotary_emb\.weight")
+    rewrite(folder, lambda t: t.pop("model.rotary_emb.weight"))
     rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}))
     refuse(folder, r"unexpected tensor model\.layers\.0\.self_attn\.q_proj\.bias")
 
@@ -182,7 +187,7 @@ def test_names_of_the_hub(folder, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="pip install huggingface_hub"):
         resolve("me/mine-0.5B")
     (tmp_path / "x.gguf").write_bytes(b"")
-    with pytest.raises(UserError, match="python gguf_import.py x.gguf"):
+    with pytest.raises(UserError, match="python -m open_weights.gguf x.gguf"):
         resolve("x.gguf")
 
 
