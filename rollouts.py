@@ -138,7 +138,7 @@ def labelled_solutions(task, tokenizer, rows, context):
             targets.append([mean(last[prompt]), *labels])
     if len(tokens) < len(rows):
         longer = len(rows) - len(tokens)
-        print(f"{longer} of {len(rows)} labelled solutions are longer than {context} tokens: unused")
+        print(f"{longer} of {len(rows)} labelled solutions exceed {context} tokens: left out")
     if not tokens:
         raise UserError("no labelled solution fits into the model's context; take shorter ones")
     ends = pad_ends(ends)

@@ -150,8 +150,9 @@ def read_labelled(path):
     for where, row in read_rows(path):
         row = plain_row(row, where)
         prompt, steps, labels = row.get("question", row.get("prompt")), row.get("completions"), row.get("labels")
-        texts = isinstance(prompt, str) and isinstance(steps, list) and all(isinstance(s, str) and s.strip() for s in steps)
-        if not (texts and steps and isinstance(labels, list) and len(labels) == len(steps)):
+        texts = [prompt, *steps] if isinstance(steps, list) and steps else [None]
+        are_texts = all(isinstance(text, str) and text.strip() for text in texts)
+        if not (are_texts and isinstance(labels, list) and len(labels) == len(steps)):
             raise UserError(f"{where} needs prompt (text), completions (a list of steps) and labels (one a step)")
         values = [_label(v) for v in labels]
         if None in values:

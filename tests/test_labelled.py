@@ -65,12 +65,12 @@ def test_labelled_rows_are_read_strictly(tmp_path):
     path = write(tmp_path / "f.jsonl", ROW, ROW | dict(prompt=[USER], labels=[1, 0]))
     assert read_labelled(path) == [("1=", ["2", "3"], [1.0, 0.25]), ("2+2?", ["2", "3"], [1.0, 0.0])]
     for change, said in [(dict(labels=[True]), "one a step"), (dict(labels=[True, None]), "None"),
-                         (dict(completions=[]), "list of steps"), (dict(labels=[0.5, 1.5]), "1.5"), (dict(completions=["2", " "]), "list of steps"),
-                         (dict(prompt=""), None), (dict(labels=[0, "yes"]), "yes"), (dict(completions="2"), "list of steps")]:
+                         (dict(completions=[]), "list of steps"),
+                         (dict(labels=[0.5, 1.5]), "1.5"), (dict(completions=["2", " "]), "list of steps"),
+                         (dict(labels=[0.5, 1.5]), "1.5"), (dict(completions=["2", " "]), "list of steps"),
+                         (dict(prompt=" "), "needs prompt"),
+                         (dict(labels=[0, "yes"]), "yes"), (dict(completions="2"), "list of steps")]:
         path = write(tmp_path / "f.jsonl", ROW, ROW | change)
-        if said is None:  # an empty prompt is a prompt
-            assert read_labelled(path)[1][0] == ""
-            continue
         with pytest.raises(UserError, match="line 2") as e:
             read_labelled(path)
         assert said in str(e.value)
