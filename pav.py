@@ -410,13 +410,13 @@ def train(cfg):
         return run.summary
     base, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(base, cfg.threads)
-    leave_out_long(task, tokenizer, base, "train", "val")
     prover = load_prover(cfg, base, tokenizer, device)
     clock = time.time()
     if cfg.labels:
         data, held = read_labels(cfg, task, tokenizer, base.cfg.max_position_embeddings)
         spent = 0
     else:
+        leave_out_long(task, tokenizer, base, "train", "val")
         data, spent = collect_all(base, prover, tokenizer, task, cfg, run.folder)
     seconds_sampling = time.time() - clock
     backbone, _ = load_model(cfg.policy, device)
