@@ -23,7 +23,7 @@ from verifier import Verifier, save_verifier
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_sft", "pav", "train_rl", "sample", "search", "papers.train_dpo", "papers.rft", "papers.memorization",
-           "papers.mrt", "papers.mrt_star", "report.evaluate", "report.show"]
+           "papers.mrt", "papers.mrt_star", "report.evaluate", "report.show", "report.chat"]
 
 
 def command(script):
