@@ -29,7 +29,7 @@ from kernels import Linear, linear_logprob, linear_logprob_loss
 from kernels.pointwise import apply_rotary, gated_gelu, gated_silu, rope_tables
 from open_weights.families import Config
 from open_weights.files import load_weights, resolve, save_model, write_model
-from open_weights.tokenizer import load_tokenizer
+from open_weights.load import load_tokenizer
 
 __all__ = [
     "Config",

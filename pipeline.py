@@ -227,6 +227,8 @@ class SeedPlan:
 
     def add_arm(self, name):
         arm = ARMS[name]
+        if arm.reward == "mrt" and name not in self.scripts:
+            raise UserError(f"the arm {name} has a loop of its own: python -m papers.mrt")
         script, config_class = self.scripts.get(name) or self.scripts[""]
         config = dataclasses.replace(
             config_class(**fields_of(self.cfg, config_class)), **self.settings["rl"]

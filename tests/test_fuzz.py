@@ -19,7 +19,8 @@ from infra.cli import UserError  # noqa: E402
 from model import load_model, save_model  # noqa: E402
 from open_weights import chat  # noqa: E402
 from open_weights.families import Config  # noqa: E402
-from open_weights.tokenizer import alphabet_tokenizer, load_tokenizer  # noqa: E402
+from open_weights.load import load_tokenizer  # noqa: E402
+from open_weights.tokenizer import alphabet_tokenizer  # noqa: E402
 from report.statistics import vote  # noqa: E402
 from tasks import get_task  # noqa: E402
 from tasks.answers import answers_equal, canonical, extract_answer, parse_number  # noqa: E402

@@ -648,6 +648,7 @@ def test_the_strongest_demonstration_fits_and_is_right(name, tmp_path):
     task = task_of(name, tmp_path)
     tokenizer = task.tokenizer() or Letters()
     strength = max(task.strengths.values()) if task.strengths else None
+    strength = 1e9 if strength and strength > 1 else strength  # planted's are odds: one that never errs
     for i, problem in enumerate(task.problems("train", 40, 0)):
         prompt = list(task.prompt_tokens(problem, tokenizer))
         text = tokenizer.encode(task.demonstration(problem, strength, i))
