@@ -2,6 +2,7 @@
 
     python pav.py --task planted --policy runs/sft --prover runs/prover       # CPU, about a minute
     python pav.py --task jsonl --data train.jsonl --policy runs/sft --prover base --prover-k 4
+    python pav.py --task jsonl --data train.jsonl --policy runs/sft --labels prm800k.jsonl
 
 V^mu(prefix) is the chance that the prover mu, taking over here, still finds the answer
 (verifier.py). It is learned from rollouts (PAV, Setlur et al. 2024, arXiv 2410.08146, section 4 and
@@ -23,6 +24,10 @@ it takes a *wrong* continuation, walks along its steps, labels every prefix with
 continuations, and stops at the first that none of them survives. The paper gives neither the
 threshold nor the share of uniform cuts.
 
+--labels FILE takes the labels from rows {prompt, completions, labels} instead (PRM800K,
+Math-Shepherd): 1 to 3 are left out. A label is then whatever its file means by it: "no mistake so
+far" is not V^mu, and there is no prover that is better than the policy.
+
 What is left out: lower-variance tree estimates, several verifiers of different provers in one
 model.
 """
@@ -41,11 +46,13 @@ from infra.optimizer import optimizer_for
 from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import derive, shuffled
 from model import load_model, load_weights
-from report.judge import judge
-from rollouts import continue_and_grade, grades, shards, stack, step_ends
+from report.judge import judge, judge_labels
+from rollouts import continue_and_grade, grades, labelled_solutions, shards, stack, step_ends
 from sample import generate
 from tasks import TaskFlags, get_task
+from tasks.base import split_of
 from tasks.context import leave_out_long
+from tasks.files import read_labelled
 from verifier import Verifier, load_head, save_verifier
 
 
@@ -61,6 +68,9 @@ class Config(TaskFlags, RunConfig):
         "q: every step end gets V^mu; outcome: only the end is labelled (an ORM)",
         "data",
         choices=["q", "outcome"],
+    )
+    labels: str = opt(
+        "", "file of solutions with labelled steps, in place of rollouts (--task asks)", "data"
     )
     num_problems: int = opt(
         0, "training problems (0: all; few problems are repeated)", "data", low=0
@@ -245,6 +255,23 @@ def collect_all(base, prover, tokenizer, task, cfg, folder):
     return join(parts), sum(int(part["spent"]) for part in parts)
 
 
+def read_labels(cfg, task, tokenizer, context):
+    """--labels -> labelled sequences of the prompts that the hash gives to "train", and to "val".
+    UserError: the task has another alphabet; a split is empty."""
+    own = task.tokenizer()
+    if own and own.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--task {cfg.task} cannot write prompts for {cfg.policy}: give --task jsonl --data "
+            "FILE (the problems RL will see), so that RL and --labels ask alike"
+        )
+    parts = dict(train=[], val=[], test=[])
+    for row in read_labelled(cfg.labels):
+        parts[split_of(" ".join(row[0].split()))].append(row)
+    if not (parts["train"] and parts["val"]):
+        raise UserError(f"{cfg.labels} has too few prompts: a tenth (by hash) is kept to judge by")
+    return [labelled_solutions(task, tokenizer, parts[s], context) for s in ("train", "val")]
+
+
 # ------------------------------------------------------------------------------------------------
 # 4. Fit.
 
@@ -352,6 +379,8 @@ def check(cfg, task):
             "--coverage first-pit needs --n-mc of at least 2 (a state is good, and one of its "
             "continuations wrong) and --label q"
         )
+    if cfg.labels and (cfg.prover != "base" or cfg.prover_k > 1 or cfg.label == "outcome"):
+        raise UserError("--labels needs no prover: leave out --prover, --prover-k and --label")
     if cfg.label == "outcome" and cfg.prover_k > 1:
         raise UserError(
             "--label outcome has no prover, so Best-of-K means nothing there: leave out --prover-k"
@@ -383,17 +412,24 @@ def train(cfg):
         return run.summary
     base, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(base, cfg.threads)
-    leave_out_long(task, tokenizer, base, "train", "val")
     prover = load_prover(cfg, base, tokenizer, device)
     clock = time.time()
-    data, spent = collect_all(base, prover, tokenizer, task, cfg, run.folder)
+    if cfg.labels:
+        data, held = read_labels(cfg, task, tokenizer, base.cfg.max_position_embeddings)
+        spent = 0
+    else:
+        leave_out_long(task, tokenizer, base, "train", "val")
+        data, spent = collect_all(base, prover, tokenizer, task, cfg, run.folder)
     seconds_sampling = time.time() - clock
     backbone, _ = load_model(cfg.policy, device)
     verifier = Verifier(backbone, k=cfg.prover_k, fingerprint=tokenizer.fingerprint)
-    info = dict(task=cfg.task, label=cfg.label, prover=cfg.prover)
+    info = dict(task=cfg.task, label=cfg.label, prover=cfg.labels or cfg.prover)
     fit(verifier, data, cfg, run, tokenizer, info, device)
     seconds_fitting = time.time() - run.began
-    quality = judge(verifier, base, prover, tokenizer, task, cfg)
+    if cfg.labels:
+        quality = judge_labels(verifier, held)
+    else:
+        quality = judge(verifier, base, prover, tokenizer, task, cfg)
     labels = int((data["weight"] > 0).sum())
     mean_label = float((data["target"] * data["weight"]).sum() / data["weight"].sum())
     summary = run.finish(
@@ -425,7 +461,8 @@ def main(argv=None):
     reward, method = ("orm", "best-of-n") if cfg.label == "outcome" else ("pav", "beam")
     rl = ["train_rl.py", "--reward", reward, "--policy", cfg.policy, "--verifier", cfg.run_dir]
     print_next_command(cfg, ("RL that it pays for", [*rl, "--run-dir", f"{cfg.run_dir}_rl"]))
-    if cfg.label == "outcome" or cfg.prover == "base":  # a search ranks by Q of the policy itself
+    of_policy = cfg.prover == "base" and not cfg.labels
+    if cfg.label == "outcome" or of_policy:  # a search ranks by Q of the policy itself
         search = [
             "search.py",
             "--method",

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 
 from infra.cli import UserError, opt, parse, script
-from infra.runs import mean, read_json
+from infra.runs import mean, read_json, with_progress_bar
 from infra.seeds import derive
 from kernels import packed_weights
 from model import pad_right, resolve
@@ -208,13 +208,15 @@ def beam(
     limit,
     seed,
     problem_ids=None,
+    label="",
     **options,
 ):
     """Beam search over steps -> [Result], one a problem.
 
     n candidates a step, `width` kept; values as learned_values gives it; limit: tokens a completion
     may have; seed and problem_ids (default 0, 1, ...) fix the draws of a problem whatever is
-    searched beside it. options go to generate.
+    searched beside it. label: of a progress bar over the steps ("": none). options go to
+    generate.
     """
     ids = list(range(len(problems))) if problem_ids is None else list(problem_ids)
     beams = []
@@ -223,12 +225,16 @@ def beam(
         q, mu, read = values(problem, [prompt])
         beams.append(Result(None, [Element(prompt, [len(prompt)], q[0], mu[0])], scored=read))
     stops = step_stops(task, tokenizer)
-    step = 0
-    while grow := [
-        (p, j, e)
-        for p, result in enumerate(beams)
-        for j, e in enumerate(parents(result.candidates, n))
-    ]:
+
+    def rounds():  # who draws a next step, as long as there is anybody
+        while grow := [
+            (p, j, e)
+            for p, result in enumerate(beams)
+            for j, e in enumerate(parents(result.candidates, n))
+        ]:
+            yield grow
+
+    for step, grow in enumerate(with_progress_bar(rounds(), label) if label else rounds()):
         drawn, generated, prefilled = draw_steps(
             model,
             tokenizer,
@@ -253,7 +259,6 @@ def beam(
             )
         for p, children in fresh.items():
             keep_best(beams[p], problems[p], children, values, width, alpha)
-        step += 1
     for result in beams:
         result.best = max(result.candidates, key=lambda e: e.q)  # Q^pi alone; the first of equals
     return beams
@@ -383,7 +388,8 @@ def search(cfg, task, model, tokenizer, options, width):
         values, description = load_values(cfg, tokenizer, model.head.device)
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
     shared = {k: v for k, v in options.items() if k not in ("stop_ids", "max_new_tokens")}
-    shared |= dict(n=cfg.n, limit=options["max_new_tokens"])
+    label = "steps" if cfg.method == "beam" else "tokens"
+    shared |= dict(n=cfg.n, limit=options["max_new_tokens"], label=label)
     with (
         torch.no_grad(),
         packed_weights(model.parameters(), min(options["slots"], cfg.n * len(problems))),
