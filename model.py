@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from infra.cli import UserError
+from infra.cli import UserError, what_this_is
 from infra.seeds import generator
 from kernels import Linear, linear_logprob, linear_logprob_loss
 from kernels.pointwise import apply_rotary, gated_gelu, gated_silu, rope_tables
@@ -420,10 +420,10 @@ def new_model(vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_hea
     return init_weights(Transformer(shape), generator(seed, "init"))
 
 
-def load_model(name_or_dir, device="cpu", dtype=torch.float32):
+def load_model(name_or_dir, device="cpu", dtype=torch.float32, verifier=False):
     """(model, tokenizer) from a transformers-style folder, a run directory, "smollm2" or a hub id
-    (weights.py)."""
-    folder = resolve(str(name_or_dir))
+    (open_weights/files.py). verifier: the folder is one's, whose backbone is wanted."""
+    folder = resolve(str(name_or_dir), verifier)
     cfg = Config.from_json(folder / "config.json")
     tokenizer = load_tokenizer(folder)
     if tokenizer.n_vocab > cfg.vocab_size:
@@ -436,3 +436,7 @@ def load_model(name_or_dir, device="cpu", dtype=torch.float32):
         model = Transformer(cfg).to(dtype)
     load_weights(model, folder, device)
     return model, tokenizer
+
+
+if __name__ == "__main__":
+    what_this_is(__doc__, "python train_sft.py", "python sample.py --model DIR --prompt TEXT")

@@ -1,23 +1,21 @@
 """Train a verifier: what is this solution worth so far, and did the last step make progress?
 
-    python pav.py --task planted --policy runs/sft --prover runs/prover       # CPU, about a minute
+    python pav.py --policy runs/sft --prover runs/prover --num-problems 40000     # CPU, a minute
     python pav.py --task jsonl --data train.jsonl --policy runs/sft --prover base --prover-k 4
 
 V^mu(prefix) is the chance that the prover mu, taking over here, still finds the answer
 (verifier.py). It is learned from rollouts (PAV, Setlur et al. 2024, arXiv 2410.08146, section 4 and
 appendix D):
 
-    1. roll in   n_cov seed solutions a problem from the policy (the states we shall be asked
-    about),
+    1. roll in   n_cov seed solutions a problem from the policy (states that we are asked about),
     2. cut       each at some step ends, the bare prompt among them,
     3. roll out  n_mc continuations a cut from the prover, graded: a Monte-Carlo label of V^mu.
-    Later step ends
-                 of a continuation are prover states too and get its own outcome, free;
+                 Later step ends of a continuation are prover states too and get its own outcome,
+                 free;
     4. fit       a Transformer with a scalar head by cross-entropy with these soft labels,
     5. judge     on held-out problems: calibration, AUC, and the correlation of the *advantage*,
-    which is what
-                 RL will be paid by (report/judge.py). A verifier can rank states well and steps
-                 badly.
+                 which is what RL will be paid by (report/judge.py). A verifier can rank states well
+                 and steps badly.
 
 Once a solution is beyond saving, its later prefixes all say 0, and cuts there teach little.
 --coverage first-pit looks where value is lost: of each cut whose value is at least --pit-threshold
@@ -38,14 +36,22 @@ import torch
 import torch.nn.functional as F
 
 from infra import parallel
-from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.cli import (
+    RunConfig,
+    UserError,
+    opt,
+    parse,
+    print_next_command,
+    script,
+    stage_words,
+)
 from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import derive, shuffled
 from model import load_model, load_weights
-from report.judge import judge
+from report.judge import judge, shortcomings
 from rollouts import continue_and_grade, grades, shards, stack, step_ends
 from sample import generate
-from tasks import TaskFlags, get_task
+from tasks import TaskFlags, get_task, prepare, task_class
 from tasks.context import leave_out_long
 from verifier import Verifier, load_head, save_verifier
 
@@ -421,25 +427,20 @@ def train(cfg):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    if cfg.smoke:
-        cfg.num_problems, cfg.epochs, cfg.eval_problems, cfg.eval_mc = 64, 1, 16, 4
+    cfg = prepare(cfg, "verifier", argv, cfg.policy, cfg.prover)
     summary = train(cfg)
+    weak = shortcomings(cfg, summary)
+    for line in weak:
+        print(f"warning: {line}")
     reward, method = ("orm", "best-of-n") if cfg.label == "outcome" else ("pav", "beam")
-    rl = ["train_rl.py", "--reward", reward, "--policy", cfg.policy, "--verifier", cfg.run_dir]
-    print_next_command(cfg, ("RL that it pays for", [*rl, "--run-dir", f"{cfg.run_dir}_rl"]))
+    given = ["--policy", cfg.policy, "--verifier", cfg.run_dir, "--run-dir", f"{cfg.run_dir}_rl"]
+    given += stage_words(cfg, task_class(cfg.task).stages["rl"])
+    if cfg.smoke or not weak:
+        rl = ["train_rl.py", "--reward", reward, *given]
+        print_next_command(cfg, ("RL that it pays for", rl))
     if cfg.label == "outcome" or cfg.prover == "base":  # a search ranks by Q of the policy itself
-        search = [
-            "search.py",
-            "--method",
-            method,
-            "--model",
-            cfg.policy,
-            "--verifier",
-            cfg.run_dir,
-            "--n",
-            12,
-        ]
-        print_next_command(cfg, ("search with it", search))
+        search = ["search.py", "--method", method, "--model", cfg.policy, "--n", 12]
+        print_next_command(cfg, ("search with it", [*search, "--verifier", cfg.run_dir]))
     return summary
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from infra import parallel
-from infra.cli import UserError
+from infra.cli import UserError, what_this_is
 from infra.runs import with_progress_bar
 
 
@@ -202,3 +202,7 @@ def stack(parts, last=None):
     """2-D tensors of different widths -> one; see widen."""
     width = max(part.shape[1] for part in parts)
     return torch.cat([widen(part, width, last) for part in parts])
+
+
+if __name__ == "__main__":
+    what_this_is(__doc__, "python sample.py --task planted --model DIR")

@@ -1,28 +1,20 @@
 """Search at test time: spend more tokens on a problem, and let verifiers say which of them were
 well spent.
 
-    python train_sft.py --task planted --task-args length=4 --run-dir runs/p4/sft                  #
-    the policy, 15 s on a CPU python pav.py --task planted --task-args length=4 --policy runs/p4/sft
-    --prover base --label q \\
-        --num-problems 20000 --run-dir runs/p4/q                                                 #
-        Q^pi, a minute
-    python pav.py --task planted --task-args length=4 --policy runs/p4/sft --label outcome \\
-        --num-problems 20000 --run-dir runs/p4/orm                                               #
-        an ORM, a minute
-    python search.py --task planted --task-args length=4 --model runs/p4/sft --method beam --n 12 \\
-        --verifier runs/p4/q --alpha 0.5 --prover-k 4                                            # 5
-        s
-    python search.py --task planted --task-args length=4 --model runs/p4/sft --method best-of-n --n
-    12 --verifier runs/p4/orm python search.py --task jsonl --data q.jsonl --model smollm2 --method
-    beam --n 12 --verifier runs/q --alpha 0.5
+    python train_sft.py --task-args length=4 --run-dir runs/p4/sft                   # the policy
+    python pav.py --policy runs/p4/sft --num-problems 20000 --run-dir runs/p4/q      # Q^pi
+    python pav.py --policy runs/p4/sft --num-problems 20000 --label outcome --run-dir runs/p4/orm
+    python search.py --task planted --model runs/p4/sft --verifier runs/p4/q --prover-k 4 --n 12
+    python search.py --task planted --model runs/p4/sft --verifier runs/p4/orm --method best-of-n
+    python search.py --task jsonl --data q.jsonl --model smollm2 --verifier runs/q --n 12
 
 The three verifiers (PAV, arXiv 2410.08146, sections 4 and 5; pav.py trains each):
+
     --verifier         Q^pi of the policy that is searched (`--label q --prover base`); for
-    best-of-n also an ORM
-                       (`--label outcome`), which knows finished solutions only
+                       best-of-n also an ORM (`--label outcome`), which knows whole solutions only
     --prover-k K       A^mu of the Best-of-K prover comes from the same Q^pi, as 1 - (1-Q)^K (eq.
-    30): no second model --prover-verifier  A^mu of any other prover mu: `--label q --prover DIR`,
-    DIR being that prover
+                       30): no second model
+    --prover-verifier  A^mu of any other prover mu: `--label q --prover DIR`, DIR being that prover
 
 Beam search: --n candidates a step, of which --width are kept (default n/3: every element draws C =
 3 next steps). Candidates are ranked by Q^pi + alpha * A^mu; a finished one stays in the ranking
@@ -44,7 +36,7 @@ from dataclasses import dataclass
 import torch
 
 from infra.cli import UserError, opt, parse, script
-from infra.runs import mean, read_json
+from infra.runs import check_out, mean, read_json
 from infra.seeds import derive
 from kernels import packed_weights
 from model import pad_right, resolve
@@ -335,7 +327,7 @@ def load_values(cfg, tokenizer, device):
     """Verifiers from the flags -> (values, words that say what was loaded). Refuses what cannot
     mean anything."""
     q = load_verifier(cfg.verifier, tokenizer, device)
-    info = read_json(resolve(cfg.verifier) / "verifier.json")
+    info = read_json(resolve(cfg.verifier, verifier=True) / "verifier.json")
     if info.get("label") == "outcome" and cfg.method == "beam":
         raise UserError(
             f"{cfg.verifier} is an outcome model: it was never asked about an unfinished "
@@ -358,7 +350,8 @@ def load_values(cfg, tokenizer, device):
 
 
 def check(cfg):
-    """-> width. UserError: flags that contradict one another."""
+    """-> width. UserError: flags that contradict one another, an --out that cannot be written."""
+    check_out(cfg.out)
     if not cfg.task:
         raise UserError("--task is missing: steps and answers are a task's")
     if (cfg.greedy or cfg.temperature == 0) and cfg.n > 1:

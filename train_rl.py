@@ -1,9 +1,8 @@
 """Reinforcement learning with outcome rewards and process rewards, one readable loop.
 
-    python train_rl.py --reward pav                       # everything from nothing: 2 minutes on 2
-    cores python train_rl.py --reward pav --model smollm2 --task jsonl --data mawps.jsonl      #
-    open weights python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm
-    # one arm
+    python train_rl.py --reward pav             # everything from nothing: 2 minutes on 2 cores
+    python train_rl.py --reward pav --model smollm2 --task jsonl --data mawps.jsonl
+    python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm       # one arm
 
 The gradient (PAV, Setlur et al. 2024, eq. 5), for step h of a sampled solution:
 
@@ -25,7 +24,7 @@ now.
 
 import copy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -33,21 +32,14 @@ import torch
 from engines import server
 from infra import parallel
 from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
-from infra.runs import (
-    Run,
-    Timer,
-    one_thread_if_tiny,
-    require_finite,
-    setup,
-    with_progress_bar,
-)
+from infra.runs import Run, Timer, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, token_logprobs, token_loss, write_model
 from report.arms import REWARDS
 from report.watch import evaluate, mean_final_value, rollout_logs, summarize
 from rollouts import first_illegal, grades, step_ends
 from sample import generate
-from tasks import TaskFlags, get_task, task_class
+from tasks import TaskFlags, get_task, prepare
 from tasks.context import leave_out_long
 from verifier import load_verifier, step_values
 
@@ -149,9 +141,8 @@ def outcome_advantage(reward, scale="none"):
     """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; "group" also divides by its
     std (floored at 1e-3: a group that agrees must not explode). A group that agrees gives exactly
     0."""
-    centred = (
-        reward - reward[:, :1]
-    )  # first, since the mean of three times 0.7 is not 0.7 in float32
+    # First a difference, since the mean of three times 0.7 is not 0.7 in float32.
+    centred = reward - reward[:, :1]
     centred = centred - centred.mean(1, keepdim=True)
     return centred / reward.std(1, keepdim=True).clamp(min=1e-3) if scale == "group" else centred
 
@@ -291,12 +282,10 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     first_logprob = {}  # the policy's log-probs before the first optimizer step, per micro-batch
     parts = []  # the policy's loss and what the clip silenced, of every chunk of tokens
 
-    def loss_fn(
-        logprob, entropy, advantage, w, old_logprob, ref_logprob
-    ):  # [n] each; a sum over the chunk
-        old_logprob = (
-            logprob.detach() if old_logprob is None else old_logprob
-        )  # the ratio is 1 at first
+    # All [n]; -> the sum over a chunk of tokens.
+    def loss_fn(logprob, entropy, advantage, w, old_logprob, ref_logprob):
+        if old_logprob is None:  # the ratio is 1 at first
+            old_logprob = logprob.detach()
         loss, clip = policy_loss(logprob, old_logprob, advantage, w, cfg.epsilon, cfg.epsilon_high)
         parts.append(torch.stack([loss.detach(), clip]))
         if cfg.entropy_coef:
@@ -334,7 +323,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
                 w,
                 first_logprob.get(i),
                 ref_logprob,
-                length=length,
+                length=length
             )
             timer.mark("logprob")  # and the head's share of the gradient
             parallel.backward(loss, model)
@@ -368,7 +357,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     return logs | {
         "policy_loss": total["policy_loss"],
         "grad_norm": grad_norm,
-        "clip_ratio/region_mean": total["clip"],
+        "clip_ratio/region_mean": total["clip"]
     }
 
 
@@ -395,8 +384,7 @@ def check(cfg):
     """UserError: what cannot work, before any weights are read."""
     if cfg.num_prompts * cfg.num_generations % parallel.size():
         raise UserError(
-            "--num-prompts x --num-generations must be a multiple of the "
-            f"{parallel.size()} processes"
+            f"--num-prompts x --num-generations: no multiple of the {parallel.size()} processes"
         )
     if cfg.reward != "outcome" and not cfg.verifier:
         raise UserError(f"--reward {cfg.reward} needs --verifier (pav.py trains one)")
@@ -454,7 +442,7 @@ def train(cfg, verifier=None):
             seed=derive(cfg.seed, "rl"),
             stop_ids=task.stop_ids(tokenizer),
             sequence_ids=range((step - 1) * B, step * B),
-            engine=engine,
+            engine=engine
         )
         timer.mark("generate")
         # 3. Grade them.
@@ -474,12 +462,8 @@ def train(cfg, verifier=None):
         logs |= update(
             model, reference, run.optimizer, run.params, rollouts, adv, cfg, limit, device, timer
         )
-        batch = dict(
-            tokens=rollouts.tokens,
-            prompt_len=rollouts.prompt_len,
-            length=rollouts.length,
-            advantage=adv,
-        )
+        batch = {k: getattr(rollouts, k) for k in ("tokens", "prompt_len", "length")}
+        batch["advantage"] = adv
         require_finite(run.folder, step, logs["grad_norm"], batch, cfg.learning_rate)
         if engine:
             server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
@@ -507,16 +491,17 @@ def main(argv=None):
     if cfg.reward == "mrt":
         raise UserError("--reward mrt has a loop of its own: python -m papers.mrt")
     if cfg.policy and cfg.run_dir and (cfg.verifier or cfg.reward == "outcome"):
-        arm = Config(**pipeline.fields_of(cfg, Config))  # every stage is given: one arm
-        summary = train(replace(arm, **task_class(cfg.task).smoke["rl"]) if cfg.smoke else arm)
+        cfg = Config(**pipeline.fields_of(cfg, Config))  # every stage is given: one arm
+        cfg = prepare(cfg, "rl", argv, cfg.policy, cfg.verifier)
+        summary = train(cfg)
         print_next_command(
             cfg, ("how often it is right", ["-m", "report.evaluate", "--model", cfg.run_dir])
         )
         return summary
     if parallel.size_asked() > 1 or cfg.rollout_url:
         raise UserError(
-            "torchrun and --rollout-url run one arm: build the stages first (the same command "
-            "without them), then give --policy, --verifier and --run-dir"
+            "torchrun and --rollout-url run one arm: type the same command without them first, "
+            "then give --policy, --verifier and --run-dir"
         )
     return pipeline.run(cfg, {"": (["train_rl.py"], Config)}, argv)
 

@@ -1,8 +1,7 @@
 """Supervised fine-tuning: imitate demonstrations. The first stage of everything.
 
-    python train_sft.py --task planted --run-dir runs/sft                        # tiny model from
-    nothing, CPU, 15 s python train_sft.py --task jsonl --data gsm8k_train.jsonl --model smollm2
-    # open weights
+    python train_sft.py --task planted --run-dir runs/sft                    # tiny, CPU, 15 s
+    python train_sft.py --task jsonl --data gsm8k_train.jsonl --model smollm2     # open weights
 
 The loss is the mean negative log-prob of the completion's tokens, its EOS included, the prompt's
 left out. What is left out of the textbook: packing several examples into one row (rows of a
@@ -22,13 +21,21 @@ from functools import partial
 import torch
 
 from infra import parallel
-from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.cli import (
+    RunConfig,
+    UserError,
+    opt,
+    parse,
+    print_next_command,
+    script,
+    stage_words,
+)
 from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, new_model, pad_right, token_loss, write_model
 from rollouts import grades
 from sample import generate
-from tasks import TaskFlags, get_task
+from tasks import TaskFlags, get_task, prepare, task_class
 from tasks.context import leave_out_long
 
 
@@ -317,26 +324,35 @@ def train(cfg):
     return finish(run, model, tokenizer, task, cfg, logs, examples)
 
 
-def smoke(cfg):
-    """The same road with few steps."""
-    cfg.steps = min(cfg.steps, 20)
-    cfg.num_examples = min(cfg.num_examples, 256)
-    cfg.eval_problems = 32
+def next_commands(cfg):
+    """What to run now, with the settings that the task has for it -> [(what it gives, words)].
+
+    A base that seldom succeeds has a prover from outside; else Best-of-K of the base is the prover
+    (--prover-k among the task's settings)."""
+    task = task_class(cfg.task)
+    run = cfg.run_dir
+    commands = [
+        (
+            "how often it is right on test problems",
+            ["-m", "report.evaluate", "--model", run],
+        )
+    ]
+    pav = ["pav.py", "--policy", run, "--run-dir", f"{run}_verifier"]
+    if task.strengths:
+        strength = f"--strength={task.strengths['prover']:g}"
+        clone = ["train_sft.py", strength, "--run-dir", f"{run}_prover"]
+        clone += stage_words(cfg, task.stages["sft"])
+        commands.append(("a prover, the clone of a better demonstrator", clone))
+        pav += ["--prover", f"{run}_prover"]
+    pav += stage_words(cfg, task.stages["verifier"])
+    return [*commands, ("a verifier of its steps", pav)]
 
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    if cfg.smoke:
-        smoke(cfg)
+    cfg = prepare(cfg, "sft", argv, cfg.model)
     summary = train(cfg)
-    print_next_command(
-        cfg,
-        (
-            "how often it is right on test problems",
-            ["-m", "report.evaluate", "--model", cfg.run_dir],
-        ),
-        ("a verifier of its steps", ["pav.py", "--policy", cfg.run_dir]),
-    )
+    print_next_command(cfg, *next_commands(cfg))
     return summary
 
 

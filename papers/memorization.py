@@ -34,6 +34,7 @@ from infra.seeds import derive
 from model import token_logprobs
 from rollouts import grades
 from sample import generate
+from tasks import smoked
 from tasks.context import leave_out_long
 from train_sft import (
     SFTFlags,
@@ -45,7 +46,6 @@ from train_sft import (
     open_sft_run,
     resume,
     sft_batch,
-    smoke,
     start_model,
     train_step,
 )
@@ -224,9 +224,8 @@ def train(cfg):
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__)
+    cfg = smoked(parse(Config, argv, __doc__), "sft")
     if cfg.smoke:
-        smoke(cfg)
         cfg.snapshots = 2
     summary = train(cfg)
     print_next_command(cfg, ("how often it is right on test problems", ["-m", "report.evaluate", "--model", cfg.run_dir]))

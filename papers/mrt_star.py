@@ -23,7 +23,7 @@ from model import load_model, load_weights, write_model
 from papers.mrt import MRTFlags, answer_now, episode_ends, pooled, prefixes, value_table
 from rollouts import distinct, grades
 from sample import generate
-from tasks import TaskFlags, get_task
+from tasks import TaskFlags, adopt_task, get_task
 from tasks.context import leave_out_long
 from train_sft import adamw, sft_step
 
@@ -204,6 +204,7 @@ def train(cfg):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
+    adopt_task(cfg, cfg.policy)
     if cfg.smoke:
         cfg.rounds, cfg.num_prompts, cfg.num_generations, cfg.steps, cfg.eval_problems = min(cfg.rounds, 1), 8, 4, 2, 16
     summary = train(cfg)

@@ -22,6 +22,7 @@ from infra.seeds import derive
 from model import load_model
 from rollouts import Rollouts, grades, shards, stack
 from sample import generate
+from tasks import adopt_task, smoked
 from tasks.context import leave_out_long
 from train_sft import (
     SFTFlags,
@@ -32,7 +33,6 @@ from train_sft import (
     log_and_save,
     open_sft_run,
     resume,
-    smoke,
     start_model,
     train_step,
 )
@@ -161,9 +161,9 @@ def train(cfg):
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__)
+    cfg = smoked(parse(Config, argv, __doc__), "sft")
+    adopt_task(cfg, cfg.policy)
     if cfg.smoke:
-        smoke(cfg)
         cfg.num_generations = 4
     summary = train(cfg)
     print_next_command(cfg, ("how often it is right on test problems", ["-m", "report.evaluate", "--model", cfg.run_dir]))

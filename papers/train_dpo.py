@@ -38,7 +38,7 @@ from model import load_model, load_weights, pad_right, token_logprobs, write_mod
 from papers.rft import count, keep_correct, sample_solutions
 from rollouts import continue_and_grade, distinct, pass_at_k, shards, step_ends, write_tensors
 from sample import generate
-from tasks import TaskFlags, get_task
+from tasks import TaskFlags, adopt_task, get_task
 from tasks.context import leave_out_long
 from train_sft import accuracy, adamw, encode_solution, first_problems, strength_of
 
@@ -382,6 +382,7 @@ def train(cfg):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
+    adopt_task(cfg, cfg.policy)
     if cfg.smoke:
         cfg.num_generations, cfg.n_mc, cfg.epochs, cfg.eval_problems = 8, max(2, cfg.best_of_k), 1, 32
         cfg.num_problems = min(cfg.num_problems or 32, 32)

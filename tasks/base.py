@@ -31,6 +31,7 @@ class Task:
     """
 
     max_new_tokens: int  # tokens a completion may have, EOS included
+    hides_by_seed = False  # True: --task-seed decides what is asked for
     needs_model = False  # True: tokenizer() is None, the model brings one
     strengths = None  # {base, prover, strong} of the scripted demonstrator; None: there is none
     ends_with_eos = True  # demonstrations are trained with an EOS behind them
@@ -44,13 +45,13 @@ class Task:
     # docs/log.md. long: the arm outcome-long runs this many times the steps.
     stages = dict(
         sft=dict(steps=600, num_examples=20000),
-        verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
+        verifier=dict(num_problems=20000, epochs=3),
         rl=dict(num_prompts=16, num_generations=8),
         long=5,
     )
     smoke = dict(  # what --smoke puts on top: does it run?
-        sft=dict(steps=20, num_examples=256),
-        verifier=dict(num_problems=64, epochs=1),
+        sft=dict(steps=20, num_examples=256, eval_problems=32),
+        verifier=dict(num_problems=64, epochs=1, eval_problems=16, eval_mc=4),
         rl=dict(steps=3, eval_steps=1, eval_problems=32),
     )
 

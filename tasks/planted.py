@@ -47,13 +47,14 @@ class Planted(Task):
     generalises.
     """
 
+    hides_by_seed = True
     strengths = dict(base=5.0, prover=16.0, strong=1000.0)
     ends_with_eos = False
     random_demonstrations = True
     step_tokens = 1
     stages = dict(
         sft=dict(steps=400, num_examples=6000),
-        verifier=dict(num_problems=40000, n_cov=1, cuts=1, n_mc=1, epochs=6),
+        verifier=dict(num_problems=40000),
         rl=dict(num_prompts=4, num_generations=32),  # outcome-only needs large groups
         long=5,
     )
