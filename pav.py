@@ -42,6 +42,7 @@ from infra.cli import (
     opt,
     parse,
     print_next_command,
+    run_folder,
     script,
     stage_words,
 )
@@ -383,7 +384,7 @@ def load_prover(cfg, base, tokenizer, device):
 def train(cfg):
     """Collect, fit, judge; leaves a verifier in --run-dir. Resumes by itself. -> summary."""
     device = setup(cfg.device, cfg.threads)
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/verifier"
+    cfg.run_dir = run_folder(cfg, "verifier")
     task = get_task(cfg)
     check(cfg, task)
     run = Run(cfg)

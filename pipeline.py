@@ -29,6 +29,7 @@ from infra.cli import (
     flags,
     opt,
     print_next_command,
+    run_folder,
     typed,
     what_this_is,
 )
@@ -147,7 +148,7 @@ def plan(cfg, scripts, given):
     """
     task = get_task(cfg)
     settings = stage_settings(cfg, task, given)
-    root = Path(cfg.run_dir or f"runs/{cfg.task}{'-smoke' if cfg.smoke else ''}")
+    root = Path(run_folder(cfg))
     threads = cfg.threads or (0 if cfg.model else 1)
     jobs = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):

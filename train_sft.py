@@ -27,6 +27,7 @@ from infra.cli import (
     opt,
     parse,
     print_next_command,
+    run_folder,
     script,
     stage_words,
 )
@@ -301,7 +302,7 @@ def finish(run, model, tokenizer, task, cfg, logs, examples, name="sft", **count
 
 def train(cfg):
     """Demonstrations of the task -> a checkpoint in --run-dir. Resumes by itself. -> summary."""
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/sft"
+    cfg.run_dir = run_folder(cfg, "sft")
     device, task, run = open_sft_run(cfg)
     if run.summary:
         return run.summary

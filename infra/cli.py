@@ -229,6 +229,12 @@ def command_line(words):
     return f"python {shlex.join([str(ROOT / words[0]), *words[1:]])}"
 
 
+def run_folder(cfg, name=""):
+    """--run-dir, or where a run of that name goes: runs/TASK/NAME. What --smoke makes has a place of its own, so that the
+    real command can follow it."""
+    return cfg.run_dir or str(Path("runs") / f"{cfg.task}{'-smoke' if cfg.smoke else ''}" / name)
+
+
 def what_this_is(doc, *commands):
     """The main of a file that holds parts of other scripts: the first sentence of its header, and what to type instead."""
     lines = doc.strip().split("\n\n")[0].split()

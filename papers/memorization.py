@@ -28,7 +28,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from infra import parallel
-from infra.cli import UserError, opt, parse, print_next_command, script
+from infra.cli import UserError, opt, parse, print_next_command, run_folder, script
 from infra.runs import by_step, one_thread_if_tiny, with_progress_bar
 from infra.seeds import derive
 from model import token_logprobs
@@ -196,7 +196,7 @@ def curated(cfg, task):
 
 def train(cfg):
     """SFT with --snapshots measurements on its way, in --run-dir/memorization/. Resumes by itself. -> summary."""
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/memorization"
+    cfg.run_dir = run_folder(cfg, "memorization")
     device, task, run = open_sft_run(cfg)
     if run.summary:
         return run.summary

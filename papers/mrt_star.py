@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.cli import RunConfig, UserError, opt, parse, print_next_command, run_folder, script
 from infra.runs import Run, mean, one_thread_if_tiny, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, write_model
@@ -174,7 +174,7 @@ def train(cfg):
     task = get_task(cfg)
     if not cfg.policy:
         raise UserError("--policy is missing: give the folder of the policy to start from (train_sft.py makes one)")
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/{'star' if cfg.rounds else 'measure'}"
+    cfg.run_dir = run_folder(cfg, "star" if cfg.rounds else "measure")
     run = Run(cfg)
     if run.summary:
         return run.summary

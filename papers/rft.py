@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from infra.cli import UserError, opt, parse, print_next_command, script
+from infra.cli import UserError, opt, parse, print_next_command, run_folder, script
 from infra.runs import one_thread_if_tiny, with_progress_bar
 from infra.seeds import derive
 from model import load_model
@@ -142,7 +142,7 @@ def train(cfg):
     """Sample, keep, imitate -> a checkpoint in --run-dir. Resumes by itself. -> summary."""
     if not cfg.policy:
         raise UserError("--policy is missing: give the folder of the policy that is to be sampled (train_sft.py makes one)")
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/rft"
+    cfg.run_dir = run_folder(cfg, "rft")
     device, task, run = open_sft_run(cfg)
     if run.summary:
         return run.summary

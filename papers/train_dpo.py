@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.cli import RunConfig, UserError, opt, parse, print_next_command, run_folder, script
 from infra.runs import Run, mean, one_thread_if_tiny, read_json, require_finite, setup, with_progress_bar, write_json
 from infra.seeds import derive, shuffled
 from model import load_model, load_weights, pad_right, token_logprobs, write_model
@@ -333,7 +333,7 @@ def check(cfg, task):
 def train(cfg):
     """Sample, value, cut, pair, train -> a checkpoint in --run-dir. Resumes by itself. -> summary."""
     device = setup(cfg.device, cfg.threads)
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/dpo"
+    cfg.run_dir = run_folder(cfg, "dpo")
     task = get_task(cfg)
     check(cfg, task)
     run = Run(cfg, ignore=("run_dir", "device", "logging_steps"))
