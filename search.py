@@ -36,11 +36,11 @@ from dataclasses import dataclass
 import torch
 
 from infra.cli import UserError, opt, parse, script
-from infra.runs import check_out, mean, read_json
+from infra.runs import mean, read_json
 from infra.seeds import derive
 from kernels import packed_weights
 from model import pad_right, resolve
-from report.show import write_rows
+from report.solutions import check_file, write_rows
 from report.statistics import interval, vote
 from rollouts import pass_at_k
 from sample import SampleFlags, generate, start
@@ -350,8 +350,8 @@ def load_values(cfg, tokenizer, device):
 
 
 def check(cfg):
-    """-> width. UserError: flags that contradict one another, an --out that cannot be written."""
-    check_out(cfg.out)
+    """-> width. UserError: flags that contradict one another, an --out that is a folder."""
+    check_file(cfg.out)
     if not cfg.task:
         raise UserError("--task is missing: steps and answers are a task's")
     if (cfg.greedy or cfg.temperature == 0) and cfg.n > 1:

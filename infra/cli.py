@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from infra import parallel
 
 ROOT = Path(__file__).resolve().parent.parent  # where the scripts lie
+STAGE = "NANOPAV_STAGE"  # set in the environment of a pipeline's stages: a stage never plans stages
 
 
 class UserError(ValueError):
@@ -128,7 +129,23 @@ def parse(cls, argv=None, description=None):
                                metavar=None if m["choices"] else METAVAR[kind])
     cfg = cls(**vars(parser.parse_args(argv)))
     check_bounds(cfg)
+    check_places(cfg)
     return cfg
+
+
+def check_places(cfg):
+    """UserError where --out or --run-dir could not be written: before the work, not after it."""
+    for name in ("out", "run_dir"):
+        path = getattr(cfg, name, "")
+        place = Path(path or ".").absolute()
+        flag = f"--{name.replace('_', '-')} {path}"
+        if name == "run_dir" and place.is_file():
+            raise UserError(f"{flag} is a file; give a folder")
+        above = next(p for p in (place, *place.parents) if p.exists())
+        if above != place and not above.is_dir():
+            raise UserError(f"{flag}: {above} is a file; give another place")
+        if not os.access(above, os.W_OK):
+            raise UserError(f"{flag}: {above} cannot be written; give another place")
 
 
 def check_bounds(cfg):
@@ -239,9 +256,6 @@ def what_this_is(doc, *commands):
     """The main of a file that holds parts of other scripts: the first sentence of its header, and what to type instead."""
     lines = doc.strip().split("\n\n")[0].split()
     print(f"{' '.join(lines)}\nNothing to run here; instead: {'; '.join(commands)}")
-
-
-STAGE = "NANOPAV_STAGE"  # set in the environment of a pipeline's stages: a stage never plans stages
 
 
 def script(main):

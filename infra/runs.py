@@ -106,18 +106,6 @@ def make_folder(folder):
         raise UserError(f"the folder {folder} cannot be made ({e.strerror}); give another place") from None
 
 
-def check_out(path):
-    """Before the work whose results go to the file path: make its folder. UserError: it could not be written there."""
-    if not path or parallel.rank():
-        return
-    path = Path(path)
-    make_folder(path.parent)
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder; give the name of a file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--out {path} cannot be written; give another place")
-
-
 def lock_folder(folder):
     """Lock a folder for this process -> the lock's open file, to be held. UserError: another process has it."""
     make_folder(folder)

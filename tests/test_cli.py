@@ -292,13 +292,14 @@ def test_results_have_a_place_before_they_are_computed(refuse, policy, tmp_path,
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     monkeypatch.setattr("sample.generate", lambda *args, **options: pytest.fail("sampled first"))
-    for script in ("search", "report.show"):
-        given = [script, "--task", "planted", "--model", policy, "--verifier", "v", "--n", "3"]
-        refuse("file cannot be made", *given, "--out", "file/x.jsonl")
+    for script in ("search", "report.show", "report.evaluate"):
+        verifier = [] if script == "report.evaluate" else ["--verifier", "v"]
+        given = [script, "--task", "planted", "--model", policy, *verifier, "--n", "3"]
+        refuse("--out file/x.jsonl: .*file is a file", *given, "--out", "file/x.jsonl")
         refuse("folder is a folder", *given, "--out", "folder")
-    refuse("file cannot be made", "report.evaluate", "--task", "planted", "--model", policy, "--out", "file/x.jsonl")
-    refuse("file cannot be made", "train_rl", "--run-dir", "file")
-    refuse("file cannot be made", "train_sft", "--run-dir", "file/run")
+    refuse("--run-dir file is a file", "train_rl", "--run-dir", "file")
+    refuse("--run-dir file/run: .*file is a file", "train_sft", "--run-dir", "file/run")
+    refuse("--out file/x: .*file is a file", "experiments.breaks", "--out", "file/x")
 
 
 def test_samples_that_cannot_differ_are_refused(refuse, policy):
