@@ -289,7 +289,6 @@ def check(cfg):
 
 def run_plan(root, jobs, workers):
     """Run the jobs that are missing below root, at most `workers` side by side; then the report."""
-    root.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(root)  # noqa: F841 (held until the end)
     complete = {job.label for job in jobs if job.done()}
     for job in jobs:

@@ -1,11 +1,11 @@
 """Search at test time: spend more tokens on a problem, and let verifiers say which of them were
 well spent.
 
-    python train_sft.py --task-args length=4 --run-dir runs/p4/sft                   # the policy
-    python pav.py --policy runs/p4/sft --num-problems 20000 --run-dir runs/p4/q      # Q^pi
-    python pav.py --policy runs/p4/sft --num-problems 20000 --label outcome --run-dir runs/p4/orm
-    python search.py --task planted --model runs/p4/sft --verifier runs/p4/q --prover-k 4 --n 12
-    python search.py --task planted --model runs/p4/sft --verifier runs/p4/orm --method best-of-n
+    python train_sft.py --task-args length=4 --run-dir runs/sft4                   # the policy
+    python pav.py --policy runs/sft4 --num-problems 20000 --run-dir runs/q4      # Q^pi
+    python pav.py --policy runs/sft4 --num-problems 20000 --label outcome --run-dir runs/orm4
+    python search.py --task planted --model runs/sft4 --verifier runs/q4 --prover-k 4 --n 12
+    python search.py --task planted --model runs/sft4 --verifier runs/orm4 --method best-of-n --n 12
     python search.py --task jsonl --data q.jsonl --model smollm2 --verifier runs/q --n 12
 
 The three verifiers (PAV, arXiv 2410.08146, sections 4 and 5; pav.py trains each):

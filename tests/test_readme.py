@@ -88,7 +88,7 @@ def test_every_command_of_readme_runs(tree):
                 typed.append((command, run(tree, smoke_of(command))))
     assert examples == 2 and len(typed) == 5, typed
     printed = dict(typed)
-    assert "right" in printed[next(c for c in printed if "report.show" in c)]
+    assert "(answer: " in printed[next(c for c in printed if "report.show" in c)]
     assert "accuracy" in printed[next(c for c in printed if "search.py" in c)]
     for task in ("planted", "sums"):
         assert (tree / f"runs/{task}-smoke/report.html").exists() and (tree / f"runs/{task}-smoke/curves.png").exists()
