@@ -59,11 +59,18 @@ class Task:
 
     @classmethod
     def from_config(cls, cfg, **options):
-        """The task that the flags describe (tasks.TaskFlags, and seed); options go to the class.
-        UserError: --data for a task that reads none, a KEY of --task-args that it does not have."""
+        """The task that the flags describe (tasks.TaskFlags, and seed); options go to the class."""
+        return cls(**(cls.args_of(cfg) | options))
+
+    @classmethod
+    def args_of(cls, cfg):
+        """--task-args -> {KEY: value}, the defaults among them. UserError: a KEY that the class does
+        not have; --data for a task that reads none."""
         if cfg.data:
-            raise UserError(f"--task {cfg.task} reads no files: leave out --data, or give --task jsonl")
-        return cls(**(key_values(cfg.task_args, cls.args, "--task-args") | options))
+            raise UserError(
+                f"--task {cfg.task} reads no files: leave out --data, or give --task jsonl"
+            )
+        return key_values(cfg.task_args, cls.args, "--task-args")
 
     # ----------------------------------------------------------------------------------------------
     # What every task must give.

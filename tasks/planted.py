@@ -8,9 +8,8 @@ import functools
 import itertools
 import random
 import string
-from dataclasses import replace
 
-from infra.cli import UserError, key_values
+from infra.cli import UserError
 from tasks.base import Problem, Task, task_seed
 
 
@@ -76,11 +75,11 @@ class Planted(Task):
 
     @classmethod
     def from_config(cls, cfg, **options):
-        args = key_values(cfg.task_args, cls.args, "--task-args")
+        args = cls.args_of(cfg)
         if not 1 <= args["prompts"] <= 26 or not 1 <= args["length"] <= 12:
             raise UserError("--task-args: prompts is 1 to 26 and length 1 to 12")
         flags = dict(seed=task_seed(cfg), prompts=args["prompts"], planted=args["length"])
-        return super().from_config(replace(cfg, task_args=[]), **(flags | options))
+        return cls(**(flags | options))
 
     def tokenizer(self):
         from open_weights.tokenizer import alphabet_tokenizer
