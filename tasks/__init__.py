@@ -83,6 +83,9 @@ def adopt_task(cfg, *runs):
     """
     for run in filter(None, runs):
         recorded = recorded_settings(run)
+        made_for = recorded.get("task", cfg.task)
+        if made_for in TASKS and made_for != cfg.task and not task_class(made_for).needs_model:
+            print(f"note: {run} was made for --task {made_for}", file=sys.stderr)
         if recorded.get("task") != cfg.task or task_class(cfg.task).needs_model:
             continue
         for name, value in hidden_by(cfg.task, recorded).items():

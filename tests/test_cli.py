@@ -339,7 +339,9 @@ def test_the_task_of_a_given_policy_is_taken_over(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "note: --task-seed=3 is taken from" in err and "note: --task-args length=4 is taken from" in err
     adopt_task(Config(seed=3, task_args=["length=4"]), policy)
+    assert capsys.readouterr().err == ""
     adopt_task(Config(task="countdown", seed=1), policy)
+    assert "was made for --task planted" in capsys.readouterr().err
     adopt_task(Config(seed=1), "", "smollm2", str(tmp_path / "nowhere"))
     assert capsys.readouterr().err == ""
     cfg = Config(task_seed=0, task_args=["length=4"])
