@@ -77,6 +77,24 @@ def test_help_lists_every_flag(monkeypatch, capsys, script):
     assert command(script) in out and "%%" not in out  # the commands of the header are there
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_of_a_header_parse(script):
+    """One a line, as --help shows them, and each with flags that exist."""
+    import pipeline
+
+    doc = importlib.import_module(script).__doc__
+    assert " python " not in doc.replace("\n    python ", "")
+    commands = [line for line in doc.replace("\\\n", " ").splitlines() if line.startswith("    python ")]
+    assert commands
+    for line in commands:
+        words = shlex.split(line, comments=True)[1:]
+        name, argv = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+        module = importlib.import_module(name)
+        if hasattr(module, "Config"):
+            config = pipeline.with_flags(module.Config) if name in ("train_rl", "papers.mrt") else module.Config
+            cli.parse(config, argv)
+
+
 def test_report_explains_itself(monkeypatch, capsys, refuse):
     code, out, err = call(monkeypatch, capsys, "report.__main__", "--help")
     assert code == 0 and "python -m report" in out
