@@ -23,29 +23,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from infra.cli import UserError
+from infra.cli import UserError, what_this_is
 from infra.seeds import generator
 from kernels import Linear, linear_logprob, linear_logprob_loss
+from kernels.attention import repeats_keys
 from kernels.pointwise import apply_rotary, gated_gelu, gated_silu, rope_tables
 from open_weights.families import Config
-from open_weights.files import load_weights, resolve, save_model, write_model
+from open_weights.files import load_weights, resolve, save_model, write_model  # noqa: F401
 from open_weights.load import load_tokenizer
-
-__all__ = [
-    "Config",
-    "KVCache",
-    "Transformer",
-    "init_weights",
-    "load_model",
-    "load_weights",
-    "pad_right",
-    "resolve",
-    "save_model",
-    "token_logprobs",
-    "token_loss",
-    "write_model",
-]
-
 
 class KVCache:
     """Keys and values of `rows` sequences side by side, [L, rows, K, max_len, head_dim] each.
@@ -187,8 +172,8 @@ class Transformer(nn.Module):
         B = tokens.shape[0]
         K, d, room = cache.k.shape[2], cache.k.shape[4], cache.k.shape[3]
         cos, sin = self._rope_tables(longest + 1, tokens.device)
-        first = torch.arange(B * K, device=tokens.device) * room  # in a layer's [R*K*max_len,d]
-        place = first + length.repeat_interleave(K)
+        place = torch.arange(B * K, device=tokens.device) * room  # in a layer's [R*K*max_len,d]
+        place += length.repeat_interleave(K)
         visible = near = None  # equal lengths see all of what there is
         window = self.cfg.sliding_window
         if window is not None or bool((length < longest).any()):
@@ -253,13 +238,6 @@ def attention_options(cfg):
     scale = None if cfg.query_pre_attn_scalar is None else cfg.query_pre_attn_scalar**-0.5
     options = dict(scale=scale, softcap=cfg.attn_logit_softcapping)
     return {name: value for name, value in options.items() if value is not None}
-
-
-def repeats_keys(q):
-    """float32 on CUDA: PyTorch's fused kernels share a key head among query heads in 16 bits only.
-    Asked with enable_gqa in float32, it silently takes the one that stores all scores [B,H,T,T] for
-    backward."""
-    return q.is_cuda and q.dtype == torch.float32
 
 
 def causal_attention(q, k, v, window=None, scale=None, softcap=None):
@@ -420,10 +398,10 @@ def new_model(vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_hea
     return init_weights(Transformer(shape), generator(seed, "init"))
 
 
-def load_model(name_or_dir, device="cpu", dtype=torch.float32):
+def load_model(name_or_dir, device="cpu", dtype=torch.float32, verifier=False):
     """(model, tokenizer) from a transformers-style folder, a run directory, "smollm2" or a hub id
-    (weights.py)."""
-    folder = resolve(str(name_or_dir))
+    (open_weights/files.py). verifier: the folder is one's, whose backbone is wanted."""
+    folder = resolve(str(name_or_dir), verifier)
     cfg = Config.from_json(folder / "config.json")
     tokenizer = load_tokenizer(folder)
     if tokenizer.n_vocab > cfg.vocab_size:
@@ -436,3 +414,7 @@ def load_model(name_or_dir, device="cpu", dtype=torch.float32):
         model = Transformer(cfg).to(dtype)
     load_weights(model, folder, device)
     return model, tokenizer
+
+
+if __name__ == "__main__":
+    what_this_is(__doc__, "python train_sft.py", "python sample.py --model DIR --prompt TEXT")

@@ -1,6 +1,6 @@
 """Train a verifier: what is this solution worth so far, and did the last step make progress?
 
-    python pav.py --task planted --policy runs/sft --prover runs/prover       # CPU, about a minute
+    python pav.py --policy runs/sft --prover runs/prover --num-problems 40000     # CPU, a minute
     python pav.py --task jsonl --data train.jsonl --policy runs/sft --prover base --prover-k 4
     python pav.py --task jsonl --data train.jsonl --policy runs/sft --labels prm800k.jsonl
 
@@ -41,15 +41,24 @@ import torch
 import torch.nn.functional as F
 
 from infra import parallel
-from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.cli import (
+    RunConfig,
+    UserError,
+    opt,
+    parse,
+    print_next_command,
+    run_folder,
+    script,
+    stage_words,
+)
 from infra.optimizer import optimizer_for
 from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import derive, shuffled
 from model import load_model, load_weights
-from report.judge import judge, judge_labels
+from report.judge import judge, judge_labels, shortcomings
 from rollouts import continue_and_grade, grades, labelled_solutions, shards, stack, step_ends
 from sample import generate
-from tasks import TaskFlags, get_task
+from tasks import TaskFlags, get_task, prepare, task_class
 from tasks.base import split_of
 from tasks.context import leave_out_long
 from tasks.files import read_labelled
@@ -404,7 +413,7 @@ def load_prover(cfg, base, tokenizer, device):
 def train(cfg):
     """Collect, fit, judge; leaves a verifier in --run-dir. Resumes by itself. -> summary."""
     device = setup(cfg.device, cfg.threads)
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/verifier"
+    cfg.run_dir = run_folder(cfg, "verifier")
     task = get_task(cfg)
     check(cfg, task)
     run = Run(cfg)
@@ -455,26 +464,21 @@ def train(cfg):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    if cfg.smoke:
-        cfg.num_problems, cfg.epochs, cfg.eval_problems, cfg.eval_mc = 64, 1, 16, 4
+    cfg = prepare(cfg, "verifier", argv, cfg.policy, cfg.prover)
     summary = train(cfg)
+    weak = shortcomings(cfg, summary)
+    for line in weak:
+        print(f"warning: {line}")
     reward, method = ("orm", "best-of-n") if cfg.label == "outcome" else ("pav", "beam")
-    rl = ["train_rl.py", "--reward", reward, "--policy", cfg.policy, "--verifier", cfg.run_dir]
-    print_next_command(cfg, ("RL that it pays for", [*rl, "--run-dir", f"{cfg.run_dir}_rl"]))
-    of_policy = cfg.prover == "base" and not cfg.labels
-    if cfg.label == "outcome" or of_policy:  # a search ranks by Q of the policy itself
-        search = [
-            "search.py",
-            "--method",
-            method,
-            "--model",
-            cfg.policy,
-            "--verifier",
-            cfg.run_dir,
-            "--n",
-            12,
-        ]
-        print_next_command(cfg, ("search with it", search))
+    given = ["--policy", cfg.policy, "--verifier", cfg.run_dir, "--run-dir", f"{cfg.run_dir}_rl"]
+    given += stage_words(cfg, task_class(cfg.task).stages["rl"])
+    if cfg.smoke or not weak:
+        rl = ["train_rl.py", "--reward", reward, *given]
+        print_next_command(cfg, ("RL that it pays for", rl))
+    # A search ranks by Q of the policy itself.
+    if cfg.label == "outcome" or cfg.prover == "base" and not cfg.labels:
+        search = ["search.py", "--method", method, "--model", cfg.policy, "--n", 12]
+        print_next_command(cfg, ("search with it", [*search, "--verifier", cfg.run_dir]))
     return summary
 
 

@@ -11,7 +11,6 @@ plan() makes the jobs, run_jobs() runs those that are missing, report draws what
 import dataclasses
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -21,13 +20,22 @@ from pathlib import Path
 import pav
 import report.__main__ as report
 import train_sft
-from infra.cli import UserError, flags, opt, print_next_command
-from infra.runs import different_settings, lock_folder, read_json, write_json
+from infra.cli import (
+    ROOT,
+    STAGE,
+    UserError,
+    command_line,
+    flags,
+    opt,
+    print_next_command,
+    run_folder,
+    typed,
+    what_this_is,
+)
+from infra.runs import choose_device, different_settings, lock_folder, read_json, write_json
+from model import resolve
 from report.arms import ARMS
-from tasks import TaskFlags, get_task
-
-ROOT = Path(__file__).parent
-STAGE = "NANOPAV_STAGE"  # set in a stage's environment: a stage never plans stages
+from tasks import TaskFlags, adopt_task, get_task
 
 
 @dataclass
@@ -62,11 +70,6 @@ def fields_of(cfg, cls):
     """The settings that cfg and the config class cls share, as a dict."""
     shared = {f.name for f in dataclasses.fields(cfg)} & {f.name for f in dataclasses.fields(cls)}
     return {name: getattr(cfg, name) for name in shared}
-
-
-def typed(argv):
-    """The names of the flags on a command line."""
-    return {a.split("=")[0][2:].replace("-", "_") for a in argv if a.startswith("--")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ def plan(cfg, scripts, given):
     """
     task = get_task(cfg)
     settings = stage_settings(cfg, task, given)
-    root = Path(cfg.run_dir or f"runs/{cfg.task}{'-smoke' if cfg.smoke else ''}")
+    root = Path(run_folder(cfg))
     threads = cfg.threads or (0 if cfg.model else 1)
     jobs = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
@@ -255,9 +258,9 @@ def run(cfg, scripts, argv):
     if STAGE in os.environ:
         raise UserError(
             "a stage of a pipeline lacks --policy, --verifier or --run-dir; report/arms.py says "
-            "what each arm "
-            "is paid by"
+            "what each arm is paid by"
         )
+    adopt_task(cfg, cfg.policy, cfg.verifier)
     check(cfg)
     root, jobs = plan(cfg, scripts, typed(argv))
     run_plan(root, jobs, cfg.workers or (1 if cfg.model else max(1, os.cpu_count() or 1)))
@@ -269,7 +272,9 @@ def run(cfg, scripts, argv):
 
 
 def check(cfg):
-    """UserError: what is wrong with the task or its data, before any stage is built."""
+    """UserError: what is wrong with the device, the task, its data or the runs that are given,
+    before any stage is built."""
+    choose_device(cfg.device, cfg.threads)
     task = get_task(cfg)
     if task.needs_model and not cfg.model and not cfg.policy:
         raise UserError(
@@ -277,11 +282,14 @@ def check(cfg):
         )
     for split in ("train", "val", cfg.eval_split):
         task.problems(split, 1, 0)
+    if cfg.policy:
+        resolve(cfg.policy)
+    if getattr(cfg, "verifier", "") not in ("", "constant"):
+        resolve(cfg.verifier, verifier=True)
 
 
 def run_plan(root, jobs, workers):
     """Run the jobs that are missing below root, at most `workers` side by side; then the report."""
-    root.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(root)  # noqa: F841 (held until the end)
     complete = {job.label for job in jobs if job.done()}
     for job in jobs:
@@ -324,7 +332,7 @@ def write_commands(root, jobs):
     commands = read_json(path) if path.exists() else {}
     commands |= {job.label: job.command() for job in jobs}
     write_json(path, commands)
-    lines = [f"python {shlex.join(command)}\n" for command in commands.values()]
+    lines = [f"{command_line(command)}\n" for command in commands.values()]
     (root / "commands.txt").write_text("".join(lines))
 
 
@@ -400,5 +408,10 @@ def last_line(path):
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4000))
         lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    lines = [line.strip() for line in lines if not line.startswith(("next, ", "  python "))]
+    lines = [line for line in lines if not line.startswith(("next, ", "note: ", "warning: "))]
+    lines = [line.strip() for line in lines if " python " not in line]
     return lines[-1] if lines else "starting"
+
+
+if __name__ == "__main__":
+    what_this_is(__doc__, "python train_rl.py --reward pav", "bash speedrun.sh")

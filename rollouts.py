@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from infra import parallel
-from infra.cli import UserError
+from infra.cli import UserError, what_this_is
 from infra.runs import mean, with_progress_bar
 from model import pad_right
 from tasks.base import Problem
@@ -240,3 +240,7 @@ def stack(parts, last=None):
     """2-D tensors of different widths -> one; see widen."""
     width = max(part.shape[1] for part in parts)
     return torch.cat([widen(part, width, last) for part in parts])
+
+
+if __name__ == "__main__":
+    what_this_is(__doc__, "python sample.py --task planted --model DIR")

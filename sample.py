@@ -34,7 +34,7 @@ from infra.runs import mean, one_thread_if_tiny, setup, with_progress_bar
 from kernels import packed_weights, philox_uniform
 from model import KVCache, load_model, new_model
 from rollouts import Rollouts, pass_at_k, widen
-from tasks import TASKS, TaskFlags, get_task
+from tasks import TASKS, TaskFlags, adopt_task, get_task
 from tasks.context import leave_out_long
 
 COLDEST = 1e-30  # below, the likeliest token is drawn: logits divided by less overflow in float32
@@ -297,7 +297,9 @@ class Config(SampleFlags):
 def start(cfg):
     """SampleFlags -> task (None: --prompt), model, tokenizer, the options of generate(). Fails
     before weights are read where the data is wrong."""
+    temperature_of(cfg)
     device = setup(cfg.device, cfg.threads)
+    adopt_task(cfg, cfg.model, getattr(cfg, "verifier", ""))
     task = get_task(cfg) if cfg.task else None
     if task:
         task.problems(cfg.split, 1)
@@ -308,11 +310,28 @@ def start(cfg):
     return task, model, tokenizer, sampling_options(cfg, task, tokenizer)
 
 
+def temperature_of(cfg):
+    """What --temperature and --greedy ask for. UserError: a negative one, or samples that would be
+    all the same."""
+    temperature = cfg.temperature
+    if temperature < 0 and temperature != -1:
+        raise UserError(f"--temperature must be at least 0, got {temperature:g}")
+    if temperature == -1:
+        temperature = 1.0 if cfg.task else 0.0
+    if cfg.greedy:
+        temperature = 0.0
+    if temperature == 0 and cfg.n > 1:
+        raise UserError(
+            f"--n {cfg.n} samples at temperature 0 are all the same: give --temperature 0.7, or "
+            "leave out --n"
+        )
+    return temperature
+
+
 def sampling_options(cfg, task, tokenizer):
     """The options of generate() that the flags ask for; max_new_tokens among them."""
-    temperature = cfg.temperature if cfg.temperature >= 0 else (1.0 if task else 0.0)
     return dict(
-        temperature=0.0 if cfg.greedy else temperature,
+        temperature=temperature_of(cfg),
         max_new_tokens=cfg.max_new_tokens or (task.max_new_tokens if task else 256),
         seed=cfg.seed,
         stop_ids=task.stop_ids(tokenizer) if task else tokenizer.eos_ids,

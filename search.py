@@ -1,13 +1,14 @@
 """Search at test time: spend more tokens on a problem, and let verifiers say which were well spent.
 
-    T="--task planted --task-args length=4"
-    python train_sft.py $T --run-dir runs/p4/sft                               # the policy, 15 s
-    python pav.py $T --policy runs/p4/sft --num-problems 20000 --run-dir runs/p4/q         # Q^pi
-    python pav.py $T --policy runs/p4/sft --num-problems 20000 --label outcome --run-dir runs/p4/orm
-    python search.py $T --model runs/p4/sft --method beam --n 12 --verifier runs/p4/q --prover-k 4
-    python search.py $T --model runs/p4/sft --method best-of-n --n 12 --verifier runs/p4/orm
+    python train_sft.py --task-args length=4 --run-dir runs/sft4                   # the policy
+    python pav.py --policy runs/sft4 --num-problems 20000 --run-dir runs/q4      # Q^pi
+    python pav.py --policy runs/sft4 --num-problems 20000 --label outcome --run-dir runs/orm4
+    python search.py --task planted --model runs/sft4 --verifier runs/q4 --prover-k 4 --n 12
+    python search.py --task planted --model runs/sft4 --verifier runs/orm4 --method best-of-n --n 12
+    python search.py --task jsonl --data q.jsonl --model smollm2 --verifier runs/q --n 12
 
 The three verifiers (PAV, arXiv 2410.08146, sections 4 and 5; pav.py trains each):
+
     --verifier         Q^pi of the policy that is searched (`--label q --prover base`); for
                        best-of-n also an ORM (`--label outcome`: it knows finished solutions only)
     --prover-k K       A^mu of the Best-of-K prover comes from the same Q^pi, as 1 - (1-Q)^K
@@ -38,7 +39,7 @@ from infra.runs import mean, read_json, with_progress_bar
 from infra.seeds import derive
 from kernels import packed_weights
 from model import pad_right, resolve
-from report.show import write_rows
+from report.solutions import check_file, write_rows
 from report.statistics import interval, vote
 from rollouts import pass_at_k
 from sample import SampleFlags, generate, start
@@ -328,7 +329,7 @@ def load_values(cfg, tokenizer, device):
     """Verifiers from the flags -> (values, words that say what was loaded). Refuses what cannot
     mean anything."""
     q = load_verifier(cfg.verifier, tokenizer, device)
-    info = read_json(resolve(cfg.verifier) / "verifier.json")
+    info = read_json(resolve(cfg.verifier, verifier=True) / "verifier.json")
     if info.get("label") == "outcome" and cfg.method == "beam":
         raise UserError(
             f"{cfg.verifier} is an outcome model: it was never asked about an unfinished "
@@ -351,7 +352,8 @@ def load_values(cfg, tokenizer, device):
 
 
 def check(cfg):
-    """-> width. UserError: flags that contradict one another."""
+    """-> width. UserError: flags that contradict one another, an --out that is a folder."""
+    check_file(cfg.out)
     if not cfg.task:
         raise UserError("--task is missing: steps and answers are a task's")
     if (cfg.greedy or cfg.temperature == 0) and cfg.n > 1:

@@ -24,7 +24,7 @@ now.
 
 import copy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -33,21 +33,14 @@ from engines import server
 from infra import parallel
 from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
 from infra.optimizer import optimizer_for
-from infra.runs import (
-    Run,
-    Timer,
-    one_thread_if_tiny,
-    require_finite,
-    setup,
-    with_progress_bar,
-)
+from infra.runs import Run, Timer, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, token_logprobs, token_loss, write_model
 from report.arms import REWARDS
 from report.watch import evaluate, mean_final_value, rollout_logs, summarize
 from rollouts import first_illegal, grades, step_ends
 from sample import generate
-from tasks import TaskFlags, get_task, task_class
+from tasks import TaskFlags, get_task, prepare
 from tasks.context import leave_out_long
 from verifier import load_verifier, step_values
 
@@ -329,7 +322,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
                 w,
                 first_logprob.get(i),
                 ref_logprob,
-                length=length,
+                length=length
             )
             timer.mark("logprob")  # and the head's share of the gradient
             parallel.backward(loss, model)
@@ -363,7 +356,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     return logs | {
         "policy_loss": total["policy_loss"],
         "grad_norm": grad_norm,
-        "clip_ratio/region_mean": total["clip"],
+        "clip_ratio/region_mean": total["clip"]
     }
 
 
@@ -390,8 +383,7 @@ def check(cfg):
     """UserError: what cannot work, before any weights are read."""
     if cfg.num_prompts * cfg.num_generations % parallel.size():
         raise UserError(
-            "--num-prompts x --num-generations must be a multiple of the "
-            f"{parallel.size()} processes"
+            f"--num-prompts x --num-generations: no multiple of the {parallel.size()} processes"
         )
     if cfg.reward != "outcome" and not cfg.verifier:
         raise UserError(f"--reward {cfg.reward} needs --verifier (pav.py trains one)")
@@ -452,7 +444,7 @@ def train(cfg, verifier=None):
             seed=derive(cfg.seed, "rl"),
             stop_ids=task.stop_ids(tokenizer),
             sequence_ids=range((step - 1) * B, step * B),
-            engine=engine,
+            engine=engine
         )
         timer.mark("generate")
         # 3. Grade them.
@@ -472,12 +464,8 @@ def train(cfg, verifier=None):
         logs |= update(
             model, reference, run.optimizer, run.params, rollouts, adv, cfg, limit, device, timer
         )
-        batch = dict(
-            tokens=rollouts.tokens,
-            prompt_len=rollouts.prompt_len,
-            length=rollouts.length,
-            advantage=adv,
-        )
+        batch = {k: getattr(rollouts, k) for k in ("tokens", "prompt_len", "length")}
+        batch["advantage"] = adv
         require_finite(run.folder, step, logs["grad_norm"], batch, cfg.learning_rate)
         server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
         # 7. Evaluate, log, save.
@@ -501,16 +489,17 @@ def main(argv=None):
     if cfg.reward == "mrt":
         raise UserError("--reward mrt has a loop of its own: python -m papers.mrt")
     if cfg.policy and cfg.run_dir and (cfg.verifier or cfg.reward == "outcome"):
-        arm = Config(**pipeline.fields_of(cfg, Config))  # every stage is given: one arm
-        summary = train(replace(arm, **task_class(cfg.task).smoke["rl"]) if cfg.smoke else arm)
+        cfg = Config(**pipeline.fields_of(cfg, Config))  # every stage is given: one arm
+        cfg = prepare(cfg, "rl", argv, cfg.policy, cfg.verifier)
+        summary = train(cfg)
         print_next_command(
             cfg, ("how often it is right", ["-m", "report.evaluate", "--model", cfg.run_dir])
         )
         return summary
     if parallel.size_asked() > 1 or cfg.rollout_url:
         raise UserError(
-            "torchrun and --rollout-url run one arm: build the stages first (the same command "
-            "without them), then give --policy, --verifier and --run-dir"
+            "torchrun and --rollout-url run one arm: type the same command without them first, "
+            "then give --policy, --verifier and --run-dir"
         )
     return pipeline.run(cfg, {"": (["train_rl.py"], Config)}, argv)
 

@@ -21,14 +21,23 @@ from functools import partial
 import torch
 
 from infra import parallel
-from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.cli import (
+    RunConfig,
+    UserError,
+    opt,
+    parse,
+    print_next_command,
+    run_folder,
+    script,
+    stage_words,
+)
 from infra.optimizer import optimizer_for
 from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, new_model, pad_right, token_loss, write_model
 from rollouts import grades
 from sample import generate
-from tasks import TaskFlags, get_task
+from tasks import TaskFlags, get_task, prepare, task_class
 from tasks.context import leave_out_long
 
 
@@ -291,7 +300,7 @@ def finish(run, model, tokenizer, task, cfg, logs, examples, name="sft", **count
 
 def train(cfg):
     """Demonstrations of the task -> a checkpoint in --run-dir. Resumes by itself. -> summary."""
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/sft"
+    cfg.run_dir = run_folder(cfg, "sft")
     device, task, run = open_sft_run(cfg)
     if run.summary:
         return run.summary
@@ -314,26 +323,35 @@ def train(cfg):
     return finish(run, model, tokenizer, task, cfg, logs, examples)
 
 
-def smoke(cfg):
-    """The same road with few steps."""
-    cfg.steps = min(cfg.steps, 20)
-    cfg.num_examples = min(cfg.num_examples, 256)
-    cfg.eval_problems = 32
+def next_commands(cfg):
+    """What to run now, with the settings that the task has for it -> [(what it gives, words)].
+
+    A base that seldom succeeds has a prover from outside; else Best-of-K of the base is the prover
+    (--prover-k among the task's settings)."""
+    task = task_class(cfg.task)
+    run = cfg.run_dir
+    commands = [
+        (
+            "how often it is right on test problems",
+            ["-m", "report.evaluate", "--model", run],
+        )
+    ]
+    pav = ["pav.py", "--policy", run, "--run-dir", f"{run}_verifier"]
+    if task.strengths:
+        strength = f"--strength={task.strengths['prover']:g}"
+        clone = ["train_sft.py", strength, "--run-dir", f"{run}_prover"]
+        clone += stage_words(cfg, task.stages["sft"])
+        commands.append(("a prover, the clone of a better demonstrator", clone))
+        pav += ["--prover", f"{run}_prover"]
+    pav += stage_words(cfg, task.stages["verifier"])
+    return [*commands, ("a verifier of its steps", pav)]
 
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    if cfg.smoke:
-        smoke(cfg)
+    cfg = prepare(cfg, "sft", argv, cfg.model)
     summary = train(cfg)
-    print_next_command(
-        cfg,
-        (
-            "how often it is right on test problems",
-            ["-m", "report.evaluate", "--model", cfg.run_dir],
-        ),
-        ("a verifier of its steps", ["pav.py", "--policy", cfg.run_dir]),
-    )
+    print_next_command(cfg, *next_commands(cfg))
     return summary
 
 

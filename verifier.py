@@ -25,7 +25,7 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from infra import parallel
-from infra.cli import UserError
+from infra.cli import UserError, what_this_is
 from model import load_model, resolve, write_model
 
 
@@ -101,9 +101,7 @@ def save_verifier(folder, verifier, tokenizer, info):
 def load_verifier(path, tokenizer, device="cpu"):
     """A verifier from its run directory. UserError: it is a language model, or was trained with
     another tokenizer."""
-    folder = resolve(str(path))
-    if not (folder / "verifier.json").exists():
-        raise UserError(f"{path} holds a language model, not a verifier; train one with pav.py")
+    folder = resolve(str(path), verifier=True)
     info = json.loads((folder / "verifier.json").read_text())
     if info["fingerprint"] != tokenizer.fingerprint:
         raise UserError(
@@ -111,7 +109,7 @@ def load_verifier(path, tokenizer, device="cpu"):
             f"be noise; "
             "train a verifier from this policy with pav.py"
         )
-    backbone, _ = load_model(folder, device)
+    backbone, _ = load_model(folder, device, verifier=True)
     verifier = Verifier(backbone, info["logit_shift"], info["prover_k"], info["fingerprint"])
     load_head(verifier, folder)
     return verifier.requires_grad_(False)
@@ -126,3 +124,7 @@ def load_head(verifier, folder):
             f"{folder}/value_head.safetensors cannot be read ({e}); train it again with pav.py"
         )
         raise UserError(message) from None
+
+
+if __name__ == "__main__":
+    what_this_is(__doc__, "python pav.py --policy DIR --prover DIR")

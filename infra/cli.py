@@ -17,10 +17,14 @@ import os
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 from safetensors import SafetensorError
 
 from infra import parallel
+
+ROOT = Path(__file__).resolve().parent.parent  # where the scripts lie
+STAGE = "NANOPAV_STAGE"  # set in the environment of a pipeline's stages: a stage never plans stages
 
 
 class UserError(ValueError):
@@ -125,7 +129,23 @@ def parse(cls, argv=None, description=None):
                                metavar=None if m["choices"] else METAVAR[kind])
     cfg = cls(**vars(parser.parse_args(argv)))
     check_bounds(cfg)
+    check_places(cfg)
     return cfg
+
+
+def check_places(cfg):
+    """UserError where --out or --run-dir could not be written: before the work, not after it."""
+    for name in ("out", "run_dir"):
+        path = getattr(cfg, name, "")
+        place = Path(path or ".").absolute()
+        flag = f"--{name.replace('_', '-')} {path}"
+        if name == "run_dir" and place.is_file():
+            raise UserError(f"{flag} is a file; give a folder")
+        above = next(p for p in (place, *place.parents) if p.exists())
+        if above != place and not above.is_dir():
+            raise UserError(f"{flag}: {above} is a file; give another place")
+        if not os.access(above, os.W_OK):
+            raise UserError(f"{flag}: {above} cannot be written; give another place")
 
 
 def check_bounds(cfg):
@@ -162,13 +182,16 @@ def key_values(words, defaults, flag):
 def flags(cfg):
     """The command line that gives this config: for starting another script with the same settings. Defaults are left
     out, so a recorded command says what was chosen."""
-    words = []
     plain = type(cfg)()
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        if value == getattr(plain, f.name) or value is None:
-            continue
-        flag = f.name.replace("_", "-")
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    return flag_words({k: v for k, v in values.items() if v != getattr(plain, k) and v is not None})
+
+
+def flag_words(settings):
+    """{"num_prompts": 4, "guards": ["anchor"]} -> ["--num-prompts=4", "--guards", "anchor"]."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
@@ -176,6 +199,25 @@ def flags(cfg):
         else:
             words.append(f"--{flag}={value}")
     return words
+
+
+def typed(argv=None):
+    """The names of the flags on a command line."""
+    words = sys.argv[1:] if argv is None else argv
+    return {w.split("=")[0][2:].replace("-", "_") for w in map(str, words) if w.startswith("--")}
+
+
+def say_settings(cfg, settings, argv=None):
+    """One line where a script typed alone is about to run with other settings than the stage of a comparison does.
+
+    settings: the task's, for this stage. A stage's command is complete, so nothing is said there; nor under --smoke.
+    """
+    if cfg.smoke or STAGE in os.environ or parallel.rank():
+        return
+    names = settings.keys() - typed(argv)
+    others = {k: v for k, v in settings.items() if k in names and getattr(cfg, k) != v}
+    if others:
+        print(f"note: a comparison on --task {cfg.task} runs this stage with {shlex.join(flag_words(others))}", flush=True)
 
 
 def print_next_command(cfg, *commands):
@@ -187,7 +229,33 @@ def print_next_command(cfg, *commands):
     same = flags(dataclasses.replace(cfg, **others))
     same = same if any(word.startswith("--task=") for word in same) else [f"--task={cfg.task}", *same]
     for gives, words in commands if parallel.rank() == 0 else ():
-        print(f"next, {gives}:\n  python {shlex.join([*map(str, words), *same])}")
+        print(f"next, {gives}:\n  {command_line([*map(str, words), *same])}")
+
+
+def stage_words(cfg, settings):
+    """What print_next_command adds to the command of a stage: the task's settings for it, or --smoke after --smoke."""
+    return ["--smoke"] if cfg.smoke else flag_words(settings)
+
+
+def command_line(words):
+    """Words behind `python`, a script of ours first -> the line to type in the current folder."""
+    if Path.cwd() == ROOT:
+        return f"python {shlex.join(words)}"
+    if words[0] == "-m":
+        return f"PYTHONPATH={shlex.quote(str(ROOT))} python {shlex.join(words)}"
+    return f"python {shlex.join([str(ROOT / words[0]), *words[1:]])}"
+
+
+def run_folder(cfg, name=""):
+    """--run-dir, or where a run of that name goes: runs/TASK/NAME. What --smoke makes has a place of its own, so that the
+    real command can follow it."""
+    return cfg.run_dir or str(Path("runs") / f"{cfg.task}{'-smoke' if cfg.smoke else ''}" / name)
+
+
+def what_this_is(doc, *commands):
+    """The main of a file that holds parts of other scripts: the first sentence of its header, and what to type instead."""
+    lines = doc.strip().split("\n\n")[0].split()
+    print(f"{' '.join(lines)}\nNothing to run here; instead: {'; '.join(commands)}")
 
 
 def script(main):

@@ -41,14 +41,28 @@ def one_thread_if_tiny(model, threads):
         torch.set_num_threads(1)
 
 
+def choose_device(device, threads=0):
+    """--device -> "cpu", "cuda" or "cuda:N". UserError: another kind, one that is not there, more threads than can be."""
+    most = max(64, os.cpu_count() or 1)
+    if threads > most:
+        raise UserError(f"--threads {threads}: this machine has {os.cpu_count()} cores; give at most {most}")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    name = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if not name:
+        raise UserError(f"--device {device} is not supported; use auto, cpu, cuda or cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA device is visible; use --device cpu")
+    if name[1] and int(name[1]) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, the first is cuda:0")
+    return device
+
+
 def setup(device, threads):
     """Pick the device, fix the thread count (another count adds floats in another order)."""
+    device = choose_device(device, threads)
     if threads:
         torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")
     device = parallel.join(device)
     if device.startswith("cuda:"):
@@ -87,9 +101,17 @@ def open_run(run_dir, cfg, ignore=()):
     return lock
 
 
+def make_folder(folder):
+    """mkdir -p. UserError: a file stands in the way, or the place cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"the folder {folder} cannot be made ({e.strerror}); give another place") from None
+
+
 def lock_folder(folder):
     """Lock a folder for this process -> the lock's open file, to be held. UserError: another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = open(folder / ".lock", "w")  # noqa: SIM115 (held for the life of the run)
     if not lock_file(lock):
         raise UserError(f"{folder} is in use by another process; wait for it or give another --run-dir")
@@ -130,6 +152,15 @@ def different_settings(run_dir, cfg, ignore=()):
         if name not in (*ignore, "run_dir") and not same:
             different.append((name, old, new))
     return different
+
+
+def recorded_settings(folder):
+    """run_config.json of the run whose folder, or whose checkpoint's folder, this is; {} where there is none."""
+    folder = Path(folder)
+    for place in (folder, folder.parent):
+        if (place / "run_config.json").is_file():
+            return read_json(place / "run_config.json")
+    return {}
 
 
 def finite(value):

@@ -34,3 +34,10 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, window=None, softc
         scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     return (scores.softmax(-1) @ v_cache[:B].float()).view(B, H, d).to(q.dtype)
+
+
+def repeats_keys(q):
+    """float32 on CUDA: PyTorch's fused kernels share a key head among query heads in 16 bits only.
+    Asked with enable_gqa in float32, it silently takes the one that stores all scores [B,H,T,T] for
+    backward."""
+    return q.is_cuda and q.dtype == torch.float32

@@ -209,9 +209,10 @@ def write_model(folder, model, tokenizer, shard_bytes=SHARD_BYTES):
 # Names
 
 
-def resolve(name_or_dir):
+def resolve(name_or_dir, verifier=False):
     """A folder with a config.json: the path itself, the newest step_* inside it, smollm2, or a
-    model of the hub."""
+    model of the hub. UserError: there is none, or it holds a verifier where a language model is
+    wanted, or the other way round."""
     path = Path(name_or_dir)
     if name_or_dir == "smollm2":
         path = Path("runs/models/smollm2")
@@ -232,6 +233,12 @@ def resolve(name_or_dir):
     if not (path / "config.json").exists():
         raise UserError(f"no model at {name_or_dir!r}: give a folder with config.json, the name "
                         "smollm2, or a hub id (not looked up where its first part is a folder)")
+    if verifier and not (path / "verifier.json").exists():
+        raise UserError(f"{name_or_dir} holds a language model, not a verifier; train one with "
+                        "pav.py")
+    if not verifier and (path / "verifier.json").exists():
+        raise UserError(f"{name_or_dir} holds a verifier, not a language model: its head says what "
+                        "a text is worth; give the policy's folder")
     return path
 
 

@@ -312,6 +312,9 @@ def convert_gguf(path, out_dir):
 
 
 def main():
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__.strip())
+        return
     if len(sys.argv) != 3:
         raise UserError("usage: python -m open_weights.gguf FILE.gguf|smollm2 OUT_FOLDER")
     source, out_dir = sys.argv[1:]

@@ -28,12 +28,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from infra import parallel
-from infra.cli import UserError, opt, parse, print_next_command, script
+from infra.cli import UserError, opt, parse, print_next_command, run_folder, script
 from infra.runs import by_step, one_thread_if_tiny, with_progress_bar
 from infra.seeds import derive
 from model import token_logprobs
 from rollouts import grades
 from sample import generate
+from tasks import smoked
 from tasks.context import leave_out_long
 from train_sft import (
     SFTFlags,
@@ -45,7 +46,6 @@ from train_sft import (
     open_sft_run,
     resume,
     sft_batch,
-    smoke,
     start_model,
     train_step,
 )
@@ -196,7 +196,7 @@ def curated(cfg, task):
 
 def train(cfg):
     """SFT with --snapshots measurements on its way, in --run-dir/memorization/. Resumes by itself. -> summary."""
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/memorization"
+    cfg.run_dir = run_folder(cfg, "memorization")
     device, task, run = open_sft_run(cfg)
     if run.summary:
         return run.summary
@@ -224,9 +224,8 @@ def train(cfg):
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__)
+    cfg = smoked(parse(Config, argv, __doc__), "sft")
     if cfg.smoke:
-        smoke(cfg)
         cfg.snapshots = 2
     summary = train(cfg)
     print_next_command(cfg, ("how often it is right on test problems", ["-m", "report.evaluate", "--model", cfg.run_dir]))

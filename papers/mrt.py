@@ -28,7 +28,7 @@ backtracking variant, a learned model of J. Siblings: papers/mrt_star.py (the ST
 import copy
 import itertools
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -43,7 +43,7 @@ from model import load_model, load_weights, write_model
 from report.watch import evaluate, rollout_logs, summarize
 from rollouts import continue_and_grade, distinct, grades, pad_ends, step_ends
 from sample import generate
-from tasks import get_task, task_class
+from tasks import adopt_task, get_task, smoked
 from tasks.context import leave_out_long
 
 TERMINATION = "\nTime is up. The answer is"  # where the task has no words of its own
@@ -269,8 +269,9 @@ def main(argv=None):
     if not cfg.policy or not cfg.run_dir:
         scripts = {"mrt": (["-m", "papers.mrt"], Config), "": (["train_rl.py"], train_rl.Config)}
         return pipeline.run(cfg, scripts, argv)
+    adopt_task(cfg, cfg.policy)
     arm = Config(**pipeline.fields_of(cfg, Config))
-    summary = train(replace(arm, **task_class(cfg.task).smoke["rl"]) if cfg.smoke else arm)
+    summary = train(smoked(arm, "rl"))
     measure = ["-m", "papers.mrt_star", "--policy", cfg.run_dir, "--rounds", 0]
     print_next_command(cfg, ("its budget curve and regret", measure))
     return summary

@@ -16,14 +16,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.cli import RunConfig, UserError, opt, parse, print_next_command, run_folder, script
 from infra.runs import Run, mean, one_thread_if_tiny, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, write_model
 from papers.mrt import MRTFlags, answer_now, episode_ends, pooled, prefixes, value_table
 from rollouts import distinct, grades
 from sample import generate
-from tasks import TaskFlags, get_task
+from tasks import TaskFlags, adopt_task, get_task
 from tasks.context import leave_out_long
 from train_sft import adamw, sft_step
 
@@ -174,7 +174,7 @@ def train(cfg):
     task = get_task(cfg)
     if not cfg.policy:
         raise UserError("--policy is missing: give the folder of the policy to start from (train_sft.py makes one)")
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/{'star' if cfg.rounds else 'measure'}"
+    cfg.run_dir = run_folder(cfg, "star" if cfg.rounds else "measure")
     run = Run(cfg)
     if run.summary:
         return run.summary
@@ -204,6 +204,7 @@ def train(cfg):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
+    adopt_task(cfg, cfg.policy)
     if cfg.smoke:
         cfg.rounds, cfg.num_prompts, cfg.num_generations, cfg.steps, cfg.eval_problems = min(cfg.rounds, 1), 8, 4, 2, 16
     summary = train(cfg)

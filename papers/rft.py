@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from infra.cli import UserError, opt, parse, print_next_command, script
+from infra.cli import UserError, opt, parse, print_next_command, run_folder, script
 from infra.runs import one_thread_if_tiny, with_progress_bar
 from infra.seeds import derive
 from model import load_model
 from rollouts import Rollouts, grades, shards, stack
 from sample import generate
+from tasks import adopt_task, smoked
 from tasks.context import leave_out_long
 from train_sft import (
     SFTFlags,
@@ -32,7 +33,6 @@ from train_sft import (
     log_and_save,
     open_sft_run,
     resume,
-    smoke,
     start_model,
     train_step,
 )
@@ -142,7 +142,7 @@ def train(cfg):
     """Sample, keep, imitate -> a checkpoint in --run-dir. Resumes by itself. -> summary."""
     if not cfg.policy:
         raise UserError("--policy is missing: give the folder of the policy that is to be sampled (train_sft.py makes one)")
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/rft"
+    cfg.run_dir = run_folder(cfg, "rft")
     device, task, run = open_sft_run(cfg)
     if run.summary:
         return run.summary
@@ -161,9 +161,9 @@ def train(cfg):
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__)
+    cfg = smoked(parse(Config, argv, __doc__), "sft")
+    adopt_task(cfg, cfg.policy)
     if cfg.smoke:
-        smoke(cfg)
         cfg.num_generations = 4
     summary = train(cfg)
     print_next_command(cfg, ("how often it is right on test problems", ["-m", "report.evaluate", "--model", cfg.run_dir]))

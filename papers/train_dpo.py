@@ -31,14 +31,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.cli import RunConfig, UserError, opt, parse, print_next_command, run_folder, script
 from infra.runs import Run, mean, one_thread_if_tiny, read_json, require_finite, setup, with_progress_bar, write_json
 from infra.seeds import derive, shuffled
 from model import load_model, load_weights, pad_right, token_logprobs, write_model
 from papers.rft import count, keep_correct, sample_solutions
 from rollouts import continue_and_grade, distinct, pass_at_k, shards, step_ends, write_tensors
 from sample import generate
-from tasks import TaskFlags, get_task
+from tasks import TaskFlags, adopt_task, get_task
 from tasks.context import leave_out_long
 from train_sft import accuracy, adamw, encode_solution, first_problems, strength_of
 
@@ -333,7 +333,7 @@ def check(cfg, task):
 def train(cfg):
     """Sample, value, cut, pair, train -> a checkpoint in --run-dir. Resumes by itself. -> summary."""
     device = setup(cfg.device, cfg.threads)
-    cfg.run_dir = cfg.run_dir or f"runs/{cfg.task}/dpo"
+    cfg.run_dir = run_folder(cfg, "dpo")
     task = get_task(cfg)
     check(cfg, task)
     run = Run(cfg, ignore=("run_dir", "device", "logging_steps"))
@@ -382,6 +382,7 @@ def train(cfg):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
+    adopt_task(cfg, cfg.policy)
     if cfg.smoke:
         cfg.num_generations, cfg.n_mc, cfg.epochs, cfg.eval_problems = 8, max(2, cfg.best_of_k), 1, 32
         cfg.num_problems = min(cfg.num_problems or 32, 32)

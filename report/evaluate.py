@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.cli import UserError, opt, parse, print_next_command, script
-from infra.runs import lock_file, mean, read_json, write_json
+from infra.runs import lock_file, make_folder, mean, read_json, write_json
+from report.solutions import check_file
 from report.statistics import interval, vote
 from rollouts import pass_at_k
 from sample import SampleFlags, generate, start
@@ -140,7 +141,8 @@ def default_out(cfg, temperature):
 def open_rows(path, settings):
     """-> (file open for appending, rows already there). The settings beside it must be the same; a
     half-written last line, the mark of a kill, is cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_file(path)
+    make_folder(path.parent)
     beside = path.with_suffix(".json")
     if path.exists() and path.stat().st_size and not beside.exists():
         raise UserError(

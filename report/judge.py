@@ -137,3 +137,24 @@ def exact_values(task, tokenizer, starts, strength):
         return None
     values = [task.exact_value(problem, tokenizer.decode(tokens[start:]), strength) for problem, tokens, start in starts]
     return None if None in values else torch.tensor(values)
+
+
+FEW_LABELS = 1000  # the smallest verifier of docs/results that ranks steps within a problem has more
+
+
+def shortcomings(cfg, summary):
+    """Why RL should not be paid by a verifier as it is -> [one line each, with what to do]; [] where nothing is seen.
+    cfg: pav.py's; summary: what it wrote."""
+    out = []
+    labels = summary.get("labels", FEW_LABELS)
+    if labels < FEW_LABELS:
+        out.append(f"only {labels} labels, which fit nothing: raise --num-problems (few problems are repeated)")
+    if summary.get("brier", 0) >= summary.get("brier_constant", 1):
+        out.append("it is no better than a constant (Brier): more labels, or a prover that succeeds more often")
+    advantage = summary.get("corr_advantage")
+    if cfg.label == "q" and advantage is not None and not advantage > 0:
+        out.append(f"its advantage does not correlate with that of fresh rollouts ({advantage:.2f})")
+    if cfg.label == "q" and cfg.prover == "base" and cfg.prover_k == 1:
+        out.append("the prover is the base policy itself, which is for search (Q^pi); for RL give --prover DIR, the clone "
+                   "of a better demonstrator, or --prover-k 4")
+    return out

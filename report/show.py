@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from infra import terminal
 from infra.cli import UserError, opt, parse, script
 from infra.terminal import FAINT, GAIN, LOSS, paint, wants_colour
-from report.solutions import progress_of, solution_rows, write_rows
+from report.solutions import check_file, progress_of, solution_rows, write_rows
 from report.solutions import write_solutions as write_solutions  # train_rl.py takes it from here
 from rollouts import grades, step_ends
 from sample import SampleFlags, generate, prompt_ids, start
@@ -103,6 +103,7 @@ def main(argv=None):
         raise UserError("--verifier is missing: a run directory of pav.py, whose values are shown")
     if not cfg.prompt and not cfg.task:
         raise UserError("nothing to show: give --prompt TEXT, or --task NAME")
+    check_file(cfg.out)
     return show(cfg, *start(cfg))
 
 

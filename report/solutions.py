@@ -69,6 +69,12 @@ def write_rows(path, rows):
     temporary.replace(path)
 
 
+def check_file(out):
+    """UserError where --out is a folder: before the work whose rows go there."""
+    if out and Path(out).is_dir():
+        raise UserError(f"--out {out} is a folder; give the name of a file")
+
+
 def read_rows(path):
     """Undo write_rows. UserError, with file and line: a line that is no such row."""
     rows = []

@@ -31,6 +31,7 @@ class Task:
     """
 
     max_new_tokens: int  # tokens a completion may have, EOS included
+    hides_by_seed = False  # True: --task-seed decides what is asked for
     needs_model = False  # True: tokenizer() is None, the model brings one
     strengths = None  # {base, prover, strong} of the scripted demonstrator; None: there is none
     ends_with_eos = True  # demonstrations are trained with an EOS behind them
@@ -44,7 +45,7 @@ class Task:
     # docs/log.md. long: the arm outcome-long runs this many times the steps.
     stages = dict(
         sft=dict(steps=600, num_examples=20000),
-        verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
+        verifier=dict(num_problems=20000, epochs=3),
         rl=dict(num_prompts=16, num_generations=8),
         long=5,
     )
@@ -58,11 +59,18 @@ class Task:
 
     @classmethod
     def from_config(cls, cfg, **options):
-        """The task that the flags describe (tasks.TaskFlags, and seed); options go to the class.
-        UserError: --data for a task that reads none, a KEY of --task-args that it does not have."""
+        """The task that the flags describe (tasks.TaskFlags, and seed); options go to the class."""
+        return cls(**(cls.args_of(cfg) | options))
+
+    @classmethod
+    def args_of(cls, cfg):
+        """--task-args -> {KEY: value}, the defaults among them. UserError: a KEY that the class does
+        not have; --data for a task that reads none."""
         if cfg.data:
-            raise UserError(f"--task {cfg.task} reads no files: leave out --data, or give --task jsonl")
-        return cls(**(key_values(cfg.task_args, cls.args, "--task-args") | options))
+            raise UserError(
+                f"--task {cfg.task} reads no files: leave out --data, or give --task jsonl"
+            )
+        return key_values(cfg.task_args, cls.args, "--task-args")
 
     # ----------------------------------------------------------------------------------------------
     # What every task must give.

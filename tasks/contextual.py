@@ -51,6 +51,7 @@ class Contextual(Task):
     symbols ** planted prompts; mixture: strengths behind strength 0, equally likely.
     """
 
+    hides_by_seed = True
     strengths = dict(base=0.0, prover=48.0, strong=1000.0)
     ends_with_eos = False
     random_demonstrations = True

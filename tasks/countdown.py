@@ -66,7 +66,7 @@ class Countdown(LineGame):
     stages = dict(
         sft=dict(steps=1200, num_examples=100000),
         # 470 steps of fitting learn nothing, 4,700 do.
-        verifier=dict(num_problems=100000, n_cov=1, cuts=1, n_mc=1, epochs=6),
+        verifier=dict(num_problems=100000),
         # With 128 samples a step no arm moves.
         rl=dict(num_prompts=64, guards=["anchor", "center", "legal"]),
         long=3,

@@ -53,7 +53,7 @@ class Grid(LineGame):
     strengths = dict(base=0.5, prover=0.8, strong=1.0)
     stages = dict(
         sft=dict(steps=1200, num_examples=100000),
-        verifier=dict(num_problems=40000, n_cov=1, cuts=1, n_mc=1, epochs=6),
+        verifier=dict(num_problems=40000),
         rl=dict(num_prompts=64, guards=["anchor", "center", "legal"]),
         long=3,
     )

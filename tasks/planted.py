@@ -8,9 +8,8 @@ import functools
 import itertools
 import random
 import string
-from dataclasses import replace
 
-from infra.cli import UserError, key_values
+from infra.cli import UserError
 from tasks.base import Problem, Task, task_seed
 
 
@@ -47,13 +46,14 @@ class Planted(Task):
     generalises.
     """
 
+    hides_by_seed = True
     strengths = dict(base=5.0, prover=16.0, strong=1000.0)
     ends_with_eos = False
     random_demonstrations = True
     step_tokens = 1
     stages = dict(
         sft=dict(steps=400, num_examples=6000),
-        verifier=dict(num_problems=40000, n_cov=1, cuts=1, n_mc=1, epochs=6),
+        verifier=dict(num_problems=40000),
         rl=dict(num_prompts=4, num_generations=32),  # outcome-only needs large groups
         long=5,
     )
@@ -75,11 +75,11 @@ class Planted(Task):
 
     @classmethod
     def from_config(cls, cfg, **options):
-        args = key_values(cfg.task_args, cls.args, "--task-args")
+        args = cls.args_of(cfg)
         if not 1 <= args["prompts"] <= 26 or not 1 <= args["length"] <= 12:
             raise UserError("--task-args: prompts is 1 to 26 and length 1 to 12")
         flags = dict(seed=task_seed(cfg), prompts=args["prompts"], planted=args["length"])
-        return super().from_config(replace(cfg, task_args=[]), **(flags | options))
+        return cls(**(flags | options))
 
     def tokenizer(self):
         from open_weights.tokenizer import alphabet_tokenizer

@@ -44,7 +44,7 @@ class Probe(Task):
     answer_tokens = 2  # letter, EOS
     stages = dict(  # for --reward mrt, which needs no verifier
         sft=dict(steps=600, batch_size=64, num_examples=20000, learning_rate=4e-3),
-        verifier=dict(num_problems=20000, n_cov=1, cuts=1, n_mc=1, epochs=3),
+        verifier=dict(num_problems=20000, epochs=3),
         rl=dict(num_prompts=16, num_generations=4, steps=40),
         long=5,
     )

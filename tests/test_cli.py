@@ -77,6 +77,24 @@ def test_help_lists_every_flag(monkeypatch, capsys, script):
     assert command(script) in out and "%%" not in out  # the commands of the header are there
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_of_a_header_parse(script):
+    """One a line, as --help shows them, and each with flags that exist."""
+    import pipeline
+
+    doc = importlib.import_module(script).__doc__
+    assert " python " not in doc.replace("\n    python ", "")
+    commands = [line for line in doc.replace("\\\n", " ").splitlines() if line.startswith("    python ")]
+    assert commands
+    for line in commands:
+        words = shlex.split(line, comments=True)[1:]
+        name, argv = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+        module = importlib.import_module(name)
+        if hasattr(module, "Config"):
+            config = pipeline.with_flags(module.Config) if name in ("train_rl", "papers.mrt") else module.Config
+            cli.parse(config, argv)
+
+
 def test_report_explains_itself(monkeypatch, capsys, refuse):
     code, out, err = call(monkeypatch, capsys, "report.__main__", "--help")
     assert code == 0 and "python -m report" in out
@@ -214,7 +232,9 @@ def test_tensorboard_is_optional_and_gets_the_numbers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script, argv, said", [
     ("train_sft", ["--task", "jsonl", "--data", "a b.jsonl", "test=c.jsonl"], ["report.evaluate", "pav"]),
-    ("pav", ["--policy", "p"], ["train_rl", "search"]),
+    ("train_sft", ["--seed", "2"], ["report.evaluate", "train_sft", "pav"]),
+    ("pav", ["--policy", "p"], ["search"]),  # the base as prover is for search
+    ("pav", ["--policy", "p", "--prover-k", "4"], ["train_rl", "search"]),
     ("pav", ["--policy", "p", "--prover", "another"], ["train_rl"]),
     ("pav", ["--policy", "p", "--label", "outcome", "--task-args", "length=3"], ["train_rl", "search"]),
     ("train_rl", ["--policy", "p", "--reward", "outcome", "--seed", "3"], ["report.evaluate"]),
@@ -228,6 +248,7 @@ def test_what_a_script_says_to_run_next_would_run(script, argv, said, monkeypatc
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "train", lambda cfg: {})
     monkeypatch.setattr(module, "get_task", lambda cfg: get_task("planted"), raising=False)  # no file is looked for
+    monkeypatch.chdir(ROOT)
     module.main([*argv, "--run-dir", "here is/it"])
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  python ")]
     modules = [c[2] if c[1] == "-m" else c[1].removesuffix(".py") for c in commands]
@@ -237,3 +258,130 @@ def test_what_a_script_says_to_run_next_would_run(script, argv, said, monkeypatc
         assert any(a.startswith("here is/it") for a in words)
         theirs = cli.parse(importlib.import_module(name).Config, words[3 if words[1] == "-m" else 2 :])
         assert all(getattr(theirs, f) == getattr(cfg, f) for f in ("task", "data", "seed", "task_args"))
+
+
+def test_next_commands_bring_the_settings_that_work(monkeypatch, capsys):
+    """A task's settings have one source: what the pipeline runs is what a single script recommends."""
+    import train_sft
+    from tasks import task_class
+
+    monkeypatch.setattr(train_sft, "train", lambda cfg: {})
+    monkeypatch.chdir(ROOT)
+    for task in ("planted", "countdown"):
+        train_sft.main(["--task", task, "--run-dir", "r"])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  python pav.py")]
+        cfg = cli.parse(importlib.import_module("pav").Config, shlex.split(lines[0])[2:])
+        assert cfg.prover == "r_prover" and cfg.policy == "r"
+        for name, value in task_class(task).stages["verifier"].items():
+            assert getattr(cfg, name) == value
+
+
+def test_a_script_typed_alone_says_what_a_comparison_has_otherwise(monkeypatch, capsys, policy):
+    import pav
+
+    monkeypatch.setattr(pav, "train", lambda cfg: {})
+    pav.main(["--policy", str(policy), "--prover-k", "4"])
+    assert "note: a comparison on --task planted runs this stage with --num-problems=40000" in capsys.readouterr().out
+    pav.main(["--policy", str(policy), "--prover-k", "4", "--num-problems", "10"])
+    assert "note:" not in capsys.readouterr().out
+    monkeypatch.setenv("NANOPAV_STAGE", "1")  # a stage's command is complete
+    pav.main(["--policy", str(policy)])
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_commands_say_where_the_scripts_are_when_started_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert cli.command_line(["pav.py", "--x"]) == "python pav.py --x"
+    monkeypatch.chdir(tmp_path)
+    assert cli.command_line(["pav.py", "--x"]) == f"python {ROOT}/pav.py --x"
+    assert cli.command_line(["-m", "report", "r"]) == f"PYTHONPATH={ROOT} python -m report r"
+
+
+@pytest.mark.parametrize("script", ["train_sft", "pav", "train_rl", "sample", "papers.rft"])
+@pytest.mark.parametrize("argv, said", [(["--device", "gpu"], "--device gpu is not supported"),
+                                        (["--device", "mps"], "use auto, cpu, cuda or cuda:N"),
+                                        (["--threads", "100000"], "--threads 100000: this machine has")])
+def test_what_the_machine_has_not_is_refused_before_the_work(refuse, policy, script, argv, said):
+    given = {"pav": ["--policy", policy], "papers.rft": ["--policy", policy], "sample": ["--prompt", "A", "--model", policy]}
+    refuse(said, script, *given.get(script, []), *argv)
+
+
+def test_results_have_a_place_before_they_are_computed(refuse, policy, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("sample.generate", lambda *args, **options: pytest.fail("sampled first"))
+    for script in ("search", "report.show", "report.evaluate"):
+        verifier = [] if script == "report.evaluate" else ["--verifier", "v"]
+        given = [script, "--task", "planted", "--model", policy, *verifier, "--n", "3"]
+        refuse("--out file/x.jsonl: .*file is a file", *given, "--out", "file/x.jsonl")
+        refuse("folder is a folder", *given, "--out", "folder")
+    refuse("--run-dir file is a file", "train_rl", "--run-dir", "file")
+    refuse("--run-dir file/run: .*file is a file", "train_sft", "--run-dir", "file/run")
+    refuse("--out file/x: .*file is a file", "experiments.breaks", "--out", "file/x")
+
+
+def test_samples_that_cannot_differ_are_refused(refuse, policy):
+    refuse("--n 3 samples at temperature 0", "sample", "--model", policy, "--prompt", "A", "--n", 3)
+    refuse("--n 2 samples at temperature 0", "report.evaluate", "--task", "planted", "--model", policy, "--n", 2, "--greedy")
+    refuse("--temperature must be at least 0", "sample", "--model", policy, "--prompt", "A", "--temperature", -5)
+
+
+def test_a_verifier_is_no_policy(refuse, tmp_path):
+    tokenizer = get_task("planted").tokenizer()
+    (tmp_path / "v").mkdir()
+    save_verifier(tmp_path / "v", Verifier(tiny_model(vocab=tokenizer.n_vocab), fingerprint=tokenizer.fingerprint), tokenizer, {})
+    said = "v holds a verifier, not a language model"
+    refuse(said, "sample", "--model", "v", "--prompt", "A")
+    refuse(said, "train_rl", "--policy", "v", "--verifier", "v", "--run-dir", "a")
+    refuse(said, "train_rl", "--policy", "v", "--run-dir", "b")  # before its prover is built
+    refuse(said, "pav", "--policy", "v", "--run-dir", "c")
+    refuse(said, "train_sft", "--model", "v", "--run-dir", "d")
+
+
+def made(folder, **settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run_config.json").write_text(json.dumps(dict(task="planted", seed=0, task_seed=-1, task_args=[]) | settings))
+    return str(folder)
+
+
+def test_the_task_of_a_given_policy_is_taken_over(tmp_path, capsys):
+    """Another --seed draws anew; it does not ask for other hidden sequences behind one's back."""
+    from tasks import adopt_task
+    from train_rl import Config
+
+    policy = made(tmp_path / "p", seed=3, task_args=["length=4"])
+    cfg = Config(seed=1)
+    adopt_task(cfg, policy)
+    assert (cfg.task_seed, cfg.task_args) == (3, ["length=4"])
+    assert [p.answer for p in get_task(cfg).all] == [p.answer for p in get_task("planted", 3, planted=4).all]
+    err = capsys.readouterr().err
+    assert "note: --task-seed=3 is taken from" in err and "note: --task-args length=4 is taken from" in err
+    adopt_task(Config(seed=3, task_args=["length=4"]), policy)
+    assert capsys.readouterr().err == ""
+    adopt_task(Config(task="countdown", seed=1), policy)
+    assert "was made for --task planted" in capsys.readouterr().err
+    adopt_task(Config(seed=1), "", "smollm2", str(tmp_path / "nowhere"))
+    assert capsys.readouterr().err == ""
+    cfg = Config(task_seed=0, task_args=["length=4"])
+    adopt_task(cfg, policy)  # typed: done, and said
+    assert cfg.task_seed == 0 and "warning:" in capsys.readouterr().err
+    cfg = Config(seed=1)
+    adopt_task(cfg, made(tmp_path / "q", seed=5), made(tmp_path / "v", seed=6))
+    assert cfg.task_seed == 5 and "warning:" in capsys.readouterr().err  # policy and verifier of two tasks
+
+
+@pytest.mark.parametrize("summary, said", [
+    (dict(labels=38, brier=0.2, brier_constant=0.25, corr_advantage=0.1), "only 38 labels"),
+    (dict(labels=5000, brier=0.25, brier_constant=0.2, corr_advantage=0.1), "no better than a constant"),
+    (dict(labels=5000, brier=0.1, brier_constant=0.2, corr_advantage=-0.1), "does not correlate"),
+    (dict(labels=5000, brier=0.1, brier_constant=0.2, corr_advantage=float("nan")), "does not correlate"),
+])
+def test_rl_is_not_recommended_with_a_verifier_that_knows_nothing(summary, said, monkeypatch, capsys):
+    import pav
+
+    monkeypatch.setattr(pav, "train", lambda cfg: summary)
+    pav.main(["--policy", "p", "--prover", "another", "--run-dir", "r"])
+    out = capsys.readouterr().out
+    assert f"warning: {said}" in out.replace("its advantage ", "").replace("it is ", "") and "train_rl.py" not in out
+    pav.main(["--policy", "p", "--prover", "base", "--run-dir", "r"])
+    assert "--prover-k 4" in capsys.readouterr().out

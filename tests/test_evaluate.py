@@ -92,7 +92,7 @@ def test_slots_do_not_change_a_completion(sums, tmp_path):
 
 def test_eval_names_its_file_after_the_settings(sums, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main([*sums[:-2], "--greedy"])
+    main([*sums[:-2], "--greedy", "--n", "1"])
     assert [p.suffix for p in sorted((tmp_path / "runs" / "eval").iterdir())] == [".json", ".jsonl"]
 
 

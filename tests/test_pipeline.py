@@ -22,7 +22,7 @@ from infra.runs import write_json
 from papers import mrt
 from pipeline import Job
 from report.arms import ARMS
-from tasks import TASKS, task_class
+from tasks import TASKS, smoked, task_class
 
 CONTROLS = ["outcome", "outcome-long", "outcome-prover", "constant", "base-prover", "strong-prover"]
 SCRIPTS = {"": (["train_rl.py"], train_rl.Config), "mrt": (["-m", "papers.mrt"], mrt.Config)}
@@ -155,6 +155,23 @@ def test_smoke_has_a_folder_of_its_own():
     cfg = pipeline.with_flags(train_rl.Config)(smoke=True)
     root, _ = pipeline.plan(cfg, SCRIPTS, set())
     assert root == Path("runs/planted-smoke")
+
+
+def test_smoke_is_the_same_in_the_plan_and_in_the_script():
+    """A stage makes of --smoke what the plan has already: the same command again finds it complete."""
+    for job in jobs_of(smoke=True).values():
+        stage = {"train_sft.py": "sft", "pav.py": "verifier", "train_rl.py": "rl"}[job.script[0]]
+        assert job.config.smoke and smoked(job.config, stage) == job.config
+
+
+def test_seeds_of_a_given_policy_share_its_task(tmp_path, monkeypatch):
+    """--policy X --seeds 3 is three draws of one task, the one that X was trained for."""
+    write_json_folder(train_sft.Config(seed=4, run_dir=str(tmp_path / "sft")))
+    planned = []
+    monkeypatch.setattr(pipeline, "check", lambda cfg: None)
+    monkeypatch.setattr(pipeline, "run_plan", lambda root, jobs, workers: planned.extend(jobs))
+    train_rl.main(["--policy", str(tmp_path / "sft"), "--seeds", "3", "--run-dir", str(tmp_path / "r")])
+    assert {job.config.task_seed for job in planned} == {4} and {job.config.seed for job in planned} == {0, 1, 2}
 
 
 def test_every_arm_of_the_table_can_be_planned():

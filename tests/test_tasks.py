@@ -64,6 +64,15 @@ def test_planted_value_equals_enumeration_on_a_small_world():
     assert task.exact_value(p, "", 7.0) == pytest.approx(total, rel=1e-12)
 
 
+def test_planted_of_the_flags_is_the_class_with_those_settings():
+    """--task-args length= is the letters that are hidden, not those of a response."""
+    assert vars(get_task("planted")) == vars(Planted(0))
+    flags = train_rl.Config(seed=2, task_args=["prompts=3", "length=4"])
+    assert vars(get_task(flags)) == vars(Planted(2, prompts=3, planted=4)) and get_task(flags).max_new_tokens == 12
+    with pytest.raises(UserError, match="reads no files"):
+        get_task(train_rl.Config(data=["x.jsonl"]))
+
+
 def test_planted_value_along_a_response():
     p = PLANTED.all[1]
     other = next(c for c in PLANTED.letters if c not in p.answer)
