@@ -32,6 +32,7 @@ from open_weights.families import Config
 from open_weights.files import load_weights, resolve, save_model, write_model  # noqa: F401
 from open_weights.load import load_tokenizer
 
+
 class KVCache:
     """Keys and values of `rows` sequences side by side, [L, rows, K, max_len, head_dim] each.
 

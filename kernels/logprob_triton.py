@@ -81,6 +81,7 @@ CHUNK_BYTES = 2**30  # what STORE keeps, or d_logits makes, at once; cuBLAS want
 TILES = {
     "float32": (64, 64, 32, dict(num_warps=8, num_stages=3)),  # exact products, so no tensor cores
     "plain": (128, 128, 64, dict(num_warps=8, num_stages=3)),
+    "plain, stored": (64, 128, 64, dict(num_warps=8, num_stages=3)),  # under a cap 128 rows and their exponentials are too many
     "narrow": (128, 128, 64, dict(num_warps=8, num_stages=3, maxnreg=128)),
     "wide": (128, 256, 64, dict(num_warps=8, num_stages=4)),
     "gradient": (64, 128, 64, dict(num_warps=4, num_stages=3)),  # d_logits: many registers an element, three blocks
@@ -286,7 +287,7 @@ def tile_for(weight, purpose="statistics"):
     if weight.dtype == torch.float32:
         return TILES["float32"]
     if common_triton.generation(weight) not in (9, 10):
-        return TILES["plain"]
+        return TILES["plain, stored" if purpose == "store" else "plain"]
     if purpose == "gradient":
         return TILES["gradient"]
     if weight.shape[1] <= NARROW:

@@ -106,7 +106,9 @@ def test_which_tile_is_taken(monkeypatch):
     assert tile(9, 4096) is tile(9, 2048) is logprob_triton.PERSISTENT
     assert tile(9, 4096, "store") is tile(9, 1536) is tile(10, 4096) is tile(9, 4096, specialise=False) is tiles["wide"]
     assert tile(9, 576) is tile(9, 576, "store") is tiles["narrow"] and tile(9, 576, "gradient") is tiles["gradient"]
-    assert tile(8, 4096) is tile(12, 576) is tiles["plain"] and tile(9, 4096, dtype=torch.float32) is tiles["float32"]
+    assert tile(8, 576, "store") is tiles["plain, stored"]
+    assert tile(8, 4096) is tile(12, 576) is tile(8, 576, "gradient") is tiles["plain"]
+    assert tile(9, 4096, dtype=torch.float32) is tile(8, 576, "store", dtype=torch.float32) is tiles["float32"]
 
 
 def example(N=70, V=300, D=40, dtype=torch.float32):
