@@ -1,0 +1,218 @@
+"""What several of the eight methods share, and no more: flags, a small network, two exact classifiers, tables and result files.
+
+    Config                                        flags --seeds --out --smoke --data; subclass it: class Config(common.Config)
+    SmallCNN(channels, outputs, size, width)      features(x) [N, width], forward(x) [N, outputs]; 10 to 20 thousand weights
+    batches(n, batch, seed, *purpose)             index tensors of one shuffled pass
+    fit(net, x, y, epochs, seed, ...)             plain training with optional example weights; for what is not the method itself
+    accuracies(net, split)                        (average over groups' rows, [accuracy of each group])
+    worst_group(logits, y, group, groups)         lowest accuracy of a group
+    logistic(x, y, l2, weight)                    binary logistic regression, exact (Newton): theta [D + 1], bias last
+    temperature(logits, y)                        one scalar that minimises the cross-entropy, 101-point log grid
+    choose(settings, score)                       the setting with the highest score (on TUNING_SEED), and all scores
+    cell(values)                                  "0.640 (0.036)": mean (sample sd over seeds)
+    mean_sd(values)                               the two numbers
+    markdown(header, rows)                        a table
+    finish_run(cfg, name, argv, text, content, draw)    table.md, figure.png, results.json, and what to read on the screen
+
+Every file: seeds 0 .. --seeds - 1 are reported; settings are chosen on TUNING_SEED, from grids of the same size an arm.
+A file's results.json: claims (experiments/claims.py reads them), command, machine, torch, settings, tuned, rows.
+Figures come from the house's report module, imported here alone.
+"""
+
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from infra.cli import UserError, opt
+from infra.runs import generator, mean, write_json
+from report.__main__ import finish, machine, print_results, pyplot, spread  # the one place that knows where figures live
+
+TUNING_SEED = 100
+# Okabe-Ito, safe for colour-blind readers; arms of a file take them in order.
+COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7f7f7f", "#882255"]
+
+
+@dataclass
+class Config:
+    """The flags of every file of this folder."""
+
+    seeds: int = opt(5, "seeds reported, counted from 0 (settings are chosen on another one)", "run", low=1, high=100)
+    out: str = opt("", "where table, figure and numbers go (default: runs/robustness/NAME)", "run")
+    smoke: bool = opt(False, "the same road in seconds, on synthetic data", "run")
+    data: str = opt("real", "real: from packages; synthetic: made up, for a look", "run", choices=["real", "synthetic"])
+
+    def __post_init__(self):
+        if self.smoke:
+            self.data = "synthetic"
+            self.seeds = min(self.seeds, 2)
+        if self.data == "synthetic" and Path(self.out).as_posix().startswith("docs/results"):
+            raise UserError("--data synthetic gives no results to keep: leave --out away")
+        torch.set_num_threads(1)  # the networks are tiny: a second thread only costs
+
+
+# ----------------------------------------------------------------------------------------------------
+# Networks and their training.
+
+
+class SmallCNN(nn.Module):
+    """conv 5x5/2 (8) - conv 3x3/2 (16) - linear (width) - linear (outputs), ReLU between. size: (height, width) of the input."""
+
+    def __init__(self, channels=3, outputs=2, size=(14, 14), width=32):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 8, 5, stride=2, padding=2)
+        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        height, across = ((s + 3) // 4 for s in size)
+        self.hidden = nn.Linear(16 * height * across, width)
+        self.head = nn.Linear(width, outputs)
+
+    def features(self, x):
+        """[N, C, H, W] -> [N, width], not negative."""
+        x = F.relu(self.conv1(x))
+        x = F.relu(self.conv2(x))
+        return F.relu(self.hidden(x.flatten(1)))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def seeded(seed, make):
+    """make() under a fixed seed of the global generator, which is put back afterwards: networks take their initial weights there."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+def batches(n, batch, seed, *purpose):
+    """One shuffled pass over 0..n-1: index tensors of `batch` (the last may be shorter)."""
+    return torch.randperm(n, generator=generator(seed, "batches", *purpose)).split(batch)
+
+
+def fit(net, x, y, epochs, seed, weight=None, lr=2e-3, weight_decay=1e-4, batch=128):
+    """AdamW on the (weighted) cross-entropy; weight [N] with mean 1. Returns net, in place."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
+    for epoch in range(epochs):
+        for i in batches(len(y), batch, seed, epoch):
+            loss = F.cross_entropy(net(x[i]), y[i], reduction="none")
+            loss = loss.mean() if weight is None else (weight[i] * loss).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return net
+
+
+# ----------------------------------------------------------------------------------------------------
+# Measures.
+
+
+def group_accuracies(logits, y, group, groups=4):
+    """[accuracy of each group], NaN for a group without members."""
+    right = (logits.argmax(1) == y).double()
+    return [right[group == g].mean().item() for g in range(groups)]
+
+
+def worst_group(logits, y, group, groups=4):
+    return min(group_accuracies(logits, y, group, groups))
+
+
+def accuracies(net, split):
+    """A Split -> (average accuracy, worst group's)."""
+    with torch.no_grad():
+        logits = net(split.x)
+    return (logits.argmax(1) == split.y).double().mean().item(), worst_group(logits, split.y, split.group)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Exact small classifiers: no learning rate to tune.
+
+
+def logistic(x, y, l2, weight=None, steps=30):
+    """Binary logistic regression by Newton in float64: argmin mean_i w_i CE_i + l2/2 |theta|^2, the bias without penalty.
+
+    x [N, D], y [N] in {0, 1}, weight [N] (mean 1) -> theta [D + 1], bias last; the logit is affine(x, theta).
+    """
+    x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    y = y.double()
+    weight = torch.ones_like(y) if weight is None else weight.double()
+    penalty = torch.full((x.shape[1],), float(l2), dtype=torch.float64)
+    penalty[-1] = 1e-8  # separable classes need a bound for the bias as well
+    theta = torch.zeros(x.shape[1], dtype=torch.float64)
+
+    def loss(theta):
+        z = x @ theta
+        return (weight * (F.softplus(z) - y * z)).mean() + 0.5 * (penalty * theta**2).sum()
+
+    for _ in range(steps):
+        p = torch.sigmoid(x @ theta)
+        gradient = x.T @ (weight * (p - y)) / len(y) + penalty * theta
+        if gradient.abs().max() < 1e-8:
+            break
+        curvature = (x * (weight * p * (1 - p)).unsqueeze(1)).T @ x / len(y) + torch.diag(penalty + 1e-10)
+        step = torch.linalg.solve(curvature, gradient)
+        size = 1.0
+        while loss(theta - size * step) > loss(theta) and size > 1e-4:
+            size /= 2
+        theta = theta - size * step
+    return theta
+
+
+def affine(x, theta):
+    """Logits [N] of a logistic regression."""
+    return x.double() @ theta[:-1] + theta[-1]
+
+
+def temperature(logits, y):
+    """The scalar T that minimises CE(logits / T, y): 101 values from 0.05 to 20, on a log scale. logits [N, K]."""
+    grid = torch.logspace(-1.30103, 1.30103, 101)
+    losses = torch.stack([F.cross_entropy(logits / t, y) for t in grid])
+    return grid[losses.argmin()].item()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Choices, tables, result files.
+
+
+def choose(settings, score):
+    """The setting with the highest score(setting), and [(setting, score)] of all, for the record."""
+    scores = [(s, score(s)) for s in settings]
+    return max(scores, key=lambda pair: pair[1])[0], scores
+
+
+def mean_sd(values):
+    values = list(values)
+    return mean(values), spread(values)
+
+
+def cell(values, sign=False):
+    """mean (sample sd over seeds)"""
+    m, sd = mean_sd(values)
+    return f"{m:+.3f} ({sd:.3f})" if sign else f"{m:.3f} ({sd:.3f})"
+
+
+def markdown(header, rows):
+    """A Markdown table of strings and numbers."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines)
+
+
+def command(name, argv):
+    return shlex.join(["python", "-m", f"robustness.{name}", *(sys.argv[1:] if argv is None else argv)])
+
+
+def finish_run(cfg, name, argv, text, content, draw):
+    """What every file ends with. text: Markdown; content: claims, tuned, rows, ...; draw(plt) -> (figure, its axes)."""
+    out = Path(cfg.out or f"runs/robustness/{name}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(text + "\n")
+    record = dict(command=command(name, argv), machine=machine(), torch=torch.__version__, settings=vars(cfg),
+                  cpu_minutes=round(time.process_time() / 60, 1))
+    write_json(out / "results.json", content | record)
+    if (plt := pyplot()) is not None:
+        fig, axes = draw(plt)
+        finish(plt, fig, axes, out / "figure.png")
+    print_results(text, out, time.process_time(), figure="figure")
