@@ -216,6 +216,18 @@ def cell(values, sign=False):
     return f"{m:+.3f} ({sd:.3f})" if sign else f"{m:.3f} ({sd:.3f})"
 
 
+def clearly_positive(differences):
+    """Paired differences over seeds: is their mean above two standard errors?"""
+    differences = list(differences)
+    return mean(differences) > 2 * spread(differences) / len(differences) ** 0.5
+
+
+def verdict(tests):
+    """For a claim's "holds": True if every test is passed, False if none is, else "partly"."""
+    tests = list(tests)
+    return True if all(tests) else "partly" if any(tests) else False
+
+
 def markdown(header, rows):
     """A Markdown table of strings and numbers."""
     lines = [header, ["---"] * len(header), *rows]
