@@ -12,6 +12,7 @@
     temperature(logits, y)            the scalar that minimises the cross-entropy
     choose(settings, score)           the best setting (on TUNING_SEED), and all scores
     mean_sd(values), cell(values)     mean and sample sd over seeds; the same as "0.640 (0.036)"
+    clearly_positive(differences), verdict(tests)    the rule for a claim's "holds"
     markdown(header, rows)            a table
     finish_run(cfg, name, argv, text, content, draw)    table.md, figure.png, results.json, summary
 
