@@ -6,7 +6,7 @@
     optdigits(data)     1,797 digits, other writers and scanner (scikit-learn)    [N, 8, 8], [N]
     photographs(data)   china.jpg and flower.jpg (scikit-learn), half size    two tensors [3, H, W]
     sentences(data)     12,000 rated sentences    MiniLM embedding [N, 384], valence [N], source [N]
-
+    sentence_texts(data)                     their texts, in the same order
     small(images)                            [N, 28, 28] -> [N, 14, 14], 2x2 means
     crops(photos, which, size, generator)    random crops [n, 3, h, w] of photograph which[i]
     compose(ink, background)                 white ink [n, h, w] over background [n, 3, h, w]
@@ -15,6 +15,9 @@
     loops(images, digit)                     (images, y) without the 4s, y = 1 for 0, 6, 8, 9
     waterdigits(agreement, seed, data)       Split train, validation, test: a digit on a photograph
     markers(agreement, seed, data, count)    the same on black, with a 2x2 white patch in a corner
+    rotate(pixels, degrees)                  square images [N, D], turned
+    mix_noise(x, weight, generator)          towards white noise, the norm kept
+    at_norm_of(x, reference)                 rows of x [N, D] at the norms of another
 
 Waterdigits: is there a loop in the digit? Training: the photograph agrees with the label with
 probability `agreement`. Validation and test: every digit on *both* photographs, so the groups are
@@ -32,6 +35,7 @@ result comes from them. The sentences need two packages more and 100 CPU seconds
 import functools
 import importlib
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -144,6 +148,7 @@ def sentences(data="real", cache=None):
             y=np.float32(valence),
             d=np.int64(source),
         )
+        cache.with_suffix(".json").write_text(json.dumps(texts))
     with np.load(cache) as kept:
         embedding = F.normalize(torch.tensor(kept["E"], dtype=torch.float32), dim=1)
         return embedding, torch.tensor(kept["y"]), torch.tensor(kept["d"])
@@ -198,6 +203,20 @@ def _embed(texts, batch=64):
         mask = tokens["attention_mask"].unsqueeze(-1)
         out[rows] = (hidden * mask).sum(1) / mask.sum(1)
     return F.normalize(out, dim=1)
+
+
+def sentence_texts(data="real", cache=None):
+    """The texts of sentences(), in the same order: a list of strings."""
+    embedding, valence, _ = sentences(data, cache)
+    if data == "synthetic":  # what a reader of single words can learn is how often "good" stands there
+        return ["good " * int(2 + 2 * v.clamp(-1, 1)) + f"w{i % 97}" for i, v in enumerate(valence)]
+    path = Path(cache or CACHE / "sentences.npz").with_suffix(".json")
+    if not path.exists():
+        raise UserError(f"no {path}: delete {path.with_suffix('.npz')} and run again, both are made")
+    texts = json.loads(path.read_text())
+    if len(texts) != len(embedding):
+        raise UserError(f"{path} has {len(texts)} texts for {len(embedding)} embeddings: delete both")
+    return texts
 
 
 def _made_up_sentences(count=1600):
@@ -300,3 +319,28 @@ def _three_parts(y, agreement, seed, draw):
         a = torch.arange(2).repeat_interleave(len(rows))
         splits.append(draw(torch.cat([rows, rows]), a, purpose))
     return splits
+
+
+# ----------------------------------------------------------------------------------------------------
+# Shifts of images, rows of pixels.
+
+
+def rotate(pixels, degrees):
+    """Square images [N, side * side] turned about their centre, bilinear, black outside."""
+    side = int(pixels.shape[1] ** 0.5)
+    angle = torch.tensor(degrees * torch.pi / 180)
+    turn = torch.tensor([[angle.cos(), -angle.sin(), 0.0], [angle.sin(), angle.cos(), 0.0]])
+    size = (len(pixels), 1, side, side)
+    grid = F.affine_grid(turn.expand(len(pixels), 2, 3), size, align_corners=False)
+    return F.grid_sample(pixels.reshape(size), grid, align_corners=False).flatten(1)
+
+
+def at_norm_of(x, reference):
+    """x [N, D] scaled, row by row, to the norms of reference [N, D]."""
+    return x * reference.norm(dim=1, keepdim=True) / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def mix_noise(x, weight, generator):
+    """(1 - weight) x + weight * white noise, both of x's norm, scaled to it: the norm says nothing."""
+    noise = at_norm_of(torch.randn(x.shape, generator=generator), x)
+    return at_norm_of((1 - weight) * x + weight * noise, x)
