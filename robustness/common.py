@@ -13,7 +13,11 @@
     choose(settings, score)           the best setting (on TUNING_SEED), and all scores
     mean_sd(values), cell(values)     mean and sample sd over seeds; the same as "0.640 (0.036)"
     clearly_positive(differences), verdict(tests)    the rule for a claim's "holds"
+    lead(a, b)                        a - b paired by seed: mean, sd, clearly positive?
     markdown(header, rows)            a table
+    matrix(title, arms, columns, values)           cells of values(arm, column), a list over seeds
+    leads(title, arm, rivals, columns, values)     arm minus each rival, paired; * clearly positive
+    lines(axis, x, arms, columns, values)          the same as lines with error bars
     finish_run(cfg, name, argv, text, content, draw)    table.md, figure.png, results.json, summary
 
 Every file: seeds 0 .. --seeds - 1 are reported; settings are chosen on TUNING_SEED, from grids of
@@ -229,10 +233,40 @@ def verdict(tests):
     return True if all(tests) else "partly" if any(tests) else False
 
 
+def lead(a, b):
+    """a minus b, paired by seed: (mean, sample sd, whether it is clearly positive)."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    return *mean_sd(differences), clearly_positive(differences)
+
+
 def markdown(header, rows):
     """A Markdown table of strings and numbers."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines)
+
+
+def matrix(title, arms, columns, values):
+    """A table with a title: one row an arm, cells of values(arm, column), a list over seeds."""
+    rows = [[arm, *(cell(values(arm, c)) for c in columns)] for arm in arms]
+    return f"{title}, mean (sd over seeds):\n\n" + markdown(["arm", *columns], rows)
+
+
+def leads(title, arm, rivals, columns, values):
+    """The same for an arm minus each rival, paired by seed; a star where it is clearly positive."""
+    rows = []
+    for rival in rivals:
+        found = [lead(values(arm, c), values(rival, c)) for c in columns]
+        rows.append([rival, *(f"{m:+.3f} ({sd:.3f}){' *' * ahead}" for m, sd, ahead in found)])
+    note = f"{title}, {arm} minus the other arm, paired by seed (* mean above two standard errors)"
+    return f"{note}:\n\n" + markdown(["minus", *columns], rows)
+
+
+def lines(axis, x, arms, columns, values, **style):
+    """One line an arm over x, its mean over seeds with sd as error bar; colours in order."""
+    for arm, colour in zip(arms, COLOURS):
+        points = [mean_sd(values(arm, c)) for c in columns]
+        axis.errorbar(x, [m for m, _ in points], [sd for _, sd in points], color=colour, capsize=2,
+                      label=arm, **{"marker": "o", "markersize": 4} | style)
 
 
 def command(name, argv):
