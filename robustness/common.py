@@ -11,8 +11,9 @@
     affine(x, theta)                  its logits [N]
     temperature(logits, y)            the scalar that minimises the cross-entropy
     choose(settings, score)           the best setting (on TUNING_SEED), and all scores
+    tune(grids, score, smoke)         choose for every arm: {arm: setting}, {arm: scores}
     mean_sd(values), cell(values)     mean and sample sd over seeds; the same as "0.640 (0.036)"
-    clearly_positive(differences), verdict(tests)    the rule for a claim's "holds"
+    minus(a, b), clearly_positive(differences), verdict(tests)    the rule for a claim's "holds"
     lead(a, b)                        a - b paired by seed: mean, sd, clearly positive?
     markdown(header, rows)            a table
     matrix(title, arms, columns, values)           cells of values(arm, column), a list over seeds
@@ -210,6 +211,17 @@ def choose(settings, score):
     return max(scores, key=lambda pair: pair[1])[0], scores
 
 
+def tune(grids, score, smoke=False):
+    """{arm: [setting]} -> {arm: its setting of the highest score(arm, setting)}, {arm: scores}.
+
+    score runs on TUNING_SEED. smoke: the first setting of each arm, without scores.
+    """
+    if smoke:
+        return {arm: grid[0] for arm, grid in grids.items()}, {}
+    results = {arm: choose(grid, lambda s, arm=arm: score(arm, s)) for arm, grid in grids.items()}
+    return {arm: r[0] for arm, r in results.items()}, {arm: r[1] for arm, r in results.items()}
+
+
 def mean_sd(values):
     values = list(values)
     return mean(values), spread(values)
@@ -219,6 +231,11 @@ def cell(values, sign=False):
     """mean (sample sd over seeds)"""
     m, sd = mean_sd(values)
     return f"{m:+.3f} ({sd:.3f})" if sign else f"{m:.3f} ({sd:.3f})"
+
+
+def minus(a, b):
+    """Paired differences over seeds."""
+    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def clearly_positive(differences):
