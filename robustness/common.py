@@ -13,7 +13,7 @@
     choose(settings, score)           the best setting (on TUNING_SEED), and all scores
     tune(grids, score, smoke)         choose for every arm: {arm: setting}, {arm: scores}
     mean_sd(values), cell(values)     mean and sample sd over seeds; the same as "0.640 (0.036)"
-    minus(a, b), clearly_positive(differences), verdict(tests)    the rule for a claim's "holds"
+    clearly_positive(differences), verdict(tests)    the rule for a claim's "holds"
     lead(a, b)                        a - b paired by seed: mean, sd, clearly positive?
     markdown(header, rows)            a table
     matrix(title, arms, columns, values)           cells of values(arm, column), a list over seeds
@@ -231,11 +231,6 @@ def cell(values, sign=False):
     """mean (sample sd over seeds)"""
     m, sd = mean_sd(values)
     return f"{m:+.3f} ({sd:.3f})" if sign else f"{m:.3f} ({sd:.3f})"
-
-
-def minus(a, b):
-    """Paired differences over seeds."""
-    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def clearly_positive(differences):
