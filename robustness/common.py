@@ -162,6 +162,10 @@ def logistic(x, y, l2, weight=None, steps=30):
 
     Newton in float64. x [N, D], y [N] in {0, 1}, weight [N] (mean 1) -> theta [D + 1], bias last.
     """
+    if len(x) < x.shape[1]:  # the solution lies in the span of the points: solve there
+        basis, coordinates = torch.linalg.qr(x.double().T)
+        theta = logistic(coordinates.T, y, l2, weight, steps)
+        return torch.cat([basis @ theta[:-1], theta[-1:]])
     x = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
     y = y.double()
     weight = torch.ones_like(y) if weight is None else weight.double()

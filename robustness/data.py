@@ -11,6 +11,7 @@
     crops(photos, which, size, generator)    random crops [n, 3, h, w] of photograph which[i]
     compose(ink, background)                 white ink [n, h, w] over background [n, 3, h, w]
     attributes(y, agreement, generator)      a [N] in {0, 1} with P(a = y) = agreement
+    draw_mix(y, a, agreements, n, generator) indices of n rows, P(y = a | a) = agreements[a]
     parts(n, shares, seed, *purpose)         disjoint random index sets of 0..n-1
     loops(images, digit)                     (images, y) without the 4s, y = 1 for 0, 6, 8, 9
     waterdigits(agreement, seed, data)       Split train, validation, test: a digit on a photograph
@@ -265,6 +266,17 @@ def attributes(y, agreement, generator):
     """a [N] in {0, 1}, equal to y with probability `agreement`."""
     agrees = torch.rand(len(y), generator=generator) < agreement
     return torch.where(agrees, y, 1 - y)
+
+
+def draw_mix(y, a, agreements, n, generator):
+    """Indices of n rows, half of each attribute, of which a share agreements[a] has y = a."""
+    chosen = []
+    for attribute, share in enumerate(agreements):
+        agree = round(n / 2 * share)
+        for label, count in ((attribute, agree), (1 - attribute, n // 2 - agree)):
+            rows = ((y == label) & (a == attribute)).nonzero().flatten()
+            chosen.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    return torch.cat(chosen)
 
 
 def parts(n, shares, seed, *purpose):
