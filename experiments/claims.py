@@ -24,7 +24,8 @@ from infra.cli import UserError, opt, parse, script  # noqa: E402
 
 BEGIN, END = "<!-- claims: written by experiments/claims.py -->", "<!-- end of claims -->"
 PAPERS = {"2410.08146": "PAV", "2406.14532": "incorrect data", "2411.07681": "learning dynamics", "2503.07572": "MRT",
-          "2502.12118": "verifier-based or not"}
+          "2502.12118": "verifier-based or not", "2302.02931": "BR-DRO", "2306.11120": "CosMoS", "2302.05441": "Pro^2",
+          "2307.10026": "ENP", "2310.00873": "OCS", "2312.03151": "MTL", "2312.03318": "STOC", "2312.15551": "private transfer"}
 FIELDS = ("paper", "claim", "measured", "holds", "command", "fails_when")
 VERDICT = {True: "yes", False: "**no**", "partly": "partly"}
 

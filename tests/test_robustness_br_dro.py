@@ -25,14 +25,14 @@ def test_group_dro_names_the_group_of_the_highest_mean_loss():
 
 def test_a_simple_adversary_names_what_its_input_shows_and_nothing_else():
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 1, generator=g)
-    label = torch.randint(0, 2, (400,), generator=g)
+    x = torch.randn(2000, 1, generator=g)
+    label = torch.randint(0, 2, (2000,), generator=g)
     shown = (x[:, 0] > 1) & (label == 1)  # a group that is simple, given the label
-    loss = torch.rand(400, generator=g) + 2.0 * shown
+    loss = torch.rand(2000, generator=g) + 2.0 * shown
     w = br_dro.simple_adversary(x, loss, label, 0.1, 1e-3)
     assert w[shown].mean() > w[~shown].mean() + 0.4
-    wrong = torch.rand(400, generator=g) < 0.1  # mislabelled points: no function of x
-    loss = torch.rand(400, generator=g) + 2.0 * wrong
+    wrong = torch.rand(2000, generator=g) < 0.1  # mislabelled points: no function of x
+    loss = torch.rand(2000, generator=g) + 2.0 * wrong
     w = br_dro.simple_adversary(x, loss, label, 0.2, 1e-3)
     assert abs(w[wrong].mean() - w[~wrong].mean()) < 0.1
 
