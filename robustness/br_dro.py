@@ -24,7 +24,7 @@ labels at validation); the last epoch stands beside it.
 
 Two things decide whether it works. The adversary must not see the learner's last features: the loss
 is monotone in what is linear there, so a linear adversary becomes CVaR's (an arm below); it sees 8
-principal components of the image. And best responses oscillate; multiplied weights do not.
+principal components of the image. Best responses oscillate; multiplied weights do not.
 
 Left out: the information bottleneck as capacity (a squared norm here), ResNet-50 and the paper's
 data, an adversary trained along with the learner (it is fitted afresh each epoch).
@@ -42,8 +42,7 @@ from infra.runs import generator
 from robustness import common, data
 
 AGREEMENT = 0.9
-COMPONENTS = 8  # what the adversary sees of an image
-BETA = 1e-3  # weight of the adversary's squared norm
+COMPONENTS, BETA = 8, 1e-3  # what the adversary sees of an image; weight of its squared norm
 SIMPLE = "10%, on bright images"
 NOISES = {"0%": 0.0, "5%": 0.05, "10%": 0.1, "20%": 0.2, SIMPLE: 0.1}
 # The game's settings are (alpha, step), JTT's (epochs before, factor), ERM's (lr, weight decay).
@@ -104,20 +103,14 @@ def simple_adversary(inputs, loss, label, alpha, beta, steps=50, lr=0.3):
 
 
 def update_weights(weight, w, step, most=50.0):
-    """W <- W exp(step w), [N], a point cut at `most` times the mean, then mean 1.
-
-    The form is that of update_weights in dro_dataset.py of the same repository.
-    """
+    """W <- W exp(step w), [N], a point cut at `most` times the mean, then mean 1 (as there)."""
     weight = weight * torch.exp(step * w)
     weight = weight.clamp(max=most * weight.mean())
     return weight / weight.mean()
 
 
 def noisy(split, kind, rate, seed):
-    """Training labels with `rate` flips, and which were flipped: (labels [N], flipped [N]).
-
-    SIMPLE: all flips among the 40% brightest images, so that being wrong is itself a simple group.
-    """
+    """Labels with `rate` flips, which were flipped, [N]; SIMPLE: only on the 40% brightest."""
     chance = torch.full((len(split.y),), rate)
     if kind == SIMPLE:
         brightness = split.x.mean((1, 2, 3))
@@ -138,8 +131,7 @@ def train(arm, setting, noise, seed, cfg):
     if arm == "JTT":
         before, factor = setting  # epochs of the first network; weight of what it gets wrong
         first = common.fit(common.seeded(seed, common.SmallCNN), x, y, before, seed)
-        wrong = first(x).argmax(1) != y
-        weight = 1 + (factor - 1) * wrong.float()
+        weight = 1 + (factor - 1) * (first(x).argmax(1) != y).float()
         weight = weight / weight.mean()
     net = common.seeded(seed, common.SmallCNN)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
@@ -170,11 +162,10 @@ def train(arm, setting, noise, seed, cfg):
         worst = common.accuracies(net, validation)[1]
         if worst > best:
             best, chosen = worst, copy.deepcopy(net.state_dict())
-    last = common.accuracies(net, test)
+    last = common.accuracies(net, test)[1]
     net.load_state_dict(chosen)
     average, worst = common.accuracies(net, test)
-    return dict(average=average, worst=worst, validation=best, last_average=last[0],
-                last_worst=last[1], share_flipped=share)
+    return dict(average=average, worst=worst, validation=best, last_worst=last, share_flipped=share)
 
 
 def report(runs, command):
@@ -252,8 +243,8 @@ def main(argv=None):
         runs[noise][arm] = [train(arm, settings[arm], noise, s, cfg) for s in range(cfg.seeds)]
         print(noise, arm, common.cell(r["worst"] for r in runs[noise][arm]), flush=True)
     text, claims, figure = report(runs, common.command("br_dro", argv))
-    content = dict(claims=claims, tuned=scores, rows=runs)
-    common.finish_run(cfg, "br_dro", argv, text, content, figure)
+    common.finish_run(cfg, "br_dro", argv, text, {"claims": claims, "tuned": scores, "rows": runs},
+                      figure)
 
 
 if __name__ == "__main__":

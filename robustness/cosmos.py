@@ -23,8 +23,8 @@ Settings are chosen on another seed, four an arm: the classifiers' by source val
 invariant one's by its worst group), the clusters and the average's weight by the regret itself at
 agreement 0.8, that is with target labels, which the method would not have.
 
-Left out: more than two classifiers; the paper's data. With two classes, per-example confidence and
-the average of calibrated probabilities decide alike, so the former is no arm.
+Left out: a third classifier; the paper's data; per-example confidence, which with two classes
+decides as the average of calibrated probabilities does.
 """
 
 import math
@@ -62,14 +62,13 @@ def kmeans(x, k, seed, steps=25):
 
 
 def select(prob, cluster):
-    """The classifier of the highest mean confidence in each cluster, for each input.
+    """Each input's classifier: that of the highest mean confidence in the input's cluster.
 
-    prob [M, N, K] calibrated, cluster [N] -> index of a classifier [N]. Source: the paper's
-    algorithm as its reviews describe it (no code is public).
+    prob [M, N, K] calibrated, cluster [N] -> index of a classifier [N]. Source: the algorithm as
+    the paper's reviews describe it; no code is public.
     """
-    confidence = prob.max(2).values  # [M, N]
-    k = int(cluster.max()) + 1
-    total = torch.zeros(len(prob), k).index_add_(1, cluster, confidence)
+    total = torch.zeros(len(prob), int(cluster.max()) + 1)
+    total.index_add_(1, cluster, prob.max(2).values)
     return total.argmax(0)[cluster]
 
 

@@ -147,12 +147,9 @@ def run(world, seed, arms, counts, kind):
         train, validation, test = labels(yt, m, max(counts), generator(seed, "labels", shift))
         scores = out.setdefault(shift, {}).setdefault(m, {})
         for arm, family in arms:
-            grid, inputs = L2["medium"], (x, xt)
+            grid, z_source, z = L2["medium"] if arm in basis else L2[family], x, xt
             if arm in basis:
-                inputs = [z @ basis[arm][:family].T for z in inputs]
-            else:
-                grid = L2[family]
-            z_source, z = inputs
+                z_source, z = (z @ basis[arm][:family].T for z in (x, xt))
             z_train, y_train, weight = z[train], yt[train], None
             if arm == "source only":
                 z_train, y_train = z_source, y
@@ -237,8 +234,7 @@ def draw(plt, runs, counts, accuracy):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    counts = COUNTS[1::2] if cfg.smoke else COUNTS
-    counts = [m for m in counts if not cfg.smoke or m <= 8]
+    counts = (2, 8) if cfg.smoke else COUNTS
     runs, chosen, scores = {}, {}, {}
     for world in WORLDS:
         chosen[world], scores[world] = tune(world, counts, cfg.data)
