@@ -16,9 +16,6 @@
     loops(images, digit)                     (images, y) without the 4s, y = 1 for 0, 6, 8, 9
     waterdigits(agreement, seed, data)       Split train, validation, test: a digit on a photograph
     markers(agreement, seed, data, count)    the same on black, with a 2x2 white patch in a corner
-    rotate(pixels, degrees)                  square images [N, D], turned
-    mix_noise(x, weight, generator)          towards white noise, the norm kept
-    at_norm_of(x, reference)                 rows of x [N, D] at the norms of another
 
 Waterdigits: is there a loop in the digit? Training: the photograph agrees with the label with
 probability `agreement`. Validation and test: every digit on *both* photographs, so the groups are
@@ -331,28 +328,3 @@ def _three_parts(y, agreement, seed, draw):
         a = torch.arange(2).repeat_interleave(len(rows))
         splits.append(draw(torch.cat([rows, rows]), a, purpose))
     return splits
-
-
-# ----------------------------------------------------------------------------------------------------
-# Shifts of images, rows of pixels.
-
-
-def rotate(pixels, degrees):
-    """Square images [N, side * side] turned about their centre, bilinear, black outside."""
-    side = int(pixels.shape[1] ** 0.5)
-    angle = torch.tensor(degrees * torch.pi / 180)
-    turn = torch.tensor([[angle.cos(), -angle.sin(), 0.0], [angle.sin(), angle.cos(), 0.0]])
-    size = (len(pixels), 1, side, side)
-    grid = F.affine_grid(turn.expand(len(pixels), 2, 3), size, align_corners=False)
-    return F.grid_sample(pixels.reshape(size), grid, align_corners=False).flatten(1)
-
-
-def at_norm_of(x, reference):
-    """x [N, D] scaled, row by row, to the norms of reference [N, D]."""
-    return x * reference.norm(dim=1, keepdim=True) / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
-
-
-def mix_noise(x, weight, generator):
-    """(1 - weight) x + weight * white noise, both of x's norm, scaled to it: the norm says nothing."""
-    noise = at_norm_of(torch.randn(x.shape, generator=generator), x)
-    return at_norm_of((1 - weight) * x + weight * noise, x)

@@ -113,7 +113,7 @@ def clipped_gradient_sum(weights, z, target, clip):
     return (residual * scale[:, None]).T @ inputs
 
 
-def dp_linear(z, target, rho, steps, lr, g, clip=1.0, momentum=0.9):
+def dp_linear(z, target, rho, lr, steps, g, clip=1.0, momentum=0.9):
     """Softmax regression [K, D + 1] that spends rho in all (inf: no noise). Momentum acts on what
     is released: free."""
     weights = torch.zeros(target.shape[1], z.shape[1] + 1)
@@ -134,7 +134,7 @@ def paid_tuning(z, y, rho, grid, seed):
     g = generator(seed, "paid")
     train, held = torch.randperm(len(z), generator=g).tensor_split([len(z) * 4 // 5])
     target = F.one_hot(y)[train].float()
-    found = [dp_linear(z[train], target, rho / len(grid), steps, lr, g) for lr, steps in grid]
+    found = [dp_linear(z[train], target, rho / len(grid), lr, steps, g) for lr, steps in grid]
     right = torch.tensor([accuracy(w, z[held], y[held]) * len(held) for w in found])
     noise = torch.randn(len(grid), generator=g) * math.sqrt(len(grid) / (2 * rho))
     return found[(right + noise).argmax()]

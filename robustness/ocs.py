@@ -38,6 +38,7 @@ from infra.cli import opt, parse, script
 from infra.runs import derive, generator
 from robustness import common, data
 from robustness.common import TUNING_SEED, cell, choose, lead, temperature
+from robustness.shifts import NO_SHIFT, SHIFTS, shifted_images
 
 CLASSES = 10
 OFFSET = 10.0  # regression labels are digit + 10, so that their mean is far from an output of zero
@@ -45,12 +46,6 @@ PENALTY = 4.0
 GRID = [(1e-3, 0.0), (1e-3, 0.3), (3e-3, 0.0), (3e-3, 0.3)]  # learning rate, weight decay
 LOSSES = ("ce", "mse", "nll", "reward", "onehot")
 HEADS = ("default", "constant")
-# name -> is the norm that of the test images?
-SHIFTS = dict.fromkeys(
-    ["none (test set)", "rotation 30", "rotation 60", "rotation 90", "rotation 180", "noise 0.25",
-     "noise 0.5", "noise 0.75", "noise 1", "pixels shuffled", "photograph, centred", "photograph"],
-    True) | {"x3": False, "inverted": False}
-NO_SHIFT = "none (test set)"
 REWARD, ONEHOT, CE_T = "reward network", "one-hot, squared loss, threshold", "CE + temperature"
 POLICIES = (REWARD, ONEHOT, CE_T, "CE + temperature of that shift (oracle)", "CE, never abstains")
 
@@ -133,27 +128,6 @@ def act_on_probability(probability, penalty=PENALTY):
 def policy_reward(action, y, penalty=PENALTY):
     """Mean reward of actions [N]; action CLASSES is to abstain."""
     return reward_targets(y, penalty=penalty).gather(1, action[:, None]).mean().item()
-
-
-def shifted_images(pixels, average, seed, cfg):
-    """{name of the shift: centred images [N, D]} from test pixels [N, D] in [0, 1]."""
-    x = pixels - average
-    shifts = {NO_SHIFT: x}
-    for degrees in (30, 60, 90, 180):
-        shifts[f"rotation {degrees}"] = data.rotate(pixels, degrees) - average
-    for weight in (0.25, 0.5, 0.75, 1):
-        shifts[f"noise {weight}"] = data.mix_noise(x, weight, generator(seed, "noise", weight))
-    order = torch.randperm(x.shape[1], generator=generator(seed, "shuffle"))
-    shifts["pixels shuffled"] = x[:, order]
-    side = int(x.shape[1] ** 0.5)
-    which = torch.arange(len(x)) % 2
-    crops = data.crops(data.photographs(cfg.data), which, (side, side), generator(seed, "crops"))
-    crops = crops.mean(1).flatten(1)
-    shifts["photograph, centred"] = data.at_norm_of(crops - crops.mean(1, keepdim=True), x)
-    shifts["photograph"] = data.at_norm_of(crops - average, x)
-    shifts["x3"] = 3 * x
-    shifts["inverted"] = 1 - pixels - average
-    return shifts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,7 +226,7 @@ def run(cfg, best):
     rows = []
     for seed in range(cfg.seeds):
         x, y, x_val, y_val, pixels, y_test, average = splits(cfg, seed)
-        shifts = shifted_images(pixels, average, seed, cfg)
+        shifts = shifted_images(pixels, average, data.photographs(cfg.data), seed)
         for head in HEADS:
             nets = {loss: train(loss, head, x, y, best[loss, head], cfg, seed) for loss in LOSSES}
             found = measure(nets, shifts, y, (x_val, y_val), y_test)

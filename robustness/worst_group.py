@@ -30,18 +30,17 @@ Left out: ViT and BERT with their pre-training on other data (here on the same i
 causal language modelling as tasks. The official l1 is divided by the size of the first batch, here
 by that of each; batches have one size here, the official arms differ."""
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from infra.cli import UserError, opt, parse, script
+from infra.cli import opt, parse, script
 from infra.runs import derive, generator, mean
 from robustness import common, data
 from robustness.common import TUNING_SEED, cell, lead
+from robustness.worst_group_published import published, published_table
 
 SHORTCUTS = ("marker", "photograph")
 KNOWS, OURS = "balanced (knows groups)", "MTL + l1"
@@ -199,56 +198,8 @@ def shares(shortcut, cfg):
     return found
 
 
-def published(folder):
-    """{method: {seed: (worst group, average, epoch)}} of the result files of a clone, in percent.
-    """
-    files = sorted(Path(folder).glob("models_params/civilcomments_small/*/*.json"))
-    if not files:
-        raise UserError(f"--published {folder} has no models_params/civilcomments_small/*/*.json")
-    found = {}
-    for path in files:
-        try:
-            content = json.loads(path.read_text())
-            best = content["best_results"]
-            row = (100 * best["min_acc_te"], 100 * best["avg_acc_te"], best["epoch"])
-            found.setdefault(path.parent.name, {})[content["config"]["seed"]] = row
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{path} is not a result file of that repository ({e!r})") from None
-    return found
-
-
 # --------------------------------------------------------------------------------------------------
 # Tables, claims, figure.
-
-
-def published_table(found):
-    """The authors' arms again -> (text, claim without its command)."""
-    arms = sorted(found)
-    seeds = sorted(set.intersection(*(set(rows) for rows in found.values())))
-
-    def at(arm, key):
-        return [found[arm][s][("worst", "average", "epoch").index(key)] for s in seeds]
-
-    copies = sum(found["jtt"][s][:2] == found["erm"][s][:2] for s in seeds)
-    gains = {rival: lead(at("erm_mt_l1", "worst"), at(rival, "worst")) for rival in ("erm", "jtt")}
-    words = [f"{m:+.1f} ({sd:.1f}) over {rival}" for rival, (m, sd, _) in gains.items()]
-    note = (f"In {copies} of {len(seeds)} seeds the numbers of JTT are those of ERM to every digit: "
-            "its best epoch is not after epoch 5, where its first stage, which is ERM, ends.")
-    rivals = [arm for arm in arms if arm != "erm_mt_l1"]
-    text = "\n\n".join([
-        common.matrix("CivilComments-small, the authors' result files, test, percent", arms,
-                      ("worst", "average", "epoch"), at),
-        common.leads("Worst group", "erm_mt_l1", rivals, ["worst"], at),
-        note])
-    claim = dict(
-        paper="2312.03151", holds=common.verdict(ahead for *_, ahead in gains.values()),
-        claim="MTL + l1 beats ERM and JTT on the worst group of CivilComments-small (the authors' "
-              "result files, aggregated again)",
-        measured=f"worst group {cell(at('erm_mt_l1', 'worst'))}, ERM {cell(at('erm', 'worst'))}, "
-                 f"JTT {cell(at('jtt', 'worst'))} percent; paired {', '.join(words)} "
-                 f"({len(seeds)} seeds, sd)",
-        fails_when=note)
-    return text, claim
 
 
 def report(rows, parts, cfg, command):
@@ -262,9 +213,9 @@ def report(rows, parts, cfg, command):
 
     worst = [f"{s}, worst" for s in SHORTCUTS]
     text = "\n\n".join([
-        f"Test accuracy, {cfg.seeds} seeds; worst group and average at the step that the worst group "
-        "of a balanced validation set chose, last: worst group at the last step. Settings, four an "
-        f"arm, by the same on seed {TUNING_SEED}.",
+        f"Test accuracy, {cfg.seeds} seeds; worst group and average at the step that the worst "
+        "group of a balanced validation set chose, last: worst group at the last step. Settings: four "
+        f"an arm, by the same on seed {TUNING_SEED}.",
         common.markdown(["share of the pixels' variance between", *SHORTCUTS],
                         [[name, *(f"{parts[s][i]:.3f}" for s in SHORTCUTS)]
                          for i, name in enumerate(("the shortcut's values", "the labels"))]),

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from robustness import data, ocs
+from robustness import data, ocs, shifts
 
 Y = torch.tensor([0, 0, 0, 2, 2, 7])
 
@@ -68,27 +68,27 @@ def test_relative_distance_is_zero_at_the_constant_and_one_for_perfect_answers(l
 def test_noise_keeps_the_norm():
     x = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
     for weight in (0.25, 1.0):
-        mixed = data.mix_noise(x, weight, torch.Generator().manual_seed(1))
+        mixed = shifts.mix_noise(x, weight, torch.Generator().manual_seed(1))
         assert torch.allclose(mixed.norm(dim=1), x.norm(dim=1), rtol=1e-5)
         assert not torch.allclose(mixed, x)
 
 
 def test_rotation_by_quarter_turns_moves_pixels_exactly():
     image = torch.arange(16.0).view(1, 4, 4)
-    turned = data.rotate(image.flatten(1), 90).view(1, 4, 4)
+    turned = shifts.rotate(image.flatten(1), 90).view(1, 4, 4)
     assert torch.allclose(turned, torch.rot90(image, 1, (1, 2)), atol=1e-4)
-    assert torch.allclose(data.rotate(image.flatten(1), 0), image.flatten(1), atol=1e-4)
+    assert torch.allclose(shifts.rotate(image.flatten(1), 0), image.flatten(1), atol=1e-4)
 
 
 def test_every_shift_is_measured_and_says_whether_it_keeps_the_norm():
     cfg = ocs.Config(data="synthetic")
     *_, pixels, _, average = ocs.splits(cfg, 0)
-    shifts = ocs.shifted_images(pixels, average, 0, cfg)
-    assert list(shifts) == list(ocs.SHIFTS)
-    before = shifts[ocs.NO_SHIFT].norm(dim=1)
-    for name, x in shifts.items():
+    found = shifts.shifted_images(pixels, average, data.photographs(cfg.data), 0)
+    assert list(found) == list(shifts.SHIFTS)
+    before = found[shifts.NO_SHIFT].norm(dim=1)
+    for name, x in found.items():
         if not name.startswith("rotation"):  # a turn keeps it but for the corners
-            assert torch.allclose(x.norm(dim=1), before, rtol=1e-3) == ocs.SHIFTS[name], name
+            assert torch.allclose(x.norm(dim=1), before, rtol=1e-3) == shifts.SHIFTS[name], name
 
 
 def test_head_with_the_constant_starts_near_it():
@@ -106,4 +106,4 @@ def test_smoke(tmp_path):
     assert {"claims", "command", "tuned", "rows"} <= set(content)
     assert all(c["holds"] in (True, False, "partly") for c in content["claims"])
     table = (tmp_path / "table.md").read_text()
-    assert all(shift in table for shift in ocs.SHIFTS)
+    assert all(shift in table for shift in shifts.SHIFTS)
