@@ -206,14 +206,14 @@ def _embed(texts, batch=64):
 def sentence_texts(data="real", cache=None):
     """The texts of sentences(), in the same order: a list of strings."""
     embedding, valence, _ = sentences(data, cache)
-    if data == "synthetic":  # what a reader of single words can learn is how often "good" stands there
+    if data == "synthetic":  # a reader of single words can learn how often "good" stands there
         return ["good " * int(2 + 2 * v.clamp(-1, 1)) + f"w{i % 97}" for i, v in enumerate(valence)]
     path = Path(cache or CACHE / "sentences.npz").with_suffix(".json")
     if not path.exists():
-        raise UserError(f"no {path}: delete {path.with_suffix('.npz')} and run again, both are made")
+        raise UserError(f"no {path}: delete {path.with_suffix('.npz')}, and both are made again")
     texts = json.loads(path.read_text())
     if len(texts) != len(embedding):
-        raise UserError(f"{path} has {len(texts)} texts for {len(embedding)} embeddings: delete both")
+        raise UserError(f"{path} has {len(texts)} texts, not {len(embedding)}: delete both files")
     return texts
 
 

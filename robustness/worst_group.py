@@ -214,8 +214,8 @@ def report(rows, parts, cfg, command):
     worst = [f"{s}, worst" for s in SHORTCUTS]
     text = "\n\n".join([
         f"Test accuracy, {cfg.seeds} seeds; worst group and average at the step that the worst "
-        "group of a balanced validation set chose, last: worst group at the last step. Settings: four "
-        f"an arm, by the same on seed {TUNING_SEED}.",
+        "group of a balanced validation set chose, last: worst group at the last step. Settings: "
+        f"four an arm, by the same on seed {TUNING_SEED}.",
         common.markdown(["share of the pixels' variance between", *SHORTCUTS],
                         [[name, *(f"{parts[s][i]:.3f}" for s in SHORTCUTS)]
                          for i, name in enumerate(("the shortcut's values", "the labels"))]),
