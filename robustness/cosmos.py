@@ -1,7 +1,7 @@
 """CosMoS: per cluster of inputs the most confident classifier (Chen et al. 2023, arXiv 2306.11120).
 
-    python -m robustness.cosmos --seeds 5 --out docs/results/cosmos    # 4 minutes of one core
-    python -m robustness.cosmos --smoke                                # seconds, synthetic data
+    python -m robustness.cosmos --out docs/results/cosmos    # 4 minutes of one core, five seeds
+    python -m robustness.cosmos --smoke                      # seconds, synthetic data
 
 Claim: do not throw shortcut models away. Give each classifier its temperature on source data,
 cluster the unlabelled test inputs, use in each cluster the classifier that is most confident there:

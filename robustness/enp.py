@@ -1,7 +1,7 @@
 """ENP: which features count depends on the context (Ghosal, Setlur et al. 2023, arXiv 2307.10026).
 
-    python -m robustness.enp --seeds 5 --out docs/results/enp    # 5 minutes of one core
-    python -m robustness.enp --smoke                             # seconds, synthetic data
+    python -m robustness.enp --out docs/results/enp    # 5 minutes of one core, five seeds
+    python -m robustness.enp --smoke                   # seconds, synthetic data
 
 Claim: a feature may be reliable in one context and spurious in another, so a model that ignores it
 everywhere throws away what it needs somewhere. Explicit Non-spurious feature Prediction: (1) learn

@@ -37,7 +37,7 @@ from torch import nn
 from infra.cli import opt, parse, script
 from infra.runs import derive, generator
 from robustness import common, data
-from robustness.common import TUNING_SEED, cell, choose, lead, temperature
+from robustness.common import TUNING_SEED, cell, lead, temperature
 from robustness.shifts import NO_SHIFT, SHIFTS, shifted_images
 
 CLASSES = 10
@@ -206,19 +206,17 @@ def measure(nets, shifts, y_train, validation, y):
 
 
 def tune(cfg):
-    """{(loss, head): setting}, and the scores of the whole grid, by validation loss on the tuning
-    seed."""
+    """{loss/head: setting}, and the scores of the whole grid: validation loss on the tuning seed."""
     x, y, x_val, y_val, *_ = splits(cfg, TUNING_SEED)
-    best = {}
-    record = {}
-    for loss, head in itertools.product(LOSSES, HEADS):
-        def score(setting, loss=loss, head=head):
-            net = train(loss, head, x, y, setting, cfg, TUNING_SEED)
-            with torch.no_grad():
-                return -loss_of(loss, net(x_val), y_val).item()
 
-        best[loss, head], record[f"{loss}/{head}"] = choose(GRID, score)
-    return best, record
+    def score(arm, setting):
+        loss, head = arm.split("/")
+        net = train(loss, head, x, y, setting, cfg, TUNING_SEED)
+        with torch.no_grad():
+            return -loss_of(loss, net(x_val), y_val).item()
+
+    arms = [f"{loss}/{head}" for loss, head in itertools.product(LOSSES, HEADS)]
+    return common.tune(dict.fromkeys(arms, GRID), score, cfg.smoke)
 
 
 def run(cfg, best):
@@ -228,7 +226,8 @@ def run(cfg, best):
         x, y, x_val, y_val, pixels, y_test, average = splits(cfg, seed)
         shifts = shifted_images(pixels, average, data.photographs(cfg.data), seed)
         for head in HEADS:
-            nets = {loss: train(loss, head, x, y, best[loss, head], cfg, seed) for loss in LOSSES}
+            nets = {loss: train(loss, head, x, y, best[f"{loss}/{head}"], cfg, seed)
+                    for loss in LOSSES}
             found = measure(nets, shifts, y, (x_val, y_val), y_test)
             rows += [dict(seed=seed, head=head, shift=name) | row for name, row in found.items()]
         print(f"seed {seed} done", flush=True)
@@ -261,7 +260,7 @@ def table(rows, best):
                 return column(rows, head, shift, key)
 
             parts.append(common.matrix(f"**Head: {head}**, {name}", SHIFTS, keys, at))
-    chosen = [f"{loss}/{head} {lr:g}, {wd:g}" for (loss, head), (lr, wd) in best.items()]
+    chosen = [f"{arm} {lr:g}, {decay:g}" for arm, (lr, decay) in best.items()]
     return "\n\n".join([*parts, f"Learning rate, weight decay: {'; '.join(chosen)}"])
 
 
