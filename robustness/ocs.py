@@ -206,7 +206,7 @@ def measure(nets, shifts, y_train, validation, y):
 
 
 def tune(cfg):
-    """{loss/head: setting}, and the scores of the whole grid: validation loss on the tuning seed."""
+    """{loss/head: setting}, and the scores of the grid: validation loss on the tuning seed."""
     x, y, x_val, y_val, *_ = splits(cfg, TUNING_SEED)
 
     def score(arm, setting):
