@@ -1,6 +1,6 @@
 """ENP: which features count depends on the context (Ghosal, Setlur et al. 2023, arXiv 2307.10026).
 
-    python -m robustness.enp --out docs/results/enp    # 5 minutes of one core, five seeds
+    python -m robustness.enp --out docs/results/enp    # 4 minutes of one core, five seeds
     python -m robustness.enp --smoke                   # seconds, synthetic data
 
 Claim: a feature may be reliable in one context and spurious in another, so a model that ignores it
@@ -46,7 +46,7 @@ AGREEMENT = {SPURIOUS: 0.9, NONE: 0.5}
 
 @dataclass
 class Config(common.Config):
-    pairs: int = opt(4000, "training pairs", "method", low=64)
+    pairs: int = opt(3000, "training pairs", "method", low=64)
     epochs: int = opt(16, "passes over them", "method", low=1)
 
 
@@ -121,7 +121,7 @@ def train(arm, setting, agreement, seed, cfg):
     ours, theirs = data.parts(len(y_digit), (0.75, 0.25), seed, "enp")
     x, y, context, agree = make_pairs(ink[ours], y_digit[ours], cfg.pairs, agreement, photos,
                                       generator(seed, "pairs"))
-    test = make_pairs(ink[theirs], y_digit[theirs], 3000, 0.5, photos, generator(seed, "test"))
+    test = make_pairs(ink[theirs], y_digit[theirs], 2000, 0.5, photos, generator(seed, "test"))
     group = 2 * context + agree
     relevant, mask_accuracy = context, None
     if ARMS[arm] is not None:
