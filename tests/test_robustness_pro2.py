@@ -33,8 +33,10 @@ def test_there_are_no_more_directions_than_dimensions():
 
 def test_a_probe_takes_the_larger_penalty_of_equals():
     x, y = planted()
-    assert torch.equal(pro2.probe(x, y, x[:2], y[:2], (1e-3, 1.0)),
-                       pro2.probe(x, y, x[:2], y[:2], (1.0,)))
+    thetas = pro2.probes(x, y, (1e-3, 1.0))
+    assert thetas[0].norm() < thetas[1].norm()
+    assert torch.equal(pro2.best_probe(thetas, x[:2], y[:2]), thetas[0])
+    assert torch.equal(pro2.best_probe([-thetas[0], thetas[1]], x, y), thetas[1])
 
 
 def test_labels_are_disjoint_and_the_test_set_is_the_same_for_every_m():
