@@ -57,8 +57,8 @@ def project(x, y, d, l2=0.1):
         for _ in range(2):
             direction = direction - rows.T @ (rows @ direction)
             direction = direction / direction.norm().clamp(min=1e-300)
-        if direction.norm() < 0.5:  # nothing that is left predicts y
-            break
+        if direction.norm() < 0.5:
+            break  # nothing that is left predicts y
         rows = torch.cat([rows, direction.unsqueeze(0)])
         x = x - (x @ direction).unsqueeze(1) * direction
     return rows
@@ -71,10 +71,8 @@ def probes(x, y, grid, weight=None):
 
 def best_probe(thetas, x, y):
     """The one of the highest accuracy on validation rows; the first, most penalised, of equals."""
-    def accuracy(theta):
-        return ((common.affine(x, theta) > 0) == y.bool()).double().mean()
-
-    return max(thetas, key=accuracy)
+    right = [((common.affine(x, theta) > 0) == y.bool()).sum().item() for theta in thetas]
+    return thetas[right.index(max(right))]
 
 
 def images(seed, kind):
@@ -91,8 +89,7 @@ def images(seed, kind):
     first, a = first.repeat(2), torch.arange(2).repeat_interleave(len(first))
     net = common.seeded(seed, lambda: common.SmallCNN(outputs=20, width=64))
     common.fit(net, composed(first, a, "frozen"), 2 * digit[first] + a, 20, seed)
-    second = second[digit[second] != 4]
-    label = torch.isin(digit[second], torch.tensor([0, 6, 8, 9])).long()
+    second, label = data.loops(second, digit[second])
     cut = len(second) * 4 // 15  # 600 of 2,250 digits
 
     def features(rows, y, agreement, purpose):
@@ -140,7 +137,7 @@ def run(world, seed, arms, counts, kind):
     centre = x.mean(0)
     scale = ((x - centre) ** 2).mean().sqrt()
     x = (x - centre) / scale
-    d = max([family for arm, family in arms if arm == "Pro^2"])
+    d = max(DIMENSIONS)
     noise = torch.randn(x.shape[1], d, generator=generator(seed, "random directions"))
     basis = {"Pro^2": project(x, y, d), "PCA": torch.linalg.eigh(x.T @ x)[1].flip(1).T,
              "random": torch.linalg.qr(noise.to(x))[0].T}
@@ -221,8 +218,7 @@ def report(runs, chosen, counts, command):
 
 
 def draw(plt, runs, counts, accuracy):
-    size = (12, 3.8 * len(runs))
-    fig, axes = plt.subplots(len(runs), 3, figsize=size, squeeze=False, constrained_layout=True)
+    fig, axes = plt.subplots(len(runs), 3, figsize=(12, 3.8 * len(runs)), constrained_layout=True)
     for axis, (world, shift) in zip(axes.flat, itertools.product(runs, SHIFTS)):
         columns = [(world, shift, m) for m in counts]
         common.lines(axis, counts, ["Pro^2", *RIVALS], columns, accuracy)
