@@ -1,6 +1,6 @@
 """Private transfer: do public representations pay for the noise of private training, and where not?
 
-    python -m robustness.private_transfer --out docs/results/private_transfer   # about 3 minutes
+    python -m robustness.private_transfer --out docs/results/private_transfer   # about 2 minutes
     python -m robustness.private_transfer --smoke                               # in seconds,
     made-up data
 
@@ -210,6 +210,7 @@ def report(rows, cfg, command):
     fewer = [f"{d}, epsilon {e}" in won(d, subspace, FULL) for d in texts for e in epsilons[:2]]
     loose = [x for d in texts for x in won(d, FULL, subspace)]
     useless = [x for d in texts for x in won(d, PUBLIC_ONLY, subspace)]
+    narrow = won(images, PIXELS, FEATURES)
     most = next(a for a in reversed(names(heads)) if a.startswith("public tasks"))
     rivals = [coordinated(e) for e in (1.0, 10.0, math.inf)]
     at = of(heads)
@@ -221,8 +222,9 @@ def report(rows, cfg, command):
         measured=f"epsilon {middle}; {cells(texts[-1], middle, WITHOUT, FULL, *SUBSPACES)}; "
                  f"{cells(images, middle, PIXELS, FEATURES)}; settings from private rows: "
                  f"{cells(texts[-1], middle, PAID, UNPAID)} {seeds}",
-        fails_when="the public task is narrow (features of digits 0 to 4 for digits 5 to 9); and "
-                   f"{PUBLIC_ONLY} is clearly better at {'; '.join(useless) or 'none'}")
+        fails_when="the public task is narrow, digits 0 to 4 for digits 5 to 9: pixels clearly "
+                   f"better at {'; '.join(narrow) or 'none'}; and without any private row, public labels "
+                   f"alone are clearly better at {'; '.join(useless) or 'none'}")
     second = dict(
         shared, holds=common.verdict(fewer),
         claim="in a subspace from public data the price of privacy falls from d to k dimensions",
@@ -236,7 +238,8 @@ def report(rows, cfg, command):
               "public subspace do as well",
         measured=f"{cells(heads, '', *names(heads))} {seeds}",
         fails_when=f"public data are few: {cells(heads, '', public_tasks(50), 'all 196 pixels')}; "
-                   f"the users here are {cfg.users} with ten images each")
+                   f"here {cfg.users} users with ten images each, and public labels that name the "
+                   "digit")
     text = "\n\n".join(parts)
     return text, [first, second, third], lambda plt: draw(plt, epsilons, domains, names, of)
 
@@ -248,7 +251,8 @@ def draw(plt, epsilons, domains, names, of):
         common.lines(axis, range(len(epsilons)), names(domain), epsilons, of(domain))
         axis.set_xticks(range(len(epsilons)), epsilons)
         axis.set(title=domain, xlabel="epsilon (inf: no privacy)", ylabel="test accuracy")
-        axis.legend(frameon=False, fontsize=7)
+        axis.set_ylim(bottom=axis.get_ylim()[0] - 0.15)
+        axis.legend(frameon=False, fontsize=7, loc="lower right")
     arms = names(domains[-1])
     for i, arm in enumerate(arms):
         m, sd = common.mean_sd(of(domains[-1])(arm, ""))
