@@ -223,8 +223,8 @@ def report(rows, cfg, command):
                  f"{cells(images, middle, PIXELS, FEATURES)}; settings from private rows: "
                  f"{cells(texts[-1], middle, PAID, UNPAID)} {seeds}",
         fails_when="the public task is narrow, digits 0 to 4 for digits 5 to 9: pixels clearly "
-                   f"better at {'; '.join(narrow) or 'none'}; and without any private row, public labels "
-                   f"alone are clearly better at {'; '.join(useless) or 'none'}")
+                   f"better at {'; '.join(narrow) or 'none'}; and without any private row, public "
+                   f"labels alone are clearly better at {'; '.join(useless) or 'none'}")
     second = dict(
         shared, holds=common.verdict(fewer),
         claim="in a subspace from public data the price of privacy falls from d to k dimensions",

@@ -100,7 +100,8 @@ def domains(pair, seed, cfg):
     x, y = data.small(x)[order][:, None], y[order]
     other, y_other = data.optdigits(cfg.data)
     order = torch.randperm(len(y_other), generator=generator(seed, "optdigits"))
-    other = F.interpolate(other[order][:, None], size=(14, 14), mode="bilinear")
+    other = F.interpolate(other[order][:, None], size=(10, 10), mode="bilinear")
+    other = F.pad(other, (2, 2, 2, 2))  # they fill their frame, those of MNIST leave a margin
     y_other = y_other[order]
     n = min(cfg.images, len(y) // 4, len(y_other) // 2)
     one, two, three, rest = slice(n), slice(n, 2 * n), slice(2 * n, 3 * n), slice(3 * n, None)
