@@ -75,8 +75,7 @@ def _last(test, low, high):
 
 
 def public_subspace(features, k):
-    """Mean [D] and top k principal directions [D, k] of public features [N, D]; no label is used.
-    """
+    """Mean [D] and top k principal directions [D, k] of public features [N, D]; no label."""
     centre = features.mean(0)
     _, _, rows = torch.linalg.svd(features - centre, full_matrices=False)
     return centre, rows[:k].T

@@ -61,8 +61,7 @@ class Config(common.Config):
 
 
 def reward_targets(y, classes=CLASSES, penalty=PENALTY):
-    """Reward of each action [N, classes + 1]: +1 right, -penalty wrong, 0 for the last, to abstain.
-    """
+    """Reward of each action [N, classes + 1]: +1 right, -penalty wrong, the last (abstain) 0."""
     reward = (penalty + 1) * F.one_hot(y, classes + 1).float() - penalty
     reward[:, -1] = 0.0
     return reward

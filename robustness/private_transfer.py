@@ -1,8 +1,7 @@
 """Private transfer: do public representations pay for the noise of private training, and where not?
 
     python -m robustness.private_transfer --out docs/results/private_transfer   # about 2 minutes
-    python -m robustness.private_transfer --smoke                               # in seconds,
-    made-up data
+    python -m robustness.private_transfer --smoke             # in seconds, on made-up data
 
 Thaker, Setlur, Wu, Smith 2023 (arXiv 2312.15551; NeurIPS 2024 as "On the Benefits of Public
 Representations for Private Transfer Learning under Distribution Shift"). The claim, in two
