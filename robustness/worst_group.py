@@ -1,7 +1,7 @@
 """Multitasking for the worst group: does reconstructing the input keep a classifier off a
 shortcut?
 
-    python -m robustness.worst_group --out docs/results/worst_group    # about 5 minutes of one core
+    python -m robustness.worst_group --out docs/results/worst_group    # about 6 minutes of one core
     python -m robustness.worst_group --smoke                           # in seconds, made-up images
 
 Kulkarni, Dery, Setlur, Raghunathan, Talwalkar, Neubig 2023 (arXiv 2312.03151, TMLR 2024). The
@@ -13,8 +13,8 @@ much from l1 alone.
 
 Has the digit a loop? In 95% of the training images a shortcut agrees with the answer, in test
 images it does not. marker: a patch of 2x2 pixels, little of the picture. photograph: the
-background, most of it, and reconstruction spends the representation on what has variance. Same
-network for both.
+background, most of it: there multitasking should lose, as reconstruction spends the representation
+on what has variance. Same network for both.
 
     ERM; ERM + l1; MTL; MTL + l1; pre-training by reconstruction, then ERM or MTL + l1; JTT;
     balanced: every group has the same weight (knows the groups in training)
