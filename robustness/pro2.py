@@ -1,6 +1,6 @@
 """Pro^2: project on what predicts in the source, then probe (Chen et al. 2023, arXiv 2302.05441).
 
-    python -m robustness.pro2 --out docs/results/pro2    # 4 minutes of one core, 10 seeds (text: 5)
+    python -m robustness.pro2 --out docs/results/pro2    # 3 minutes of one core, 10 seeds (text: 5)
     python -m robustness.pro2 --smoke                    # seconds, synthetic data
 
 Claim: with few target labels, learn d orthogonal directions of a frozen embedding that predict the
