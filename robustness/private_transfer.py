@@ -1,0 +1,291 @@
+"""Private transfer: do public representations pay for the noise of private training, and where not?
+
+    python -m robustness.private_transfer --out docs/results/private_transfer   # about 2 minutes
+    python -m robustness.private_transfer --smoke             # in seconds, on made-up data
+
+Thaker, Setlur, Wu, Smith 2023 (arXiv 2312.15551; NeurIPS 2024 as "On the Benefits of Public
+Representations for Private Transfer Learning under Distribution Shift"). The claim, in two
+scenarios: (1) one model for all: in a subspace from public data the price of privacy falls from all
+d dimensions to k, even where the public task cannot solve the private one; (2) one model a user:
+with enough public data users need not coordinate privately, each fits a local head in the public
+subspace. What would have falsified it: (1) no gain over the same learner without public data, or
+none of the subspace over all dimensions at small epsilon; (2) local heads below those in a subspace
+that users find together.
+
+    sentences    private: film reviews, good or bad; public: MiniLM, newspaper sentences (for PCA)
+    images       private: digits 5 to 9; public: digits 0 to 4 with labels (should lose: too narrow)
+    local heads  private: users with ten images each and a labelling of their own; public: digits
+
+The learner is full-batch gradient descent on clipped per-row gradients with Gaussian noise; dp.py
+has it, and the accounting. Tuning costs no privacy: learning rate and steps, four settings an arm
+and epsilon, by labels of public rows (newspaper; digits 5 to 9 of other writers), on seed 100, with
+the noise per mean gradient that the private run will have. Beside it, for one arm, what tuning on
+private rows costs: the grid paid from the same budget; and the grid unpaid, by test labels, not
+private at the epsilon printed. Left out: CLIP, DP-SGD on all weights, Poisson sampling. The number
+of rows is public.
+"""
+
+import functools
+import itertools
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from infra.cli import UserError, opt, parse, script
+from infra.runs import mean
+from infra.seeds import derive, generator
+from robustness import common, data, dp
+from robustness.common import TUNING_SEED, cell, lead
+from robustness.local_heads import DELTA, coordinated, personal_models, public_tasks
+
+WORDS = 2048
+GRID = list(itertools.product((0.5, 2.0), (20, 60)))  # learning rate, steps
+WITHOUT, FULL = "bag of words 2048, no public data", "MiniLM 384"
+SUBSPACES = ("MiniLM, public PCA 64", "MiniLM, public PCA 16")
+PUBLIC_ONLY = "public labels only, no private row"
+PIXELS, FEATURES = "pixels 196, no public data", "public features 64"
+PAID, UNPAID = (f"{FULL}, grid on private rows, {how}" for how in ("paid", "unpaid: not private"))
+
+
+@dataclass
+class Config(common.Config):
+    epsilons: list = opt([0.1, 0.3, 1.0, 3.0], "privacy at delta 1e-5", above=0, high=100)
+    rows: list = opt([1000, 3500], "private sentences", low=10)
+    users: int = opt(200, "with ten images each, second scenario", low=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# One model for all. A domain: {arm: rows of unit norm (public, for tuning; private; test)}, labels
+# alike.
+
+
+def unit(x, centre=0.0):
+    return F.normalize(x - centre, dim=1)
+
+
+@functools.cache
+def bag_of_words(kind):
+    """Counts of hashed lower-case words of all sentences [N, WORDS]."""
+    texts = data.sentence_texts(kind)
+    out = torch.zeros(len(texts), WORDS)
+    for i, text in enumerate(texts):
+        for word in text.lower().split():
+            out[i, zlib.crc32(word.strip(".,;:!?\"'()").encode()) % WORDS] += 1
+    return out
+
+
+def sentence_domain(n, seed, cfg):
+    """Label: valence above 0 (sentences within 0.4 of it are left out). A quarter of the film
+    reviews is the test set."""
+    embedding, valence, source = data.sentences(cfg.data)
+    clear = valence.abs() > 0.4
+    public = (clear & (source == 3)).nonzero().flatten()
+    films = (clear & (source == 0)).nonzero().flatten()
+    films = films[torch.randperm(len(films), generator=generator(seed, "films"))]
+    test, private = films.tensor_split([len(films) // 4])
+    parts = (public, private[:n], test)
+    centre, basis = dp.public_subspace(embedding[public], 64)
+    words = bag_of_words(cfg.data)
+    arms = {WITHOUT: [unit(words[i]) for i in parts],
+            FULL: [unit(embedding[i], centre) for i in parts]}
+    for name, k in zip(SUBSPACES, (64, 16)):
+        arms[name] = [unit((embedding[i] - centre) @ basis[:, :k]) for i in parts]
+    return arms, [(valence[i] > 0).long() for i in parts]
+
+
+def image_domain(seed, cfg):
+    """Features of a network that knows digits 0 to 4. Rows for tuning: optdigits 5 to 9."""
+    images, digit = data.digits(cfg.data)
+    x = data.small(images)[:, None]
+    other, other_digit = data.optdigits(cfg.data)
+    other = F.interpolate(other[:, None], size=(14, 14), mode="bilinear")[other_digit >= 5]
+    known = digit < 5
+    private = (~known).nonzero().flatten()
+    private = private[torch.randperm(len(private), generator=generator(seed, "private"))]
+    test, train = private.tensor_split([len(private) * 7 // 25])
+    net, untrained = (common.seeded(derive(seed, "net", i), lambda: common.SmallCNN(1, 5, width=64))
+                      for i in range(2))
+    common.fit(net, x[known], digit[known], 2 if cfg.smoke else 15, seed)
+    maps = {PIXELS: lambda v: v.flatten(1), FEATURES: net.features,
+            "random features 64, no public data": untrained.features}
+    arms = {}
+    with torch.no_grad():
+        for name, features in maps.items():
+            centre = features(x[known]).mean(0)
+            arms[name] = [unit(features(v), centre) for v in (other, x[train], x[test])]
+        centre, basis = dp.public_subspace(net.features(x[known]), 16)
+        arms["public features, public PCA 16"] = [
+            unit((net.features(v) - centre) @ basis) for v in (other, x[train], x[test])]
+    return arms, [other_digit[other_digit >= 5] - 5, digit[train] - 5, digit[test] - 5]
+
+
+def tune(z, y, n, rho, grid):
+    """Best of the grid by accuracy on a fifth of public rows (mean of three draws), trained on the
+    others with the noise per mean gradient that n private rows will have."""
+    order = torch.randperm(len(y), generator=generator(TUNING_SEED, "public"))
+    held, train = order.tensor_split([len(y) // 5])
+    target = F.one_hot(y).float()[train]
+    budget = rho * (n / len(train)) ** 2
+
+    def score(setting):
+        draws = [dp.dp_linear(z[train], target, budget, *setting,
+                              generator(TUNING_SEED, k, *setting)) for k in range(3)]
+        return mean(dp.accuracy(w, z[held], y[held]) for w in draws)
+
+    return common.choose(grid, score)
+
+
+def shared_model(name, draw, cfg):
+    """Rows {domain, arm, epsilon, seed, accuracy}, and what was chosen. draw(seed) -> arms,
+    labels."""
+    epsilons = [*cfg.epsilons, math.inf]
+    arms, (y_public, y, _) = draw(TUNING_SEED)
+    grid = GRID[:1] if cfg.smoke else GRID
+    tuned = {(arm, e): tune(z[0], y_public, len(y), dp.rho_for(e, DELTA), grid)
+             for arm, z in arms.items() for e in epsilons}
+    rows = []
+    for seed in range(cfg.seeds):
+        arms, (y_public, y, y_test) = draw(seed)
+        target = F.one_hot(y).float()
+        for (arm, (z_public, z, z_test)), e in itertools.product(arms.items(), epsilons):
+            rho = dp.rho_for(e, DELTA)
+            g = generator(seed, name, arm, str(e))
+            fits = {arm: dp.dp_linear(z, target, rho, *tuned[arm, e][0], g)}
+            if arm == FULL:
+                setting = tuned[arm, math.inf][0]
+                one_hot = F.one_hot(y_public).float()
+                fits[PUBLIC_ONLY] = dp.dp_linear(z_public, one_hot, math.inf, *setting, g)
+                fits[PAID] = dp.paid_tuning(z, y, rho, grid, seed)
+                found = [dp.dp_linear(z, target, rho, *setting, g) for setting in grid]
+                fits[UNPAID] = max(found, key=lambda w: dp.accuracy(w, z_test, y_test))
+            rows += [dict(domain=name, arm=k, epsilon=f"{e:g}", seed=seed,
+                          accuracy=dp.accuracy(w, z_test, y_test)) for k, w in fits.items()]
+    return rows, {f"{name}/{arm}/{e:g}": choice for (arm, e), choice in tuned.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Table, claims, figure.
+
+
+def report(rows, cfg, command):
+    """-> (text, claims, draw). The domains: sentences (one for each --rows), images, local
+    heads."""
+    epsilons = [f"{e:g}" for e in (*cfg.epsilons, math.inf)]
+    domains = list(dict.fromkeys(r["domain"] for r in rows))
+    *texts, images, heads = domains
+    lowest, middle = epsilons[0], epsilons[len(cfg.epsilons) // 2]
+
+    def of(domain):
+        return lambda arm, e: [r["accuracy"] for r in rows
+                               if (r["domain"], r["arm"], r["epsilon"]) == (domain, arm, e)]
+
+    def names(domain):
+        return list(dict.fromkeys(r["arm"] for r in rows if r["domain"] == domain))
+
+    def won(domain, arm, rival):
+        """Where arm is clearly above rival: names of domain and epsilon."""
+        return [f"{domain}, epsilon {e}" for e in epsilons[:-1]
+                if lead(of(domain)(arm, e), of(domain)(rival, e))[2]]
+
+    def cells(domain, e, *arms):
+        return f"{domain}: " + ", ".join(f"{a} {cell(of(domain)(a, e))}" for a in arms)
+
+    budgets = {e: dp.rho_for(e, DELTA) for e in cfg.epsilons}
+    accounting = [[e, f"{rho:.5f}", f"{dp.rdp_epsilon(rho, DELTA):.3f}",
+                   f"{dp.zcdp_epsilon(rho, DELTA):.3f}"] for e, rho in budgets.items()]
+    parts = [f"Test accuracy, {cfg.seeds} seeds; columns: epsilon at delta {DELTA:g}, exact for "
+             "Gaussian noise (inf: no privacy). Selection: public labels, four settings an arm and "
+             f"epsilon, seed {TUNING_SEED}."]
+    parts += [common.matrix(d, names(d), epsilons, of(d)) for d in domains[:-1]]
+    parts += [common.matrix(heads, names(heads), [""], of(heads)),
+              "The same budgets, as other conversions would print them:\n\n" + common.markdown(
+                  ["epsilon, exact", "rho (zCDP)", "by RDP", "by zCDP"], accounting)]
+
+    subspace = SUBSPACES[0]
+    gained = [won(d, subspace, WITHOUT) for d in texts] + [won(images, FEATURES, PIXELS)]
+    tried = len(epsilons) - 1
+    fewer = [f"{d}, epsilon {e}" in won(d, subspace, FULL) for d in texts for e in epsilons[:2]]
+    loose = [x for d in texts for x in won(d, FULL, subspace)]
+    useless = [x for d in texts for x in won(d, PUBLIC_ONLY, subspace)]
+    narrow = won(images, PIXELS, FEATURES)
+    most = next(a for a in reversed(names(heads)) if a.startswith("public tasks"))
+    rivals = [coordinated(e) for e in (1.0, 10.0, math.inf)]
+    at = of(heads)
+    shared = dict(paper="2312.15551", command=command)
+    seeds = f"({cfg.seeds} seeds, sd)"
+    first = dict(
+        shared, holds=common.verdict(len(where) == tried for where in gained),
+        claim="public representations make private learning better than the same without them",
+        measured=f"epsilon {middle}; {cells(texts[-1], middle, WITHOUT, FULL, *SUBSPACES)}; "
+                 f"{cells(images, middle, PIXELS, FEATURES)}; settings from private rows: "
+                 f"{cells(texts[-1], middle, PAID, UNPAID)} {seeds}",
+        fails_when="the public task is narrow, digits 0 to 4 for digits 5 to 9: pixels clearly "
+                   f"better at {'; '.join(narrow) or 'none'}; and without any private row, public "
+                   f"labels alone are clearly better at {'; '.join(useless) or 'none'}")
+    second = dict(
+        shared, holds=common.verdict(fewer),
+        claim="in a subspace from public data the price of privacy falls from d to k dimensions",
+        short="In a public subspace privacy costs k dimensions, not d",
+        measured="; ".join(cells(d, lowest, FULL, *SUBSPACES) for d in texts)
+                 + f" at epsilon {lowest} {seeds}",
+        fails_when="epsilon is loose: all dimensions clearly better at "
+                   f"{'; '.join(loose) or 'none'}")
+    third = dict(
+        shared, holds=common.verdict(lead(at(most, ""), at(r, ""))[2] for r in rivals),
+        claim="with enough public data users need not coordinate privately: local heads in the "
+              "public subspace do as well",
+        short="With public data local heads need no private coordination",
+        measured=f"{cells(heads, '', *names(heads))} {seeds}",
+        fails_when=f"public data are few: {cells(heads, '', public_tasks(50), 'all 196 pixels')}; "
+                   f"here {cfg.users} users with ten images each, and public labels that name the "
+                   "digit")
+    text = "\n\n".join(parts)
+    return text, [first, second, third], lambda plt: draw(plt, epsilons, domains, names, of)
+
+
+def draw(plt, epsilons, domains, names, of):
+    """Accuracy against epsilon for the largest set of sentences and the images; local heads."""
+    fig, axes = plt.subplots(1, 3, figsize=(17, 4.8), constrained_layout=True)
+    for axis, domain in zip(axes, domains[-3:-1]):
+        common.lines(axis, range(len(epsilons)), names(domain), epsilons, of(domain))
+        axis.set_xticks(range(len(epsilons)), epsilons)
+        axis.set(title=domain, xlabel="epsilon (inf: no privacy)", ylabel="test accuracy")
+        axis.set_ylim(bottom=axis.get_ylim()[0] - 0.15)
+        axis.legend(frameon=False, fontsize=7, loc="lower right")
+    arms = names(domains[-1])
+    for i, arm in enumerate(arms):
+        m, sd = common.mean_sd(of(domains[-1])(arm, ""))
+        axes[2].barh(i, m, xerr=sd, color=common.COLOURS[3 if arm.startswith("public") else 7])
+    axes[2].set_yticks(range(len(arms)), arms, fontsize=8)
+    axes[2].invert_yaxis()
+    axes[2].set(title="local heads", xlabel="test accuracy, mean over users", xlim=(0.5, None))
+    return fig, axes
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    if not cfg.epsilons or not cfg.rows:
+        raise UserError("--epsilons and --rows want one number at least")
+    if cfg.smoke:
+        cfg.epsilons, cfg.rows, cfg.users = [0.3, 1.0], [60, 200], 20
+    rows, tuned = [], {}
+    for n in cfg.rows:
+        name = f"sentences, {n} private"
+        found = shared_model(name, functools.partial(sentence_domain, n, cfg=cfg), cfg)
+        rows += found[0]
+        tuned |= found[1]
+        print(f"{name} done", flush=True)
+    for found in (shared_model("images", functools.partial(image_domain, cfg=cfg), cfg),
+                  personal_models(cfg)):
+        rows += found[0]
+        tuned |= found[1]
+    text, claims, figure = report(rows, cfg, common.command("private_transfer", argv))
+    content = dict(claims=claims, tuned=tuned, rows=rows)
+    common.finish_run(cfg, "private_transfer", argv, text, content, figure)
+
+
+if __name__ == "__main__":
+    script(main)
