@@ -38,7 +38,7 @@ from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, token_logprobs, token_loss, write_model
 from report.arms import REWARDS
 from report.watch import evaluate, mean_final_value, rollout_logs, summarize
-from rollouts import first_illegal, grades, step_ends
+from rollouts import first_illegal, grades, rows_that_fit, step_ends
 from sample import generate
 from tasks import TaskFlags, get_task, prepare
 from tasks.context import leave_out_long
@@ -92,7 +92,7 @@ class RLFlags(TaskFlags, RunConfig):
     )
     max_grad_norm: float = opt(1.0, "gradient clipping by global norm", "optimization", above=0)
     micro_batch_size: int = opt(
-        0, "sequences a backward pass, to save memory (0: all)", "optimization", low=0
+        0, "sequences a backward pass (0: all; on a GPU 8k tokens)", "optimization", low=0
     )
     eval_steps: int = opt(10, "steps between evaluations", "evaluation", low=1)
     eval_problems: int = opt(
@@ -278,7 +278,7 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     weight = token_weights(mask, cfg.loss_type, limit)
     # In order: samples of a prompt share a micro-batch.
     rows = torch.tensor(parallel.share(len(mask)))
-    size = cfg.micro_batch_size or len(rows)
+    size = cfg.micro_batch_size or rows_that_fit(rollouts, device)
     first_logprob = {}  # the policy's log-probs before the first optimizer step, per micro-batch
     parts = []  # the policy's loss and what the clip silenced, of every chunk of tokens
 

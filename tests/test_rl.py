@@ -13,6 +13,7 @@ from infra import seeds
 from infra.runs import read_metrics
 from infra.seeds import batch_indices
 from model import save_model
+from rollouts import rows_that_fit
 from sample import generate
 from train_rl import Config, update
 from verifier import Verifier, save_verifier
@@ -49,6 +50,15 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(batch, options):
         part, part_logs = gradient_of_update(batch, reference, micro_batch_size=size, **options)
         torch.testing.assert_close(part, whole, atol=2e-6, rtol=1e-4)
         assert part_logs == pytest.approx(logs, rel=1e-4, abs=1e-6)
+
+
+def test_a_gpu_gets_as_many_rows_as_fit(batch, monkeypatch):
+    rollouts, _ = batch
+    assert rows_that_fit(rollouts, "cpu") == 8
+    monkeypatch.setattr("rollouts.CUDA_TOKENS", 3 * rollouts.tokens.shape[1] + 1)
+    assert rows_that_fit(rollouts, "cuda:1") == 3
+    monkeypatch.setattr("rollouts.CUDA_TOKENS", 1)
+    assert rows_that_fit(rollouts, torch.device("cuda")) == 1
 
 
 def test_one_update_is_reinforce_by_hand(batch):
