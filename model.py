@@ -2,16 +2,15 @@
 
 Llama: RMSNorm -> attention with rotary positions and grouped queries -> RMSNorm -> SwiGLU, no
 biases, tied or untied head. Qwen2, Qwen3 and Gemma 2 differ from it by one line of the table in
-families.py; files are read and written by weights.py.
+open_weights/families.py; open_weights/files.py reads and writes the files.
 
 What is left out: dropout (nobody fine-tunes with it), attention masks for padding. Batches are
 padded on the *right*, where causal attention cannot see it, and each caller knows the lengths; so
 there is no mask to get wrong, and positions are simply 0, 1, 2, ...
 
-    model, tokenizer = load_model("smollm2")          # a folder, or a name
-    hidden = model(tokens)                            # [B,T] -> [B,T,D]
-    logits = model.logits(hidden)                     # only for looking at; the scripts use
-    kernels/
+    model, tokenizer = load_model("smollm2")    # a folder, or a name
+    hidden = model(tokens)                      # [B,T] -> [B,T,D]
+    logits = model.logits(hidden)               # only for looking at; the scripts use kernels/
 
 Legend: P prompts, G samples per prompt, B = P*G rows, T tokens, D width, V vocabulary, H heads, K
 key/value heads.
@@ -29,23 +28,8 @@ from infra.seeds import generator
 from kernels import Linear, linear_logprob, linear_logprob_loss
 from kernels.pointwise import apply_rotary, gated_gelu, gated_silu, rope_tables
 from open_weights.families import Config
-from open_weights.files import load_weights, resolve, save_model, write_model
-from open_weights.tokenizer import load_tokenizer
-
-__all__ = [
-    "Config",
-    "KVCache",
-    "Transformer",
-    "init_weights",
-    "load_model",
-    "load_weights",
-    "pad_right",
-    "resolve",
-    "save_model",
-    "token_logprobs",
-    "token_loss",
-    "write_model",
-]
+from open_weights.files import load_weights, resolve, save_model, write_model  # noqa: F401
+from open_weights.load import load_tokenizer
 
 
 class KVCache:
@@ -106,9 +90,8 @@ class Layer(nn.Module):
         qkv = self.qkv(self.attn_norm(x))
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias
-        qk, v = qkv.view(B, T, H + 2 * K, d).split(
-            [H + K, K], 2
-        )  # a split's gradient is one cat; slices' are padded sums
+        # A split's gradient is one cat; slices' are padded sums.
+        qk, v = qkv.view(B, T, H + 2 * K, d).split([H + K, K], 2)
         if self.q_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], 2)
         q, k = apply_rotary(qk, cos, sin).split([H, K], 2)
@@ -189,9 +172,8 @@ class Transformer(nn.Module):
         B = tokens.shape[0]
         K, d, room = cache.k.shape[2], cache.k.shape[4], cache.k.shape[3]
         cos, sin = self._rope_tables(longest + 1, tokens.device)
-        place = torch.arange(B * K, device=tokens.device) * room + length.repeat_interleave(
-            K
-        )  # in a layer's [R*K*max_len,d]
+        first = torch.arange(B * K, device=tokens.device) * room  # in a layer's [R*K*max_len,d]
+        place = first + length.repeat_interleave(K)
         visible = near = None  # equal lengths see all of what there is
         window = self.cfg.sliding_window
         if window is not None or bool((length < longest).any()):
@@ -217,18 +199,14 @@ class Transformer(nn.Module):
 
             return write_and_attend
 
-        here = tuple(
-            table.index_select(0, length)[:, None, None] for table in (cos, sin)
-        )  # (B, 1, 1, d)
+        here = tuple(t.index_select(0, length)[:, None, None] for t in (cos, sin))  # (B, 1, 1, d)
         return self._run(tokens[:, None], here, attend)[:, 0]
 
     def _run(self, tokens, rope, attend):
         x = self.embed(tokens)
-        if (
-            self.embed_scale is not None
-        ):  # rounded to the weights' dtype first, as Gemma was trained
+        if self.embed_scale is not None:  # rounded to the weights' dtype first, as in training
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
-        cos, sin = (table.to(x.dtype) for table in rope)
+        cos, sin = rope
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, attend(i))
         return self.norm(x)
@@ -262,6 +240,13 @@ def attention_options(cfg):
     return {name: value for name, value in options.items() if value is not None}
 
 
+def repeats_keys(q):
+    """float32 on CUDA: PyTorch's fused kernels share a key head among query heads in 16 bits only.
+    Asked with enable_gqa in float32, it silently takes the one that stores all scores [B,H,T,T] for
+    backward."""
+    return q.is_cuda and q.dtype == torch.float32
+
+
 def causal_attention(q, k, v, window=None, scale=None, softcap=None):
     """q [B,T,H,d], k, v [B,T,K,d] -> [B,T,H*d]; position t sees positions 0..t, or only the last
     `window` of them."""
@@ -272,9 +257,10 @@ def causal_attention(q, k, v, window=None, scale=None, softcap=None):
         t = torch.arange(T, device=q.device)
         visible = (t <= t[:, None]) & (t > t[:, None] - (window or T))
     if softcap is None:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=K != H
-        )
+        if K != H and repeats_keys(q):
+            k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
+        options = dict(is_causal=visible is None, scale=scale, enable_gqa=k.shape[1] != H)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, **options)
     else:
         grouped, visible = q.reshape(B, K, H // K * T, d), visible.repeat(H // K, 1)
         attend = (
@@ -362,9 +348,8 @@ def token_logprobs(model, tokens, targets, temperature, length=None):
     (never at t=0). Returns logprob [N], entropy [N] in row-major order of targets; the head runs on
     those N positions only. length [B]: tokens of each row; see Transformer.forward.
     """
-    hidden = model(tokens[:, :-1], None if length is None else length - 1)[
-        targets[:, 1:]
-    ]  # (N, D): the state before each target
+    hidden = model(tokens[:, :-1], None if length is None else length - 1)
+    hidden = hidden[targets[:, 1:]]  # (N, D): the state before each target
     cap = model.cfg.final_logit_softcapping
     logprob, _, entropy = linear_logprob(hidden, model.head, tokens[targets], temperature, cap)
     return logprob, entropy

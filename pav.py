@@ -2,26 +2,31 @@
 
     python pav.py --policy runs/sft --prover runs/prover --num-problems 40000     # CPU, a minute
     python pav.py --task jsonl --data train.jsonl --policy runs/sft --prover base --prover-k 4
+    python pav.py --task jsonl --data train.jsonl --policy runs/sft --labels prm800k.jsonl
 
 V^mu(prefix) is the chance that the prover mu, taking over here, still finds the answer
 (verifier.py). It is learned from rollouts (PAV, Setlur et al. 2024, arXiv 2410.08146, section 4 and
 appendix D):
 
-    1. roll in   n_cov seed solutions a problem from the policy (states that we are asked about),
+    1. roll in   n_cov seed solutions a problem from the policy (the states to be asked about),
     2. cut       each at some step ends, the bare prompt among them,
     3. roll out  n_mc continuations a cut from the prover, graded: a Monte-Carlo label of V^mu.
                  Later step ends of a continuation are prover states too and get its own outcome,
                  free;
     4. fit       a Transformer with a scalar head by cross-entropy with these soft labels,
     5. judge     on held-out problems: calibration, AUC, and the correlation of the *advantage*,
-                 which is what RL will be paid by (report/judge.py). A verifier can rank states well
-                 and steps badly.
+                 which is what RL will be paid by (report/judge.py). A verifier can rank states
+                 well and steps badly.
 
 Once a solution is beyond saving, its later prefixes all say 0, and cuts there teach little.
 --coverage first-pit looks where value is lost: of each cut whose value is at least --pit-threshold
 it takes a *wrong* continuation, walks along its steps, labels every prefix with pit_mc
 continuations, and stops at the first that none of them survives. The paper gives neither the
 threshold nor the share of uniform cuts.
+
+--labels FILE takes the labels from rows {prompt, completions, labels} instead (PRM800K,
+Math-Shepherd): 1 to 3 are left out. A label is then whatever its file means by it: "no mistake so
+far" is not V^mu, and there is no prover that is better than the policy.
 
 What is left out: lower-variance tree estimates, several verifiers of different provers in one
 model.
@@ -46,14 +51,17 @@ from infra.cli import (
     script,
     stage_words,
 )
+from infra.optimizer import optimizer_for
 from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import derive, shuffled
 from model import load_model, load_weights
-from report.judge import judge, shortcomings
-from rollouts import continue_and_grade, grades, shards, stack, step_ends
+from report.judge import judge, judge_labels, shortcomings
+from rollouts import continue_and_grade, grades, labelled_solutions, shards, stack, step_ends
 from sample import generate
 from tasks import TaskFlags, get_task, prepare, task_class
+from tasks.base import split_of
 from tasks.context import leave_out_long
+from tasks.files import read_labelled
 from verifier import Verifier, load_head, save_verifier
 
 
@@ -68,7 +76,10 @@ class Config(TaskFlags, RunConfig):
         "q",
         "q: every step end gets V^mu; outcome: only the end is labelled (an ORM)",
         "data",
-        choices=["q", "outcome"],
+        choices=["q", "outcome"]
+    )
+    labels: str = opt(
+        "", "file of solutions with labelled steps, in place of rollouts (--task asks)", "data"
     )
     num_problems: int = opt(
         0, "training problems (0: all; few problems are repeated)", "data", low=0
@@ -81,7 +92,7 @@ class Config(TaskFlags, RunConfig):
         "first-pit: after the uniform cuts follow wrong continuations of good states "
         "to the first step that no continuation survives",
         "data",
-        choices=["uniform", "first-pit"],
+        choices=["uniform", "first-pit"]
     )
     pit_threshold: float = opt(
         0.25, "a state is good from this Monte-Carlo value on", "data", above=0, high=1
@@ -101,7 +112,7 @@ class Config(TaskFlags, RunConfig):
     balance: bool = opt(
         True,
         "weigh right and wrong labels equally, and undo the shift exactly when reading",
-        "optimization",
+        "optimization"
     )
     save_steps: int = opt(500, "steps between checkpoints", "evaluation", low=1)
     eval_problems: int = opt(256, "held-out problems for the judgement", "evaluation", low=1)
@@ -109,7 +120,7 @@ class Config(TaskFlags, RunConfig):
     prover_strength: float = opt(
         -1.0,
         "demonstrator's strength behind the prover, for exact values (-1: unknown)",
-        "evaluation",
+        "evaluation"
     )
 
 
@@ -164,9 +175,8 @@ def collect(base, prover, tokenizer, task, problems, cfg, shard):
     seeds = generate(
         base, prompts, max_new_tokens=limit, seed=derive(cfg.seed, "seeds", shard), **options
     )
-    ends = step_ends(
-        task, seeds, tokenizer, credit=True
-    )  # a cut in front of an EOS alone would teach nothing
+    # A cut in front of an EOS alone would teach nothing: credit=True.
+    ends = step_ends(task, seeds, tokenizer, credit=True)
     spent = seeds.num_tokens()
     if cfg.label == "outcome":  # an ORM needs no prover: the seed's own outcome, read at its end
         weight = torch.zeros(ends.shape)
@@ -254,6 +264,23 @@ def collect_all(base, prover, tokenizer, task, cfg, folder):
     return join(parts), sum(int(part["spent"]) for part in parts)
 
 
+def read_labels(cfg, task, tokenizer, context):
+    """--labels -> labelled sequences of the prompts that the hash gives to "train", and to "val".
+    UserError: the task has another alphabet; a split is empty."""
+    own = task.tokenizer()
+    if own and own.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--task {cfg.task} cannot write prompts for {cfg.policy}: give --task jsonl --data "
+            "FILE (the problems RL will see), so that RL and --labels ask alike"
+        )
+    parts = dict(train=[], val=[], test=[])
+    for row in read_labelled(cfg.labels):
+        parts[split_of(" ".join(row[0].split()))].append(row)
+    if not (parts["train"] and parts["val"]):
+        raise UserError(f"{cfg.labels} has too few prompts: a tenth (by hash) is kept to judge by")
+    return [labelled_solutions(task, tokenizer, parts[s], context) for s in ("train", "val")]
+
+
 # ------------------------------------------------------------------------------------------------
 # 4. Fit.
 
@@ -307,7 +334,8 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
         load_head(verifier, folder)
 
     def make_optimizer(params):
-        return torch.optim.AdamW(params, lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        settings = dict(lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        return optimizer_for(torch.optim.AdamW, params, **settings)
 
     state = run.resume(verifier, load, make_optimizer)
     for step in with_progress_bar(range(state["step"] + 1, steps + 1), "verifier"):
@@ -320,9 +348,8 @@ def fit(verifier, data, cfg, run, tokenizer, info, device):
         target = data["target"][rows]
         weight = data["weight"][rows]
         share, real = padded_share(len(rows))
-        logits = verifier(tokens[share].to(device)).gather(
-            1, (ends[share] - 1).to(device)
-        )  # (b, S+1)
+        at_token = verifier(tokens[share].to(device))  # (b, T)
+        logits = at_token.gather(1, (ends[share] - 1).to(device))  # (b, S+1)
         total = weight.sum().to(device)
         loss = value_loss(
             logits, target[share].to(device), (weight[share] * real).to(device), w1, w0, total
@@ -361,6 +388,8 @@ def check(cfg, task):
             "--coverage first-pit needs --n-mc of at least 2 (a state is good, and one of its "
             "continuations wrong) and --label q"
         )
+    if cfg.labels and (cfg.prover != "base" or cfg.prover_k > 1 or cfg.label == "outcome"):
+        raise UserError("--labels needs no prover: leave out --prover, --prover-k and --label")
     if cfg.label == "outcome" and cfg.prover_k > 1:
         raise UserError(
             "--label outcome has no prover, so Best-of-K means nothing there: leave out --prover-k"
@@ -392,17 +421,24 @@ def train(cfg):
         return run.summary
     base, tokenizer = load_model(cfg.policy, device, getattr(torch, cfg.dtype))
     one_thread_if_tiny(base, cfg.threads)
-    leave_out_long(task, tokenizer, base, "train", "val")
     prover = load_prover(cfg, base, tokenizer, device)
     clock = time.time()
-    data, spent = collect_all(base, prover, tokenizer, task, cfg, run.folder)
+    if cfg.labels:
+        data, held = read_labels(cfg, task, tokenizer, base.cfg.max_position_embeddings)
+        spent = 0
+    else:
+        leave_out_long(task, tokenizer, base, "train", "val")
+        data, spent = collect_all(base, prover, tokenizer, task, cfg, run.folder)
     seconds_sampling = time.time() - clock
     backbone, _ = load_model(cfg.policy, device)
     verifier = Verifier(backbone, k=cfg.prover_k, fingerprint=tokenizer.fingerprint)
-    info = dict(task=cfg.task, label=cfg.label, prover=cfg.prover)
+    info = dict(task=cfg.task, label=cfg.label, prover=cfg.labels or cfg.prover)
     fit(verifier, data, cfg, run, tokenizer, info, device)
     seconds_fitting = time.time() - run.began
-    quality = judge(verifier, base, prover, tokenizer, task, cfg)
+    if cfg.labels:
+        quality = judge_labels(verifier, held)
+    else:
+        quality = judge(verifier, base, prover, tokenizer, task, cfg)
     labels = int((data["weight"] > 0).sum())
     mean_label = float((data["target"] * data["weight"]).sum() / data["weight"].sum())
     summary = run.finish(
@@ -434,12 +470,12 @@ def main(argv=None):
     for line in weak:
         print(f"warning: {line}")
     reward, method = ("orm", "best-of-n") if cfg.label == "outcome" else ("pav", "beam")
-    given = ["--policy", cfg.policy, "--verifier", cfg.run_dir, "--run-dir", f"{cfg.run_dir}_rl"]
-    given += stage_words(cfg, task_class(cfg.task).stages["rl"])
+    rl = ["train_rl.py", "--reward", reward, "--policy", cfg.policy, "--verifier", cfg.run_dir]
+    rl += ["--run-dir", f"{cfg.run_dir}_rl", *stage_words(cfg, task_class(cfg.task).stages["rl"])]
     if cfg.smoke or not weak:
-        rl = ["train_rl.py", "--reward", reward, *given]
         print_next_command(cfg, ("RL that it pays for", rl))
-    if cfg.label == "outcome" or cfg.prover == "base":  # a search ranks by Q of the policy itself
+    of_policy = cfg.prover == "base" and not cfg.labels
+    if cfg.label == "outcome" or of_policy:  # a search ranks by Q of the policy itself
         search = ["search.py", "--method", method, "--model", cfg.policy, "--n", 12]
         print_next_command(cfg, ("search with it", [*search, "--verifier", cfg.run_dir]))
     return summary

@@ -1,8 +1,7 @@
-"""From nothing to a comparison: the stages that the arms of train_rl.py need, in order, each a run
-directory.
+"""From nothing to a comparison: the stages that the arms of train_rl.py need, each a run directory.
 
-    train_rl.py --reward pav  ->  runs/TASK/seed0/{sft, prover, verifier, rl_outcome, rl_pav}, then
-    the report
+    train_rl.py --reward pav
+        ->  runs/TASK/seed0/{sft, prover, verifier, rl_outcome, rl_pav}, then the report
 
 Every stage is one command of its own (runs/TASK/commands.txt), so each can be run, killed and
 resumed alone; speedrun.sh is this file for one seed of the planted task, written out. Three steps:
@@ -231,6 +230,8 @@ class SeedPlan:
 
     def add_arm(self, name):
         arm = ARMS[name]
+        if arm.reward == "mrt" and name not in self.scripts:
+            raise UserError(f"the arm {name} has a loop of its own: python -m papers.mrt")
         script, config_class = self.scripts.get(name) or self.scripts[""]
         config = dataclasses.replace(
             config_class(**fields_of(self.cfg, config_class)), **self.settings["rl"]

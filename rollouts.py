@@ -1,11 +1,9 @@
-"""Rollouts, the currency of this code base: completions as token ids, where their steps end, how
-they were graded.
+"""Rollouts, the currency: completions as token ids, where their steps end, how they were graded.
 
-    rolled = generate(model, prompts, ...)                       # sample.py -> Rollouts
-    ends = step_ends(task, rolled, tokenizer)                    # [B,S+1]
-    outcome = grades(task, problems, rolled, tokenizer)          # [B]
-    rolled, outcome, spent = continue_and_grade(...)             # Monte-Carlo continuations of
-    prefixes, graded
+    rolled = generate(model, prompts, ...)                 # sample.py -> Rollouts
+    ends = step_ends(task, rolled, tokenizer)              # [B,S+1]
+    outcome = grades(task, problems, rolled, tokenizer)    # [B]
+    rolled, outcome, spent = continue_and_grade(...)       # Monte-Carlo continuations of prefixes
 
 Everything that trains, judges or searches is a function of these tensors. Token in, token out: text
 is decoded to be graded, and never encoded again.
@@ -23,7 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from infra import parallel
 from infra.cli import UserError, what_this_is
-from infra.runs import with_progress_bar
+from infra.runs import mean, with_progress_bar
+from model import pad_right
+from tasks.base import Problem
 
 
 @dataclass
@@ -109,6 +109,44 @@ def pad_ends(rows):
 def distinct(ends):
     """One row of step ends without its padding, as a list."""
     return list(dict.fromkeys(ends.tolist()))
+
+
+def labelled_solutions(task, tokenizer, rows, context):
+    """Solutions that somebody labelled step by step -> what pav.py fits: dict(tokens [N,T], ends,
+    target, weight [N,S+1]). Rows of more than `context` tokens are left out.
+
+    rows: [(prompt, steps, labels)], see tasks.files.read_labelled. A step ends with its newline
+    (with nothing, where the task counts tokens), the last with an EOS where the task has one. The
+    bare prompt's label is the mean of its rows' last labels.
+    """
+    last = {}
+    for prompt, _, labels in rows:
+        last.setdefault(prompt, []).append(labels[-1])
+    newline = "" if task.step_tokens else "\n"
+    eos = list(tokenizer.eos_ids[:1]) if task.ends_with_eos else []
+    tokens, ends, targets = [], [], []
+    for prompt, steps, labels in rows:
+        row = list(task.prompt_tokens(Problem(prompt, prompt, ""), tokenizer))
+        at = [len(row)]
+        for h, step in enumerate(steps, 1):
+            is_last = h == len(steps)
+            row += tokenizer.encode(step if is_last else step + newline) + (eos if is_last else [])
+            at.append(len(row))
+        if len(row) <= context:
+            tokens.append(row)
+            ends.append(at)
+            targets.append([mean(last[prompt]), *labels])
+    if len(tokens) < len(rows):
+        longer = len(rows) - len(tokens)
+        print(f"{longer} of {len(rows)} labelled solutions exceed {context} tokens: left out")
+    if not tokens:
+        raise UserError("no labelled solution fits into the model's context; take shorter ones")
+    ends = pad_ends(ends)
+    weight = torch.ones(ends.shape)
+    weight[:, 1:] = (ends[:, 1:] > ends[:, :-1]).float()  # padding repeats the last end
+    return dict(
+        tokens=pad_right(tokens)[0], ends=ends, target=pad_ends(targets).float(), weight=weight
+    )
 
 
 def grades(task, problems, rollouts, tokenizer):

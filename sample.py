@@ -1,10 +1,12 @@
 """Generate: one engine for reading, for evaluation and for RL rollouts.
 
-    python sample.py --model smollm2 --prompt "Tom has 3 apples, buys 4 more. How many has he?"
-    python sample.py --model runs/planted/seed0/sft --task planted --n 64    # accuracy and pass@k
+    python sample.py --model smollm2                                          # a conversation
+    python sample.py --model smollm2 --prompt "Tom has 3 apples and buys 4 more. How many?"
+    python sample.py --model runs/planted/seed0/sft --task planted --n 64     # accuracy, pass@k
 
 Siblings: search.py (spend samples on one answer), report.evaluate (a whole split, kept, with
-intervals), report.show (every step with its value under a verifier).
+intervals), report.show and report.chat (every step with its value under a verifier),
+engines/stream.py (one completion, token by token).
 
 How it decodes. Those that may become longest start first; prompts are prefilled in right-padded
 buckets of similar length. Sequences with the same tokens so far share a row of the KV cache and are
@@ -25,9 +27,10 @@ import torch
 import torch.nn.functional as F
 
 from engines.batch import begin_batch, draw_tokens, prefill
+from engines.stream import converse
 from infra import parallel
 from infra.cli import UserError, opt, parse, script
-from infra.runs import mean, one_thread_if_tiny, setup
+from infra.runs import mean, one_thread_if_tiny, setup, with_progress_bar
 from kernels import packed_weights, philox_uniform
 from model import KVCache, load_model, new_model
 from rollouts import Rollouts, pass_at_k, widen
@@ -38,9 +41,8 @@ COLDEST = 1e-30  # below, the likeliest token is drawn: logits divided by less o
 # Rows of a decoding step are a multiple of this: oneDNN compiles a product (0.5 ms) for each
 # number of rows.
 ROUND = 16
-CACHE_BYTES = (
-    2**31
-)  # of keys and values, where the caller does not say how many rows are decoded at once
+# Of keys and values, where the caller does not say how many rows are decoded at once.
+CACHE_BYTES = 2**31
 
 
 def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, **options):
@@ -78,16 +80,16 @@ def generate(model, prompts, *, sequence_ids=None, max_new_tokens, engine=None, 
     )
 
 
-def generate_here(model, prompts, *, slots=0, **options):
+def generate_here(model, prompts, *, slots=0, label="", **options):
     """generate() in this process alone. The weights' packed copies (kernels/product.py) live as
-    long as this call. On a GPU the loop is engines/cuda.py's."""
+    long as this call. On a GPU the loop is engines/cuda.py's, which shows no progress (label)."""
     slots = slots or slots_that_fit(model, prompts, options["max_new_tokens"])
     if model.head.is_cuda:
         from engines.cuda import decode_all as decode_on_gpu
 
         return decode_on_gpu(model, prompts, slots=slots, **options)
     with torch.no_grad(), packed_weights(model.parameters(), min(slots, len(prompts))):
-        return decode_all(model, prompts, slots=slots, **options)
+        return decode_all(model, prompts, slots=slots, label=label, **options)
 
 
 def slots_that_fit(model, prompts, max_new_tokens):
@@ -118,13 +120,15 @@ def decode_all(
     top_k=0,
     top_p=1.0,
     min_p=0.0,
+    label="",
 ):
     """Complete every prompt once. prompts: B lists of token ids; temperature 0 means greedy.
 
     max_new_tokens: an int, or B of them. sequence_ids: B ints (default 0..B-1); with seed they fix
     each completion, whatever the batch, the order or `slots` (the rows decoded at once).
-    top_k/top_p/min_p cut the distribution; the log-probs stay those of the uncut one. Returns
-    Rollouts. UserError: empty prompt, prompt longer than the context.
+    top_k/top_p/min_p cut the distribution; the log-probs stay those of the uncut one. label: of a
+    progress bar over the rounds, one token a sequence each ("": none). Returns Rollouts. UserError:
+    empty prompt, prompt longer than the context.
     """
     begin = time.time()
     device = model.head.device
@@ -143,7 +147,13 @@ def decode_all(
     # Of every row of the cache: its tokens, and its last hidden state.
     length = torch.zeros(0, dtype=torch.int64)
     hidden = torch.zeros(0, model.cfg.hidden_size, device=device, dtype=model.head.dtype)
-    while queue or len(seq):
+
+    def rounds():
+        while queue or len(seq):
+            yield
+
+    most = longest_draw if slots == B else None  # rounds there can be
+    for _ in with_progress_bar(rounds(), label, most) if label else rounds():
         # 1. Admit: a few at a time, so that a prefill is worth its call. Equal prompts share a row.
         if queue and len(free) >= min(len(queue), max(1, slots // 8)):
             new = [queue.popleft() for _ in range(min(len(queue), len(free)))]
@@ -279,7 +289,8 @@ class SampleFlags(TaskFlags):
 @dataclass
 class Config(SampleFlags):
     prompt: str = opt("", "text to answer (in the model's chat format where it has one)", "what")
-    raw: bool = opt(False, "continue --prompt as plain text, without the chat format", "what")
+    raw: bool = opt(False, "continue the text as it stands, without the chat format", "what")
+    verifier: str = opt("", "not here: python -m report.show (or report.chat) reads values", "what")
     smoke: bool = opt(False, "a tiny random model answers the planted task: does it run?", "run")
 
 
@@ -345,7 +356,8 @@ def print_speed(rolled):
 
 def answer_prompt(cfg, model, tokenizer, options):
     """Print --n completions of --prompt."""
-    rolled = generate(model, [prompt_ids(cfg, tokenizer)] * cfg.n, **options)
+    prompts = [prompt_ids(cfg, tokenizer)] * cfg.n
+    rolled = generate(model, prompts, label="tokens", **options)
     for i in range(cfg.n):
         print(tokenizer.decode(rolled.completion(i)).strip())
         print(f"-- {len(rolled.completion(i))} tokens, finish reason: {rolled.finish_reason[i]}")
@@ -356,7 +368,7 @@ def answer_task(cfg, task, model, tokenizer, options):
     """Print some graded answers, accuracy and pass@k of --n samples of --num-problems problems."""
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
     prompts = [task.prompt_tokens(p, tokenizer) for p in problems for _ in range(cfg.n)]
-    rolled = generate(model, prompts, **options)
+    rolled = generate(model, prompts, label="tokens", **options)
     right = [[] for _ in problems]
     for i, ids in enumerate(rolled.completions()):
         problem = problems[i // cfg.n]
@@ -374,6 +386,15 @@ def answer_task(cfg, task, model, tokenizer, options):
     print_speed(rolled)
 
 
+def check(cfg):
+    """UserError: flags that mean nothing here, before weights are read."""
+    if cfg.verifier:
+        module = "report.show" if cfg.prompt or cfg.task else "report.chat"
+        raise UserError(f"sample.py reads no verifier: python -m {module} with the same flags does")
+    if cfg.n > 1 and not cfg.prompt and not cfg.task:
+        raise UserError("--n is of --prompt or --task: a conversation has one answer a line")
+
+
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     if cfg.smoke:
@@ -383,13 +404,14 @@ def main(argv=None):
         tokenizer = task.tokenizer()
         model = new_model(tokenizer.n_vocab).to(setup(cfg.device, cfg.threads))
         return answer_task(cfg, task, model, tokenizer, sampling_options(cfg, task, tokenizer))
-    if not cfg.prompt and not cfg.task:
-        raise UserError("nothing to do: give --prompt TEXT, or --task NAME")
+    check(cfg)
     task, model, tokenizer, options = start(cfg)
     if task:
         answer_task(cfg, task, model, tokenizer, options)
-    else:
+    elif cfg.prompt:
         answer_prompt(cfg, model, tokenizer, options)
+    else:
+        converse(model, tokenizer, options, plain=cfg.raw)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Search at test time: spend more tokens on a problem, and let verifiers say which of them were
-well spent.
+"""Search at test time: spend more tokens on a problem, and let verifiers say which were well spent.
 
     python train_sft.py --task-args length=4 --run-dir runs/sft4                   # the policy
     python pav.py --policy runs/sft4 --num-problems 20000 --run-dir runs/q4      # Q^pi
@@ -11,18 +10,18 @@ well spent.
 The three verifiers (PAV, arXiv 2410.08146, sections 4 and 5; pav.py trains each):
 
     --verifier         Q^pi of the policy that is searched (`--label q --prover base`); for
-                       best-of-n also an ORM (`--label outcome`), which knows whole solutions only
-    --prover-k K       A^mu of the Best-of-K prover comes from the same Q^pi, as 1 - (1-Q)^K (eq.
-                       30): no second model
+                       best-of-n also an ORM (`--label outcome`: it knows finished solutions only)
+    --prover-k K       A^mu of the Best-of-K prover comes from the same Q^pi, as 1 - (1-Q)^K
+                       (eq. 30): no second model
     --prover-verifier  A^mu of any other prover mu: `--label q --prover DIR`, DIR being that prover
 
 Beam search: --n candidates a step, of which --width are kept (default n/3: every element draws C =
 3 next steps). Candidates are ranked by Q^pi + alpha * A^mu; a finished one stays in the ranking
 with its score and draws nothing. The answer is the last beam's element with the highest Q^pi alone.
 Each element goes on from its own token ids: nothing is decoded and encoded again. Its prefix is
-prefilled anew at every step (once for its C children); there is no cache between steps. Three books
-are kept: tokens generated (the axis of every comparison: all candidates count, dropped ones too),
-tokens prefilled, tokens read by verifiers.
+prefilled anew at every step (once for its C children); there is no cache between steps. Three
+counts are kept: tokens generated (the axis of every comparison: all candidates count, dropped ones
+too), tokens prefilled, tokens read by verifiers.
 
 Two choices the paper is silent on: equal candidates count once (a beam of copies is no beam; their
 share of the n draws goes to the others), and ties go to the earlier candidate. A step ends with the
@@ -36,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from infra.cli import UserError, opt, parse, script
-from infra.runs import mean, read_json
+from infra.runs import mean, read_json, with_progress_bar
 from infra.seeds import derive
 from kernels import packed_weights
 from model import pad_right, resolve
@@ -88,7 +87,7 @@ class Element:
 
 
 @dataclass
-class Found:
+class Result:
     """One problem's result: the chosen element, all that it was chosen from, and what they cost in
     tokens."""
 
@@ -138,16 +137,16 @@ def draw_steps(model, tokenizer, stops, prefixes, starts, ids, limit, seed, opti
     tokens per prefix [n], and the lengths of what was prefilled [n]. A blank line is no step: there
     the drawing goes on.
     """
-    (newline, fixed, eos), context = stops, model.cfg.max_position_embeddings
-    rows, finished, prefilled = (
-        [list(p) for p in prefixes],
-        [False] * len(prefixes),
-        [0] * len(prefixes),
-    )
-    todo, attempt = list(range(len(rows))), 0
+    newline, fixed, eos = stops
+    context = model.cfg.max_position_embeddings
+    rows = [list(p) for p in prefixes]
+    finished = [False] * len(prefixes)
+    prefilled = [0] * len(prefixes)
+    todo = list(range(len(rows)))
+    attempt = 0
     while todo:
         room = [limit - (len(rows[i]) - starts[i]) for i in todo]
-        out = generate(
+        rolled = generate(
             model,
             [rows[i] for i in todo],
             max_new_tokens=[min(r, fixed) if fixed else r for r in room],
@@ -156,19 +155,19 @@ def draw_steps(model, tokenizer, stops, prefixes, starts, ids, limit, seed, opti
             stop_ids=[*eos, *newline],
             **options,
         )
-        for j, i in enumerate(todo):
+        open_lines = []  # rows whose new step is blank so far
+        for i, limit_left, completion in zip(todo, room, rolled.completions()):
             prefilled[i] += len(rows[i])
-            rows[i] += out.completion(j)
-            finished[i] = (
-                rows[i][-1] in eos or room[j] == len(out.completion(j)) or len(rows[i]) >= context
-            )
-        line = {
-            i: b"".join(map(tokenizer.token_bytes, rows[i][len(prefixes[i]) :])).lstrip()
-            for i in todo
-            if not fixed
-        }
-        todo, attempt = [i for i in line if not finished[i] and b"\n" not in line[i]], attempt + 1
-    return list(zip(rows, finished)), [len(r) - len(p) for r, p in zip(rows, prefixes)], prefilled
+            rows[i] += completion
+            cut_off = limit_left == len(completion) or len(rows[i]) >= context
+            finished[i] = rows[i][-1] in eos or cut_off
+            line = b"".join(map(tokenizer.token_bytes, rows[i][len(prefixes[i]) :])).lstrip()
+            if not fixed and not finished[i] and b"\n" not in line:
+                open_lines.append(i)
+        todo = open_lines
+        attempt += 1
+    generated = [len(row) - len(prefix) for row, prefix in zip(rows, prefixes)]
+    return list(zip(rows, finished)), generated, prefilled
 
 
 def learned_values(q_verifier, mu_verifier=None, k=1):
@@ -210,26 +209,33 @@ def beam(
     limit,
     seed,
     problem_ids=None,
+    label="",
     **options,
 ):
-    """Beam search over steps -> [Found], one a problem.
+    """Beam search over steps -> [Result], one a problem.
 
     n candidates a step, `width` kept; values as learned_values gives it; limit: tokens a completion
     may have; seed and problem_ids (default 0, 1, ...) fix the draws of a problem whatever is
-    searched beside it. options go to generate.
+    searched beside it. label: of a progress bar over the steps ("": none). options go to
+    generate.
     """
     ids = list(range(len(problems))) if problem_ids is None else list(problem_ids)
     beams = []
     for problem in problems:
         prompt = list(task.prompt_tokens(problem, tokenizer))
         q, mu, read = values(problem, [prompt])
-        beams.append(Found(None, [Element(prompt, [len(prompt)], q[0], mu[0])], scored=read))
-    stops, step = step_stops(task, tokenizer), 0
-    while grow := [
-        (p, j, e)
-        for p, found in enumerate(beams)
-        for j, e in enumerate(parents(found.candidates, n))
-    ]:
+        beams.append(Result(None, [Element(prompt, [len(prompt)], q[0], mu[0])], scored=read))
+    stops = step_stops(task, tokenizer)
+
+    def rounds():  # who draws a next step, as long as there is anybody
+        while grow := [
+            (p, j, e)
+            for p, result in enumerate(beams)
+            for j, e in enumerate(parents(result.candidates, n))
+        ]:
+            yield grow
+
+    for step, grow in enumerate(with_progress_bar(rounds(), label) if label else rounds()):
         drawn, generated, prefilled = draw_steps(
             model,
             tokenizer,
@@ -245,9 +251,8 @@ def beam(
         for (p, j, parent), (tokens, finished), made, read in zip(
             grow, drawn, generated, prefilled
         ):
-            first = (
-                j == 0 or fresh[p][-1][0] is not parent
-            )  # siblings are neighbours and share their prefill
+            # Siblings are neighbours and share their prefill.
+            first = j == 0 or fresh[p][-1][0] is not parent
             beams[p].generated += made
             beams[p].prefilled += read if first else read - len(parent.tokens)
             fresh.setdefault(p, []).append(
@@ -255,9 +260,8 @@ def beam(
             )
         for p, children in fresh.items():
             keep_best(beams[p], problems[p], children, values, width, alpha)
-        step += 1
-    for found in beams:
-        found.best = max(found.candidates, key=lambda e: e.q)  # Q^pi alone; the first of equals
+    for result in beams:
+        result.best = max(result.candidates, key=lambda e: e.q)  # Q^pi alone; the first of equals
     return beams
 
 
@@ -267,7 +271,7 @@ def parents(elements, n):
     return [e for e in elements if not e.finished for _ in range(max(1, n // len(elements)))]
 
 
-def keep_best(found, problem, children, values, width, alpha):
+def keep_best(result, problem, children, values, width, alpha):
     """One problem's beam after a step: its finished elements and the new ones (parent, child), the
     best `width`."""
     unique = {}
@@ -276,19 +280,17 @@ def keep_best(found, problem, children, values, width, alpha):
     q, mu, read = values(problem, [child.tokens for _, child in unique.values()])
     for (parent, child), child.q, child.mu in zip(unique.values(), q, mu):
         child.score = effective_score(child.q, parent.mu, child.mu, alpha)
-    pool = [e for e in found.candidates if e.finished] + [child for _, child in unique.values()]
+    pool = [e for e in result.candidates if e.finished] + [child for _, child in unique.values()]
     chosen = select([e.score for e in pool], [tuple(e.tokens) for e in pool], width)
-    found.candidates, found.scored, found.rounds = (
-        [pool[i] for i in chosen],
-        found.scored + read,
-        found.rounds + 1,
-    )
+    result.candidates = [pool[i] for i in chosen]
+    result.scored += read
+    result.rounds += 1
 
 
 def best_of_n(
     model, tokenizer, task, problems, values, *, n, limit, seed, problem_ids=None, **options
 ):
-    """n whole solutions a problem, the one with the highest value wins -> [Found]. They are the
+    """n whole solutions a problem, the one with the highest value wins -> [Result]. They are the
     samples that sample.py --n draws with the same seed. values=None: nothing is scored and the
     first sample stands as best."""
     ids = list(range(len(problems))) if problem_ids is None else list(problem_ids)
@@ -315,7 +317,7 @@ def best_of_n(
                 e.score = e.q
         generated = sum(len(e.completion()) for e in candidates)
         best = max(candidates, key=lambda e: e.q)
-        results.append(Found(best, candidates, generated, len(prompt), read, 1))
+        results.append(Result(best, candidates, generated, len(prompt), read, 1))
     return results
 
 
@@ -388,18 +390,19 @@ def search(cfg, task, model, tokenizer, options, width):
         values, description = load_values(cfg, tokenizer, model.head.device)
     problems = task.problems(cfg.split, cfg.num_problems or None, cfg.seed)
     shared = {k: v for k, v in options.items() if k not in ("stop_ids", "max_new_tokens")}
-    shared |= dict(n=cfg.n, limit=options["max_new_tokens"])
+    label = "steps" if cfg.method == "beam" else "tokens"
+    shared |= dict(n=cfg.n, limit=options["max_new_tokens"], label=label)
     with (
         torch.no_grad(),
         packed_weights(model.parameters(), min(options["slots"], cfg.n * len(problems))),
     ):
         if cfg.method == "beam":
-            found = beam(
+            results = beam(
                 model, tokenizer, task, problems, values, width=width, alpha=cfg.alpha, **shared
             )
         else:
-            found = best_of_n(model, tokenizer, task, problems, values, **shared)
-    texts = [[tokenizer.decode(e.completion()) for e in f.candidates] for f in found]
+            results = best_of_n(model, tokenizer, task, problems, values, **shared)
+    texts = [[tokenizer.decode(e.completion()) for e in f.candidates] for f in results]
     right = [[task.grade(p, t) for t in of_problem] for p, of_problem in zip(problems, texts)]
     # A vote is for the final answer, where the task has one, or else for the whole text; nobody
     # votes: the first stands.
@@ -409,7 +412,7 @@ def search(cfg, task, model, tokenizer, options, width):
     ]
     pick = votes
     if cfg.method != "majority":
-        pick = [next(i for i, e in enumerate(f.candidates) if e is f.best) for f in found]
+        pick = [next(i for i, e in enumerate(f.candidates) if e is f.best) for f in results]
     rows = [
         dict(
             key=p.key,
@@ -422,17 +425,17 @@ def search(cfg, task, model, tokenizer, options, width):
             prefilled_tokens=f.prefilled,
             scored_tokens=f.scored,
         )
-        for p, f, t, r, i in zip(problems, found, texts, right, pick)
+        for p, f, t, r, i in zip(problems, results, texts, right, pick)
     ]
     if cfg.out:
         write_rows(cfg.out, rows)
         print(f"chosen completions: {cfg.out}")
-    print_result(cfg, rows, found, right, votes, width, description)
+    print_result(cfg, rows, results, right, votes, width, description)
     print(f"{time.time() - clock:.1f} s")
     return rows
 
 
-def print_result(cfg, rows, found, right, votes, width, description):
+def print_result(cfg, rows, results, right, votes, width, description):
     """Lines for a person."""
     for r in rows[:3]:
         verdict = "right" if r["reward"] else "wrong"
@@ -454,7 +457,7 @@ def print_result(cfg, rows, found, right, votes, width, description):
             f"of the same samples: majority vote {majority:.3f}, one sample {one:.3f}, "
             f"pass@{cfg.n} {some:.3f}"
         )
-    costs = {k: mean(getattr(f, k) for f in found) for k in ("generated", "prefilled", "scored")}
+    costs = {k: mean(getattr(f, k) for f in results) for k in ("generated", "prefilled", "scored")}
     print(
         "tokens a problem: " + ", ".join(f"{tokens:.0f} {name}" for name, tokens in costs.items())
     )

@@ -1,8 +1,8 @@
 """Reinforcement learning with outcome rewards and process rewards, one readable loop.
 
-    python train_rl.py --reward pav             # everything from nothing: 2 minutes on 2 cores
-    python train_rl.py --reward pav --model smollm2 --task jsonl --data mawps.jsonl
-    python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm       # one arm
+    python train_rl.py --reward pav                  # everything from nothing: 2 minutes on 2 cores
+    python train_rl.py --reward pav --model smollm2 --task jsonl --data x.jsonl       # open weights
+    python train_rl.py --reward pav --policy DIR --verifier DIR --run-dir runs/arm    # one arm
 
 The gradient (PAV, Setlur et al. 2024, eq. 5), for step h of a sampled solution:
 
@@ -32,6 +32,7 @@ import torch
 from engines import server
 from infra import parallel
 from infra.cli import RunConfig, UserError, opt, parse, print_next_command, script
+from infra.optimizer import optimizer_for
 from infra.runs import Run, Timer, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, token_logprobs, token_loss, write_model
@@ -140,8 +141,9 @@ class Config(server.RolloutFlags, RLFlags):
 def outcome_advantage(reward, scale="none"):
     """Group baseline. reward [P,G] -> [P,G]: minus the group's mean; "group" also divides by its
     std (floored at 1e-3: a group that agrees must not explode). A group that agrees gives exactly
-    0."""
-    # First a difference, since the mean of three times 0.7 is not 0.7 in float32.
+    0. The mean contains the sample itself, so outcomes come in (1 - 1/G) times and a bonus that is
+    not centred so weighs G/(G-1) times as much."""
+    # Minus the first, since the mean of three times 0.7 is not 0.7 in float32.
     centred = reward - reward[:, :1]
     centred = centred - centred.mean(1, keepdim=True)
     return centred / reward.std(1, keepdim=True).clamp(min=1e-3) if scale == "group" else centred
@@ -201,9 +203,8 @@ def credit_tokens(per_step, ends, T):
     per_step [B,S], ends [B,S+1] exclusive token ends (column 0: prompt length) -> [B,T].
     """
     t = torch.arange(T).expand(len(ends), T).contiguous()
-    step = torch.searchsorted(
-        ends[:, 1:].contiguous(), t, right=True
-    )  # (B, T): ends at or before t
+    # The step of token t is the number of ends at or before it, [B,T].
+    step = torch.searchsorted(ends[:, 1:].contiguous(), t, right=True)
     inside = (t >= ends[:, :1]) & (t < ends[:, -1:])
     return per_step.gather(1, step.clamp(max=per_step.shape[1] - 1)) * inside
 
@@ -275,15 +276,14 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
     timer = timer or Timer()
     mask = rollouts.mask()
     weight = token_weights(mask, cfg.loss_type, limit)
-    rows = torch.tensor(
-        parallel.share(len(mask))
-    )  # in order: samples of a prompt share a micro-batch
+    # In order: samples of a prompt share a micro-batch.
+    rows = torch.tensor(parallel.share(len(mask)))
     size = cfg.micro_batch_size or len(rows)
     first_logprob = {}  # the policy's log-probs before the first optimizer step, per micro-batch
     parts = []  # the policy's loss and what the clip silenced, of every chunk of tokens
 
-    # All [n]; -> the sum over a chunk of tokens.
     def loss_fn(logprob, entropy, advantage, w, old_logprob, ref_logprob):
+        """[n] each -> the loss of a chunk of tokens, a sum."""
         if old_logprob is None:  # the ratio is 1 at first
             old_logprob = logprob.detach()
         loss, clip = policy_loss(logprob, old_logprob, advantage, w, cfg.epsilon, cfg.epsilon_high)
@@ -294,7 +294,6 @@ def update(model, reference, optimizer, params, rollouts, adv, cfg, limit, devic
             loss = loss + cfg.beta * k2_loss(logprob, ref_logprob, w)
         return loss
 
-    logs = {}
     for iteration in range(cfg.num_iterations):
         parts.clear()
         total = dict.fromkeys(("entropy", "kl", "diff_mean", "diff_max", "ratio_max"), 0.0)
@@ -391,8 +390,13 @@ def check(cfg):
 
 
 def make_adam(params, cfg):
-    return torch.optim.Adam(
-        params, lr=cfg.learning_rate, betas=(0.9, 0.99), eps=cfg.adam_epsilon, fused=True
+    return optimizer_for(
+        torch.optim.Adam,
+        params,
+        lr=cfg.learning_rate,
+        betas=(0.9, 0.99),
+        eps=cfg.adam_epsilon,
+        fused=True,
     )
 
 
@@ -414,18 +418,16 @@ def train(cfg, verifier=None):
         verifier = load_verifier(cfg.verifier, tokenizer, device)
     reference = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     state = dict(tokens=0) | run.resume(
-        model, partial(load_weights, model), lambda params: make_adam(params, cfg)
+        model, partial(load_weights, model), partial(make_adam, cfg=cfg)
     )
     engine = server.connect(cfg, tokenizer)  # None without --rollout-url; evaluations stay here
     limit = cfg.max_completion_length or task.max_new_tokens
     train_problems = task.problems("train", None, 0)
     G = cfg.num_generations
     B = cfg.num_prompts * G
+    watch = partial(evaluate, model, tokenizer, task, verifier, cfg, limit)
     if state["step"] == 0:
-        first = evaluate(
-            model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_start.jsonl"
-        )
-        run.log(0, num_tokens=0, episodes=0, **first)
+        run.log(0, num_tokens=0, episodes=0, **watch(run.folder / "solutions_start.jsonl"))
 
     for step in with_progress_bar(range(state["step"] + 1, cfg.steps + 1), f"rl {cfg.reward}"):
         timer = Timer("generate", "grade", "verify", "logprob", "backward", "update", "evaluate")
@@ -465,15 +467,11 @@ def train(cfg, verifier=None):
         batch = {k: getattr(rollouts, k) for k in ("tokens", "prompt_len", "length")}
         batch["advantage"] = adv
         require_finite(run.folder, step, logs["grad_norm"], batch, cfg.learning_rate)
-        if engine:
-            server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
+        server.require_agreement(cfg, step, logs["sampling/sampling_logp_difference/mean"])
         # 7. Evaluate, log, save.
         state["tokens"] += rollouts.num_tokens()
         if step % cfg.eval_steps == 0 or step == cfg.steps:
-            timer.mark("other")
-            logs |= evaluate(
-                model, tokenizer, task, verifier, cfg, limit, run.folder / "solutions_end.jsonl"
-            )
+            logs |= watch(run.folder / "solutions_end.jsonl")
             timer.mark("evaluate")
         timer.mark("other")
         logs |= rollout_logs(rollouts) | timer.metrics()

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: imitate demonstrations. The first stage of everything.
 
-    python train_sft.py --task planted --run-dir runs/sft                    # tiny, CPU, 15 s
-    python train_sft.py --task jsonl --data gsm8k_train.jsonl --model smollm2     # open weights
+    python train_sft.py --task planted --run-dir runs/sft        # tiny model, CPU, 15 s
+    python train_sft.py --task jsonl --data train.jsonl --model smollm2    # open weights
 
 The loss is the mean negative log-prob of the completion's tokens, its EOS included, the prompt's
 left out. What is left out of the textbook: packing several examples into one row (rows of a
@@ -31,6 +31,7 @@ from infra.cli import (
     script,
     stage_words,
 )
+from infra.optimizer import optimizer_for
 from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_progress_bar
 from infra.seeds import batch_indices, derive
 from model import load_model, load_weights, new_model, pad_right, token_loss, write_model
@@ -111,12 +112,10 @@ def build_examples(task, tokenizer, problems, cfg):
         problem = problems[i % len(problems)]
         if i >= len(problems) and not task.random_demonstrations:
             break  # a file has one solution per problem
-        text = task.demonstration(
-            problem, strength_of(cfg, task), derive(cfg.seed, "demonstration", i)
-        )
-        examples.append(
-            (task.prompt_tokens(problem, tokenizer), encode_solution(task, tokenizer, text))
-        )
+        prompt = task.prompt_tokens(problem, tokenizer)  # first: it may open a thought to be closed
+        seed = derive(cfg.seed, "demonstration", i)
+        text = task.demonstration(problem, strength_of(cfg, task), seed)
+        examples.append((prompt, encode_solution(task, tokenizer, text)))
     return examples
 
 
@@ -166,16 +165,15 @@ def adamw(params, cfg):
     matrices = dict(params=[p for p in params if p.dim() > 1], weight_decay=cfg.weight_decay)
     vectors = dict(params=[p for p in params if p.dim() == 1], weight_decay=0.0)
     groups = [group for group in (matrices, vectors) if group["params"]]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99))
+    return optimizer_for(torch.optim.AdamW, groups, lr=cfg.learning_rate, betas=(0.9, 0.99))
 
 
 def sft_step(model, batch, cfg, device):
     """Accumulate the gradient of the batch's mean NLL. One denominator for all micro-batches and
     processes: the number of trained tokens in the whole batch, so the split does not change the
     gradient. Returns nll, entropy."""
-    batch = sorted(
-        batch, key=lambda e: len(e[0]) + len(e[1])
-    )  # rows of one micro-batch have similar lengths
+    # Rows of one micro-batch have similar lengths.
+    batch = sorted(batch, key=lambda example: len(example[0]) + len(example[1]))
     total = sum(len(c) for _, c in batch)
     batch = batch[parallel.rank() :: parallel.size()]
     nll = 0.0

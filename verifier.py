@@ -1,16 +1,14 @@
-"""The verifier V^mu: what is this solution worth so far? A Transformer with one more number per
-token.
+"""The verifier V^mu: what is this solution worth so far? A Transformer and a number per token.
 
     verifier = load_verifier("runs/planted/seed0/verifier", tokenizer)
-    values = step_values(verifier, rolled.tokens, step_ends(task, rolled, tokenizer))      # [B,S+1]
-    progress = values[:, 1:] - values[:, :-1]                                              # A^mu of
-    each step, [B,S]
+    values = step_values(verifier, rolled.tokens, step_ends(task, rolled, tokenizer))  # [B,S+1]
+    progress = values[:, 1:] - values[:, :-1]                          # A^mu of each step, [B,S]
 
 A step's reward in PAV (Setlur et al. 2024, arXiv 2410.08146) is its *progress*: the advantage under
 a prover mu that is not the policy,
 
-    A^mu(s,a) = Q^mu(s,a) - V^mu(s) = V^mu(prompt + steps 1..h) - V^mu(prompt + steps 1..h-1)
-    (eq. 2)
+    A^mu(s,a) = Q^mu(s,a) - V^mu(s)                                                       (eq. 2)
+              = V^mu(prompt + steps 1..h) - V^mu(prompt + steps 1..h-1)
 
 so one function is enough, V^mu(prefix): the chance that the prover, taking over here, still finds
 the answer. Both terms are read off the same verifier at consecutive step ends, the bare prompt
@@ -80,9 +78,8 @@ def step_values(verifier, tokens, ends, batch_tokens=4096):
         rows = slice(i, min(i + size, share.stop))
         text = tokens[rows, : int(ends[rows].max())]
         at_token = verifier(text.to(device), ends[rows, -1]).cpu()
-        logits.append(
-            at_token.gather(1, ends[rows] - 1) - verifier.logit_shift
-        )  # read at the step's last token
+        # A value is read at the step's last token.
+        logits.append(at_token.gather(1, ends[rows] - 1) - verifier.logit_shift)
     values = parallel.gather(torch.cat(logits), len(tokens)).sigmoid()
     return best_of_k_value(values, verifier.k)
 

@@ -46,7 +46,7 @@ class Config(timing.Flags):
     decode_rows: int = opt(256, "batch of the step", "what", low=1)
     context: int = opt(1000, "positions every row of the step has", "what", low=1)
     repeats: int = opt(7, "rounds", "timing", low=1)
-    out: str = opt("bench/results/decode.json", "where the numbers go", "timing")
+    out: str = opt("", "where the numbers go (default: bench/results/CARD/decode.json)", "timing")
 
 
 def gpu_bytes_per_second():
@@ -106,17 +106,17 @@ def flashinfer_draw(hidden, weight):
 
 
 def sampling(cfg, device, dtype, speed):
-    out, gen = {}, generator(cfg.seed, "bench")
+    out = {}
     heads = {"tiny": (300, 16)} if cfg.tiny else HEADS if speed else {"smollm2": HEADS["smollm2"]}
     rivals = {"eager": eager_draw}
     if speed and importlib.util.find_spec("flashinfer"):
         rivals["flashinfer"] = flashinfer_draw
     for head, (V, D) in heads.items():
         size = V * D * dtype.itemsize
-        weight = (torch.randn(V, D, generator=gen) * D**-0.5).to(device, dtype)
+        weight = timing.normal(V, D, seed=cfg.seed, device=device, dtype=dtype, scale=D**-0.5)
         weights = [weight, *(weight.clone() for _ in range(2**28 // size if speed else 0))]
         for B in cfg.rows:
-            hidden = torch.randn(B, D, generator=gen).to(device, dtype)
+            hidden = timing.normal(B, D, seed=cfg.seed, device=device, dtype=dtype)
             uniform = philox_uniform(cfg.seed, torch.arange(B), torch.tensor(0)).to(device)
             with packed_weights(weights, B):
                 ours = recorded([partial(linear_draw, hidden, w, 1.0, uniform) for w in weights])
@@ -173,7 +173,7 @@ def main(argv=None):
         timing.header(part.__name__, "us")
         with torch.no_grad():
             result[part.__name__] = part(cfg, device, dtype, speed)
-    timing.write(cfg.out, result)
+    timing.write(cfg.out or timing.results("decode"), result)
 
 
 if __name__ == "__main__":

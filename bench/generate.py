@@ -56,7 +56,7 @@ class Config(timing.Flags):
     peer_cache: str = opt("dynamic", "transformers' KV cache", "what", choices=["dynamic", "static"])
     repeats: int = opt(1, "rounds", "timing", low=1)
     threads: list = opt([2], "CPU threads of both sides, one comparison each", "timing")
-    out: str = opt("bench/results/generate.json", "where the numbers go", "timing")
+    out: str = opt("bench/results/cpu/generate.json", "where the numbers go", "timing")
 
 
 def prompts_of(workload, cfg, vocab):

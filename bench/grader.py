@@ -3,14 +3,15 @@
     python -m bench.grader --answers math500_model_answers.jsonl --golds gold_answers.json --suites SUITES --before OLD
 
 --answers   lines {"prediction", "answer"} of models. Nobody has labelled them: an answer counts as right where any of the
-            graders says so, and each that only one of them accepts is written out for a person to judge (rejudged below)
+            graders says so. Those that ours refuses or math-verify alone refuses are written out for a person to judge
 --golds     a list of answers as data sets hold them: each must equal itself; two of them are compared where they have the
             same digits, and 20,000 random pairs more; those accepted that are not plainly one text are written out
 --suites    a folder with the tests of Hendrycks' MATH (math_equivalence_test.py and math_equivalence.py) and Math-Verify
             (test_*.py, among them the pairs of Qwen2.5-Math's grader). A pair counts where both sides hold one marked answer.
             The suites contradict each other (Math-Verify takes a list in another order and one of its elements, a sum where
             a number is asked for, rounded and decimal-comma numbers, 1+1/e for 1-1/e): they "agree" on a pair if both
-            graders give the label, Hendrycks' by its is_equiv, Math-Verify's by its package
+            graders give the label, Hendrycks' by its is_equiv, Math-Verify's by its package. What ours says otherwise than
+            the labels, anywhere, is written out
 --before    a checkout of an older version, whose tasks/answers.py is compared with
 
 Writes docs/results/grader/results.json and table.md.
@@ -27,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.cli import UserError, opt, parse, script
+from tasks import symbolic
 from tasks.answers import _NAME, _without_unit, answers_equal, canonical, extract_answer, parse_number
-from tasks.symbolic import _judge, available, symbolically_equal
 
 OLD = """
 import json, sys
@@ -90,9 +91,9 @@ def graders(before, pairs):
             raise UserError(f"--before {before}: its grader failed: {done.stderr.strip().splitlines()[-1]}")
         out["before"] = json.loads(done.stdout)
     out["ours"] = [answers_equal(a, b) for a, b in pairs]
-    if available():
-        out["ours + math-verify"] = [symbolically_equal(a, b) for a, b in pairs]
-        out["math-verify alone"] = [bool(a and b and _judge.ask(a, b)) for a, b in pairs]
+    if symbolic.available():
+        out["ours + math-verify"] = [symbolic.symbolically_equal(a, b) for a, b in pairs]
+        out["math-verify alone"] = [bool(a and b and symbolic._judge.ask(a, b)) for a, b in pairs]
     return out
 
 
@@ -126,7 +127,8 @@ def measure_answers(cfg):
              for i, p in enumerate(pairs) if labels[i] and not verdicts["ours"][i]]
     alone += [dict(prediction=p[0], gold=p[1], accepted=["ours"]) for i, p in enumerate(pairs)
               if verdicts["ours"][i] and not verdicts.get("math-verify alone", verdicts["ours"])[i]]
-    return {f"answers of models ({len(rows)})": {name: count(v, labels) for name, v in verdicts.items()}}, alone
+    counts = {name: count(v, labels) | dict(accepted_wrong="-") for name, v in verdicts.items()}  # by the labels' making 0
+    return {f"answers of models ({len(rows)})": counts}, alone
 
 
 def measure_golds(cfg):
@@ -151,8 +153,9 @@ def measure_golds(cfg):
 
 def main():
     cfg = parse(Config, description=__doc__)
-    if not available():
+    if not symbolic.available():
         raise UserError("this comparison needs math-verify: pip install math-verify")
+    symbolic.TIME_LIMIT = 10.0  # a busy machine changes no verdict
     results, tables = dict(python=sys.version.split()[0]), {}
     for flag, measure in (("suites", measure_suites), ("answers", measure_answers)):
         if getattr(cfg, flag):

@@ -44,7 +44,7 @@ from verifier import Verifier, step_values
 class Config(timing.Flags):
     budget: float = opt(1.5, "CPU seconds a point may take to repeat itself (at least one repeat)", "timing", above=0)
     run_steps: int = opt(1000, "steps of the run whose memory is watched; at least 10", "what", low=10)
-    out: str = opt("bench/results/growth.json", "where the numbers go", "timing")
+    out: str = opt("bench/results/cpu/growth.json", "where the numbers go", "timing")
 
 
 def hand_back():

@@ -28,7 +28,6 @@ more than one GPU, fp8; flashinfer's sampler (bench/decode.py); engines (bench/g
 """
 
 import os
-import re
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +81,7 @@ class Config(timing.Flags):
     repeats: int = opt(5, "rounds", "timing", low=1)
     clock: str = opt("wall", "processor: seconds of the CPU, for one thread on a machine that is not quiet", "timing",
                      choices=["wall", "processor"])  # fmt: skip
-    out: str = opt("", "where the numbers go (default: bench/results/kernels_cpu.json, or by the GPU's name)", "timing")
+    out: str = opt("", "where the numbers go (default: bench/results/CARD/kernels.json)", "timing")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -90,9 +89,10 @@ class Config(timing.Flags):
 
 
 def random_inputs(cfg, shape, N, device, dtype):
-    (V, D), gen = SHAPES[shape], generator(cfg.seed, "bench", N)
-    hidden, weight = torch.randn(N, D, generator=gen), torch.randn(V, D, generator=gen) * D**-0.5
-    return hidden.to(device, dtype), weight.to(device, dtype), torch.randint(V, (N,), generator=gen).to(device)
+    V, D = SHAPES[shape]
+    hidden = timing.normal(N, D, seed=cfg.seed, device=device, dtype=dtype)
+    weight = timing.normal(V, D, seed=cfg.seed, device=device, dtype=dtype, scale=D**-0.5)
+    return hidden, weight, torch.randint(V, (N,), generator=generator(cfg.seed, "bench", N)).to(device)
 
 
 def real_inputs(N, device, dtype):
@@ -321,8 +321,8 @@ def attention(cfg, gpu, speed):
     """SmolLM2's heads over a cache of --context positions: one layer a call, as many layers as pass the L2 cache."""
     H, K, d, B, T = 9, 3, 64, *((4, 8) if cfg.tiny else (cfg.decode_rows, cfg.context))
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    gen = generator(cfg.seed, "bench")
-    q, k, v = (torch.randn(B, heads, *T_, d, generator=gen).to(device, dtype) for heads, T_ in ((H, ()), (K, (T,)), (K, (T,))))
+    q = timing.normal(B, H, d, seed=cfg.seed, device=device, dtype=dtype)
+    k, v = (timing.normal(B, K, T, d, seed=cfg.seed + i, device=device, dtype=dtype) for i in range(2))
     length = torch.full((B,), T, device=device)
     exact = sdpa(q.double(), k.double(), v.double(), length)
     layers = 1 + (L2_BYTES // (k.nbytes + v.nbytes) if gpu else 0)
@@ -387,14 +387,14 @@ def main(argv=None):
     if gpu:
         speed = decode.gpu_bytes_per_second()
         result |= dict(gpu=torch.cuda.get_device_name(), copy_bytes_per_second=speed)
-    name = re.sub(r"\W+", "_", result["gpu"]).lower() if gpu else "cpu"
     for n in [0] if gpu else cfg.threads:
         if n:
             torch.set_num_threads(n)
             print(f"\n{n} thread{'s' * (n > 1)}")
         here = {part: PARTS[part](cfg, gpu, speed) for part in cfg.parts}
         result |= here if gpu else {f"threads_{n}": here | dict(goals=goals(here))}
-        timing.write(cfg.out or f"bench/results/kernels_{name}.json", result)  # each: an interrupted run keeps what it has
+        where = cfg.out or timing.results("kernels", "" if gpu else "cpu")
+        timing.write(where, result)  # after each, so that an interrupted run keeps what it has
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Config(timing.Flags):
     threads: list = opt([1, 2], "CPU threads, one comparison each", "timing")
     repeats: int = opt(7, "rounds", "timing", low=1)
     memory_of: str = opt("", "only print the peak memory of one side of logprob, in MiB", "timing")
-    out: str = opt("bench/results/products.json", "where the numbers go", "timing")
+    out: str = opt("bench/results/cpu/products.json", "where the numbers go", "timing")
 
 
 def compare(cfg, label, ours, theirs):

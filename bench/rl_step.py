@@ -1,7 +1,8 @@
-"""One step of reinforcement learning: train_rl.py against trl.GRPOTrainer, seconds a step on the CPU.
+"""One step of reinforcement learning: train_rl.py against trl.GRPOTrainer, seconds a step, on the CPU or a GPU.
 
     python -m bench.rl_step                 # tiny planted model; 2 minutes (--tiny: does it run?)
     python -m bench.rl_step --model smollm2 --threads 2 --steps 3 --warmup 1     # open weights, made-up word problems; 5 minutes
+    python -m bench.rl_step --device cuda --model smollm2 --num-prompts 16 --steps 6 --warmup 2     # on a GPU, TRL without vLLM
 
 A step is 16 prompts x 8 samples x 12 tokens from a model of width 64 with 2 layers, graded by the task, and one
 optimizer step on the 128 samples: train_rl.py with --reward outcome, so no verifier on either side. Ours is
@@ -24,7 +25,7 @@ in common, the prompt of a group first of all, is computed once in both. compute
 tokens, over the timed steps; it falls as the policy converges.
 "cpu" is the ratio by CPU seconds of the process, which other processes disturb less.
 
-Not compared: vLLM and GPUs, for which TRL is made; transformers' continuous batching; other models and lengths: the longer
+Not compared: vLLM, for which TRL is made; transformers' continuous batching; other models and lengths: the longer
 the prompt and the larger the group, the more is shared.
 """
 
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 import train_rl
 import train_sft
 from bench import timing
-from infra.cli import opt, parse, script
+from infra.cli import UserError, opt, parse, script
 from infra.runs import mean
 from infra.seeds import derive
 from kernels.product import matmul_nt
@@ -55,10 +56,11 @@ class Config(timing.Flags):
     steps: int = opt(40, "timed steps of each side, for each number of threads", "timing", low=1)
     warmup: int = opt(5, "untimed steps before", "timing", low=1)
     threads: list = opt([1, 2], "CPU threads of both sides, one comparison each", "timing")
+    device: str = opt("cpu", "of both sides; cuda: at the first number of threads only", "what", choices=["cpu", "cuda"])
     model: str = opt("", "open weights: a folder that both sides read, or smollm2 (default: the tiny model)", "what")
     num_prompts: int = opt(2, "prompts a step, with --model", "what", low=1)
     new_tokens: int = opt(48, "tokens of a completion, with --model", "what", low=1)
-    out: str = opt("", "where the numbers go (default: bench/results/rl_step.json, or rl_step_MODEL.json)", "timing")
+    out: str = opt("", "where the numbers go (default: bench/results/CARD/rl_step.json, or rl_step_MODEL.json)", "timing")
 
 
 def starting_model(cfg, where):
@@ -85,6 +87,12 @@ def word_problems(cfg, where):
     return str(resolve(cfg.model)), get_task("jsonl", cfg.seed, data=[f"{where}/problems.jsonl"], template="plain")
 
 
+def wait(device):
+    """Until the GPU has done what it was asked: a step ends when its work does."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 class Ours:
     """The body of train_rl.train's loop: step() does one step and notes what it cost."""
 
@@ -93,7 +101,8 @@ class Ours:
         if cfg.model:
             size = dict(num_prompts=cfg.num_prompts, micro_batch_size=8, learning_rate=1e-6, max_completion_length=cfg.new_tokens)
         self.cfg = train_rl.Config(reward="outcome", seed=cfg.seed, num_generations=8, **size)
-        self.model, self.tokenizer = load_model(folder)
+        self.device = cfg.device
+        self.model, self.tokenizer = load_model(folder, cfg.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.cfg.learning_rate, betas=(0.9, 0.99), fused=True)
         self.log = []  # (seconds, tokens, mean reward) of every step
         self.cpu, self.shares = [], []  # CPU seconds; distinct prefixes over tokens
@@ -109,7 +118,8 @@ class Ours:
                             temperature=c.temperature, seed=derive(c.seed, "rl"), stop_ids=self.tokenizer.eos_ids,
                             sequence_ids=range((step - 1) * B, step * B), slots=c.slots)
         adv, logs = train_rl.advantages(c, self.task, problems, rollouts, self.tokenizer, None)
-        train_rl.update(self.model, None, self.optimizer, list(self.model.parameters()), rollouts, adv, c, limit, "cpu")
+        train_rl.update(self.model, None, self.optimizer, list(self.model.parameters()), rollouts, adv, c, limit, self.device)
+        wait(self.device)
         self.log.append((time.perf_counter() - start, int(rollouts.mask().sum()), logs["reward"]))
         self.cpu.append(time.process_time() - cpu)
         rows = [(row[:a], row[a:b]) for row, a, b in zip(*(x.tolist() for x in (rollouts.tokens, rollouts.prompt_len,
@@ -123,7 +133,7 @@ def grpo_config(cfg, rl, limit, where):
     from trl import GRPOConfig
 
     return GRPOConfig(
-        output_dir=where, use_cpu=True, bf16=False, gradient_checkpointing=False, seed=cfg.seed, top_k=0,
+        output_dir=where, use_cpu=cfg.device == "cpu", bf16=False, gradient_checkpointing=False, seed=cfg.seed, top_k=0,
         max_steps=cfg.warmup + cfg.steps, per_device_train_batch_size=rl.micro_batch_size or rl.num_prompts * rl.num_generations,
         gradient_accumulation_steps=rl.num_prompts * rl.num_generations // rl.micro_batch_size if rl.micro_batch_size else 1,
         num_generations=rl.num_generations, max_completion_length=limit, temperature=rl.temperature, num_iterations=1,
@@ -152,6 +162,7 @@ def run_theirs(cfg, folder, ours, where):
             self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_, **__):
+            wait(cfg.device)
             seconds.append(time.perf_counter() - self.start[0])
             cpu.append(time.process_time() - self.start[1])
             ours.step()
@@ -183,7 +194,8 @@ def products(ours, tokens):
     token position), the update's forward, and two as large in backward."""
     B = ours.cfg.num_prompts * ours.cfg.num_generations
     weights, positions = [p.detach() for p in ours.model.parameters() if p.dim() == 2], round(tokens / B)
-    x = {w: (torch.randn(B, w.shape[1]), torch.randn(tokens, w.shape[1]), torch.randn(tokens, w.shape[0])) for w in weights}
+    randn = partial(torch.randn, device=ours.device)
+    x = {w: (randn(B, w.shape[1]), randn(tokens, w.shape[1]), randn(tokens, w.shape[0])) for w in weights}
 
     @torch.no_grad()
     def call():
@@ -192,6 +204,7 @@ def products(ours, tokens):
             for _ in range(positions):
                 matmul_nt(few, w)
             matmul_nt(many, w), matmul_nt(grad, w.t()), matmul_nt(grad.t(), many.t())
+        wait(ours.device)
 
     return call
 
@@ -201,7 +214,7 @@ def attention(ours, tokens):
     backward; every layer."""
     B, shape = ours.cfg.num_prompts * ours.cfg.num_generations, ours.model.cfg
     T = round(tokens / B)
-    q, k, v = (torch.randn(B, n, T, shape.head_dim, requires_grad=True)
+    q, k, v = (torch.randn(B, n, T, shape.head_dim, device=ours.device, requires_grad=True)
                for n in (shape.num_attention_heads, *[shape.num_key_value_heads] * 2))
     attend = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -211,6 +224,7 @@ def attention(ours, tokens):
             with torch.no_grad():
                 for t in range(1, T + 1):
                     attend(q[:, :, :1], k[:, :, :t], v[:, :, :t])
+        wait(ours.device)
 
     return call
 
@@ -240,6 +254,10 @@ def main(argv=None):
     timing.need("trl", "transformers", "datasets", "accelerate")
     if cfg.tiny:
         cfg.steps, cfg.warmup, cfg.threads = 2, 1, [1]
+    if cfg.device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch sees no GPU here; leave it out")
+        cfg.threads = cfg.threads[:1]
     with tempfile.TemporaryDirectory() as where:
         folder, task = word_problems(cfg, where) if cfg.model else starting_model(cfg, where)
         result = timing.about("bench.rl_step", argv, cfg, "trl", "transformers", "accelerate")
@@ -251,7 +269,7 @@ def main(argv=None):
             cpu = r["cpu"]
             print(f"  by CPU seconds {cpu['ratio']['median']:.2f}; at most {cpu['largest_ratio']:.2f} with products alone, "
                   f"{cpu['largest_ratio_with_attention']:.2f} with attention; {r['ours']['computed_share']:.0%} decoded")
-    timing.write(cfg.out or f"bench/results/rl_step{f'_{Path(cfg.model).name}' if cfg.model else ''}.json", result)
+    timing.write(cfg.out or timing.results(f"rl_step{f'_{Path(cfg.model).name}' if cfg.model else ''}", cfg.device), result)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ says nothing: such a result is marked "disturbed" (and "*" in the table), and --
 
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from infra.cli import UserError, opt
-from infra.runs import write_json
+from infra.runs import derive, write_json
 
 
 @dataclass
@@ -31,6 +32,26 @@ class Flags:
     tiny: bool = opt(False, "small shapes and hardly any rounds: does it run?", "timing")
 
 
+def card(device=None):
+    """Which folder of bench/results a result belongs to: cpu, h100, h200 or another GPU's name."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name()
+    model = re.search(r"\b[ABHL]\d{2,3}S?\b|\bRTX \d+", name)
+    return re.sub(r"\W+", "_", model[0] if model else name).lower()
+
+
+def results(name, device=None):
+    """Where the numbers go that were made here."""
+    return f"bench/results/{card(device)}/{name}.json"
+
+
+def normal(*shape, seed, device, dtype=torch.float32, scale=1.0):
+    """Normal numbers drawn where they are used: on a GPU the head of an 8B model takes milliseconds, on its host a minute."""
+    generator = torch.Generator(device).manual_seed(derive(seed, "bench", *shape))
+    return torch.randn(*shape, generator=generator, device=device).mul_(scale).to(dtype)
+
+
 def machine(*packages):
     """Processor, cores and versions, for the JSON."""
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
@@ -38,7 +59,8 @@ def machine(*packages):
         rows = [row.partition(":") for row in info.read_text().split("\n\n")[0].splitlines()]
         cpu = {key.strip(): value.strip() for key, _, value in rows}
         cpu = f"{cpu.get('model name')} (family {cpu.get('cpu family')}, model {cpu.get('model')})"
-    return dict(cpu=cpu, cores=os.cpu_count(), system=platform.system(), python=platform.python_version(),
+    gpu = dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
+    return gpu | dict(cpu=cpu, cores=os.cpu_count(), system=platform.system(), python=platform.python_version(),
                 torch=torch.__version__, **{name: metadata.version(name) for name in packages})
 
 

@@ -8,18 +8,19 @@ recorded once and replayed with one call, and the host reads which rows have end
 
     step        draw a token for each row, write it down, mark the rows that ended, advance the others
     Graphs      the first step of a batch size runs as it stands (which compiles the kernels), the second is recorded
+    Engine      cache, state and graphs of a model, kept between calls: an RL step is one call, and recording is half of it
     decode_all  admits prompts, replays, collects the rows that ended and moves the last rows into their places
 
 Rows: graphs exist for powers of two, and rows beyond the living ones rest. A resting row costs little: it reads
 one position of the cache, and the weights are read anyway. A row that ends between two looks rests too.
 
 A step reads the weights and each row's own keys and values: SmolLM2 in bfloat16 at 256 rows of 1000 positions
-0.27 + 5.9 GB, 1.4 ms at 4.3 TB/s. What is left out: graphs that outlive a call (they hold the addresses of its
-cache), paging, one kernel for a whole layer.
+0.27 + 5.9 GB, 1.4 ms at 4.3 TB/s. What is left out: paging, one kernel for a whole layer.
 """
 
 import time
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -27,6 +28,8 @@ from engines.batch import begin_batch, draw_tokens, prefill
 from kernels import add_rmsnorm, decode_attention, philox_uniform, rope_write, swiglu
 from model import KVCache
 
+ROOM = 128  # the cache's length and the uniforms of a row are rounded up to this: prompts differ in every call
+KEEP_SHARE = 0.25  # of a GPU's memory: what a larger cache takes is given back after the call, for training needs it
 CHECK_EVERY = 8  # steps between two looks: a row that has ended rests for half as many on average
 
 
@@ -64,11 +67,16 @@ def rows_of_graph(n):
     return 1 << max(0, n - 1).bit_length()
 
 
-def decode_step(model, token, cache, length):
+def rotary_tables(model, T):
+    """cos, sin [T,d] float32."""
+    return [table[:, 0] for table in model._positions(T, model.head.device)]
+
+
+def decode_step(model, token, cache, length, tables=None):
     """As model.decode, without an integer that the host would have to know: token [B], length [B] (tokens already
-    there) -> hidden [B,D]. Ten launches a layer on a GPU."""
+    there), tables: rotary_tables of the cache's length -> hidden [B,D]. Ten launches a layer on a GPU."""
     cfg, B = model.cfg, len(token)
-    tables = [table[:, 0] for table in model._positions(cache.k.shape[3], token.device)]  # (T, d)
+    tables = tables or rotary_tables(model, cache.k.shape[3])
     seen = length + 1
 
     def attend(i):
@@ -103,9 +111,9 @@ def decode_step(model, token, cache, length):
     return add_rmsnorm(x, change, model.norm.weight, cfg.rms_norm_eps)[1]
 
 
-def step(model, cache, slots, stops, n, draw):
+def step(model, cache, slots, stops, n, draw, tables=None):
     """A token for every row 0..n-1 that is running, and the state after it; in place, nothing leaves the device.
-    stops [V] bool; draw(hidden [n,D], uniform [n,2]) -> token [n], logprob [n]."""
+    stops [V] bool; tables as in decode_step; draw(hidden [n,D], uniform [n,2]) -> token [n], logprob [n]."""
     rows = torch.arange(n, device=stops.device)
     at, live = slots.length[:n], slots.running[:n]
     token, logprob = draw(slots.hidden[:n], slots.draws[rows, torch.where(live, at - slots.first[:n], 0)])
@@ -113,48 +121,124 @@ def step(model, cache, slots, stops, n, draw):
     slots.tokens[rows, column], slots.logprob[rows, column] = token, logprob
     stopped = live & stops[token]
     running = live & ~stopped & (at + 1 < slots.limit[:n])
-    slots.hidden[:n] = decode_step(model, token, cache, torch.where(running, at, 0))
+    slots.hidden[:n] = decode_step(model, token, cache, torch.where(running, at, 0), tables)
     slots.stopped[:n] |= stopped
     slots.length[:n] += live
     slots.running[:n] = running
 
 
 class Graphs:
-    """run(n) does `step(n)`: on a GPU from the third time on as a replay of what was recorded the second time. On a CPU
-    it is the step itself, so that the tests need no GPU."""
+    """run(n, *setting) does `step(n, *setting)`: on a GPU from the third time on as a replay of what was recorded the second
+    time. On a CPU it is the step itself, so that the tests need no GPU. Graphs share their scratch memory (they never run side
+    by side); a call begins with its largest batch, so the largest is recorded first and the others fit into what it took."""
 
     def __init__(self, step, device):
         self.step, self.device, self.graphs, self.pool = step, device, {}, None
 
-    def run(self, n):
-        if self.device.type != "cuda" or n not in self.graphs:
-            self.graphs[n] = None
-            return self.step(n)
-        if self.graphs[n] is None:
-            self.graphs[n] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[n], pool=self.pool):
-                self.step(n)  # recorded, not run
-            self.pool = self.graphs[n].pool()  # graphs never run side by side: they share their scratch memory
-        self.graphs[n].replay()
+    def run(self, *key):
+        if self.device.type != "cuda" or key not in self.graphs:
+            self.graphs[key] = None
+            return self.step(*key)
+        if self.graphs[key] is None:
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
+                self.step(*key)  # recorded, not run
+            self.pool = self.graphs[key].pool()
+        self.graphs[key].replay()
+
+
+class Engine:
+    """What the device holds for one model: cache and state of `rows` rows of T tokens, the stop ids, and the graphs, which hold
+    the addresses of all of it and of the weights. A graph is for a batch size and a sampler (temperature, top_k, top_p, min_p:
+    constants of its kernels); seeds, prompts, limits and stop ids are data. It does not hold the model, under whose weak
+    reference it is kept: what a step does is given to the graphs for the length of a call."""
+
+    def __init__(self, model, rows, T, longest_draw):
+        self.device, self.rows, self.T, self.longest_draw = model.head.device, rows, T, longest_draw
+        self.weights = addresses(model)
+        self.cache = KVCache(model.cfg, rows, T, self.device, model.head.dtype)
+        self.state = empty_slots(model, rows, T, longest_draw)
+        self.stops = torch.zeros(model.cfg.vocab_size, dtype=torch.bool, device=self.device)
+        # Rotary tables that the graphs read: a longer prompt makes the model build others, and these must not be freed then.
+        self.tables = rotary_tables(model, T)
+        self.graphs = Graphs(None, self.device)
+
+    def fits(self, model, rows, T, longest_draw):
+        room = self.rows >= rows and self.T >= T and self.longest_draw >= longest_draw
+        return room and self.weights == addresses(model)
+
+
+_engines = WeakKeyDictionary()  # model -> its Engine
+
+
+def addresses(model):
+    """Where the weights lie, in which dtype: an optimizer changes them in place, loading or moving a model elsewhere."""
+    return [(p.data_ptr(), p.dtype, p.device) for p in model.parameters()]
+
+
+def engine_for(model, rows, T, longest_draw):
+    """The model's engine, if it has room and the weights have not moved; else a new one, at least as large as the last."""
+    up = lambda n: -(-n // ROOM) * ROOM  # noqa: E731
+    old = _engines.get(model)
+    if old is None or not old.fits(model, rows, T, longest_draw):
+        room = rows, min(up(T), model.cfg.max_position_embeddings), up(longest_draw)
+        if old is not None:
+            room = tuple(map(max, room, (old.rows, old.T, old.longest_draw)))
+        release(model)
+        old = None  # its memory goes before the next one's is taken
+        _engines[model] = Engine(model, *room)
+    return _engines[model]
+
+
+def release(model):
+    """Give the memory of a model's engine back."""
+    _engines.pop(model, None)
+
+
+def too_large_to_keep(engine):
+    if engine.device.type != "cuda":
+        return False
+    total = torch.cuda.get_device_properties(engine.device).total_memory
+    return engine.cache.k.nbytes + engine.cache.v.nbytes > KEEP_SHARE * total
 
 
 @torch.no_grad()
 def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, sequence_ids=None, slots=128, top_k=0,
                top_p=1.0, min_p=0.0):
     """The contract of sample.decode_all."""
-    begin, B, device = time.time(), len(prompts), model.head.device
+    begin = time.time()
+    B = len(prompts)
     out, limit, ids, stops, queue = begin_batch(model, prompts, max_new_tokens, sequence_ids, stop_ids)
-    places, T = min(slots, B), out.tokens.shape[1]
     longest_draw = int((limit - out.prompt_len).max()) if B else 1
-    rows = rows_of_graph(places)
-    cache, state = KVCache(model.cfg, rows, T, device, model.head.dtype), empty_slots(model, rows, T, longest_draw)
-    seq = torch.zeros(rows, dtype=torch.int64)  # which sequence a row holds: the host's own knowledge
-    stops = stops.to(device)
+    engine = engine_for(model, rows_of_graph(min(slots, B)), out.tokens.shape[1], longest_draw)
+    engine.stops.copy_(stops)
+    engine.state.running[:] = False  # a call that was broken off may have left some
+    sampler = temperature, top_k, top_p, min_p
 
-    def draw(hidden, uniform):
-        return draw_tokens(model, hidden, uniform, temperature, top_k, top_p, min_p)
+    def one_step(n, *sampler):
+        def draw(hidden, uniform):
+            return draw_tokens(model, hidden, uniform, *sampler)
 
-    graphs, n = Graphs(lambda n: step(model, cache, state, stops, n, draw), device), 0
+        step(model, engine.cache, engine.state, engine.stops, n, draw, engine.tables)
+
+    engine.graphs.step = one_step
+    try:
+        decode_queue(model, prompts, engine, sampler, seed, queue, min(slots, B), limit, ids, longest_draw, out)
+    finally:
+        engine.graphs.step = None
+    if too_large_to_keep(engine):
+        release(model)
+    out.seconds = time.time() - begin
+    used = int(out.length.max()) if B else 1
+    out.tokens, out.logprob = out.tokens[:, :used].clone(), out.logprob[:, :used].clone()
+    return out
+
+
+def decode_queue(model, prompts, engine, sampler, seed, queue, places, limit, ids, longest_draw, out):
+    """Decode the prompts of the queue in `places` rows of the engine, into the Rollouts `out`."""
+    cache, state, device, n = engine.cache, engine.state, engine.device, 0
+    seq = torch.zeros(engine.rows, dtype=torch.int64)  # which sequence a row holds: known to the host alone
+    positions = torch.arange(longest_draw, device=device)
     while queue or n:
         if queue and places - n >= min(len(queue), max(1, places // 8)):
             new = [queue.popleft() for _ in range(min(len(queue), places - n))]
@@ -162,11 +246,11 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
             seq[at] = torch.tensor(new)
             state.first[at] = state.length[at] = out.prompt_len[new].to(device)
             state.limit[at], state.running[at], state.stopped[at] = limit[new].to(device), True, False
-            state.draws[at] = philox_uniform(seed, ids[new][:, None].to(device), torch.arange(longest_draw, device=device))
+            state.draws[at, :longest_draw] = philox_uniform(seed, ids[new][:, None].to(device), positions)
             state.hidden[at] = prefill(model, [prompts[i] for i in new], cache, n)
             n += len(new)
         for _ in range(CHECK_EVERY):
-            graphs.run(rows_of_graph(n))
+            engine.graphs.run(rows_of_graph(n), *sampler)
         running, stopped, length = torch.stack([state.running, state.stopped, state.length])[:, :n].cpu()  # the one wait
         ended = (running == 0).nonzero()[:, 0]
         if len(ended):
@@ -178,10 +262,6 @@ def decode_all(model, prompts, *, max_new_tokens, temperature, seed, stop_ids, s
             for x in (seq, *vars(state).values()):
                 x[holes] = x[movers]
             state.running[n:] = False
-    out.seconds = time.time() - begin
-    used = int(out.length.max()) if B else 1
-    out.tokens, out.logprob = out.tokens[:, :used].clone(), out.logprob[:, :used].clone()
-    return out
 
 
 def collect(out, state, seq, ended, stopped, length):

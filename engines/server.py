@@ -281,9 +281,12 @@ def connect(cfg, tokenizer):
 def require_agreement(cfg, step, difference):
     """Stop where the server drew from another distribution. difference: mean |its log-probs - the
     trainer's|, in nats."""
+    if not cfg.rollout_url:
+        return
     tolerance = key_values(cfg.rollout_args, ARGS, "--rollout-args")["tolerance"]
     if tolerance and not difference <= tolerance:
         raise UserError(f"step {step}: the log-probs of {cfg.rollout_url} differ from the "
-                        f"trainer's by {difference:.3g} in the mean: it has other or older weights, "
-                        "or leaves the temperature out (vLLM needs --logprobs-mode processed_logprobs); "
+                        f"trainer's by {difference:.3g} in the mean: it has other or older "
+                        "weights, or leaves the temperature out (vLLM needs --logprobs-mode "
+                        "processed_logprobs); "
                         "--rollout-args tolerance= is the limit, the last checkpoint is intact")

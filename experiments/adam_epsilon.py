@@ -17,26 +17,26 @@ bonus that stays below outcome-only at every epsilon, or one whose gradients are
 outcome's.
 """
 
-import os
+import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import pipeline
 from experiments.toolkit import (
     ARM_NAMES,
     COLOURS,
+    comparison,
     finish,
     mean_sd,
     print_results,
     pyplot,
+    run_missing,
     spread,
     write_results,
 )
 from infra.cli import opt, parse, script
 from infra.runs import mean, read_metrics
-from train_rl import Config as RLConfig
 
 
 @dataclass
@@ -138,7 +138,8 @@ def main(argv=None):
         cfg.steps = 2
         cfg.out = str(root / "results")
         cfg.arms = ["base-prover"]
-    rl = RLConfig(
+    jobs, arms = comparison(
+        {"steps"},
         task="planted",
         reward="pav",
         arms=cfg.arms,
@@ -147,22 +148,13 @@ def main(argv=None):
         run_dir=str(stages),
         smoke=cfg.smoke,
     )
-    _, plan = pipeline.plan(rl, given={"steps"})
-    jobs = [j for j in plan if "/rl_" not in j[0]]
     where = {}
-    for label, needs, argv in [j for j in plan if "/rl_" in j[0]]:
-        for epsilon in cfg.epsilons:
-            seed, arm = label.split("/rl_")
-            where[arm, epsilon, seed] = run = root / seed / f"{arm}_eps{epsilon:g}"
-            argv = [a for a in argv if not a.startswith(("--adam-epsilon=", "--run-dir="))]
-            jobs.append(
-                (
-                    f"{seed}/{run.name}",
-                    needs,
-                    [*argv, f"--adam-epsilon={epsilon}", f"--run-dir={run}"],
-                )
-            )
-    pipeline.run_jobs(jobs, cfg.workers or os.cpu_count() or 1, root / "logs")
+    for job, epsilon in itertools.product(arms, cfg.epsilons):
+        seed, arm = job.label.split("/rl_")
+        where[arm, epsilon, seed] = run = root / seed / f"{arm}_eps{epsilon:g}"
+        config = replace(job.config, adam_epsilon=epsilon, run_dir=str(run))
+        jobs.append(replace(job, label=f"{seed}/{run.name}", config=config))
+    run_missing(jobs, cfg.workers, root / "logs")
     seeds = sorted({s for _, _, s in where})
     rows = [
         dict(arm=arm, epsilon=e, runs=[look(where[arm, e, s]) for s in seeds])

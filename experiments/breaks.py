@@ -10,21 +10,20 @@ solution and its own progress A^mu = V^mu(after) - V^mu(before). The mistakes, e
 train_rl.py away from it:
 
     q           the value itself, V^mu(after): it pays for standing in a good place (--reward q)
-    q_to_go     the same, summed over all later steps, as rewards usually are (--reward q --credit
-                return-to-go)
-    to_go       progress, summed over all later steps: V(end) - V(before), a baseline (--credit
-                return-to-go)
+    q_to_go     the same, summed over all later steps, as rewards usually are (--reward q-to-go)
+    to_go       progress, summed over all later steps: V(end) - V(before), a baseline (--reward
+                pav-to-go)
     group       outcomes over the std of their group (--scale-rewards group)
-    unguarded   a verifier of few solutions that also judges the end (--no-anchor)
+    unguarded   a verifier of few solutions that also judges the end (--guards center)
     believed    no grader at all, only that verifier's score of the whole (--reward orm)
     phantom     the same, over the group's std: a group that agrees has only the verifier's noise
                 left, and gets it at full size (--reward orm --scale-rewards group)
 
-Task: the planted sub-sequence (puzzles.py), V^mu of the scripted prover of strength 16. The first
-four are paid by its *exact* values, so what breaks is the reward and not the verifier. The others
-show the verifier break: a Goodhart plot (its score of the solutions against the truth), beside the
-same verifier with the anchor (`guarded`: the value of the end is the grader's) and the grader alone
-(`graded`).
+Task: the planted sub-sequence (tasks/planted.py), V^mu of the scripted prover of strength 16. The
+first four are paid by its *exact* values, so what breaks is the reward and not the verifier. The
+others show the verifier break: a Goodhart plot (its score of the solutions against the truth),
+beside the same verifier with the anchor (`guarded`: the value of the end is the grader's) and the
+grader alone (`graded`).
 
 Claims: arXiv 2410.08146, section 3.1 and appendix G (Q as the reward is no use, RL on it collapses)
 and its discount 0; the telescoping is arithmetic (tests/test_advantages.py); over-optimisation of
@@ -71,14 +70,14 @@ ARMS = {
     "pav": (dict(), "the right way: progress, own step", COLOURS["pav"]),
     "outcome": (dict(reward="outcome"), "outcome only", COLOURS["outcome"]),
     "q": (dict(reward="q"), "value instead of progress, own step", COLOURS["q"]),
-    "q_to_go": (dict(reward="q", credit="return-to-go"), "value, return-to-go", "#CC79A7"),
-    "to_go": (dict(credit="return-to-go"), "progress, return-to-go", COLOURS["orm"]),
+    "q_to_go": (dict(reward="q-to-go"), "value, return-to-go", "#CC79A7"),
+    "to_go": (dict(reward="pav-to-go"), "progress, return-to-go", COLOURS["orm"]),
     "group": (dict(scale_rewards="group"), "outcomes over their group's std", COLOURS["constant"]),
 }
 LEARNED = {
     "graded": (dict(reward="outcome"), "grader alone", COLOURS["outcome"]),
     "guarded": (dict(), "weak verifier with the anchor", COLOURS["pav"]),
-    "unguarded": (dict(anchor=False), "weak verifier, no anchor", COLOURS["q"]),
+    "unguarded": (dict(guards=["center"]), "weak verifier, no anchor", COLOURS["q"]),
     "believed": (dict(reward="orm"), "weak verifier, no grader", "#CC79A7"),
     "phantom": (
         dict(reward="orm", scale_rewards="group"),
@@ -136,11 +135,16 @@ def tabular(cfg, regime, arm, seed, lr):
     )
 
 
+def task_args(letters):
+    """--task-args. Six letters are the task's own: those runs are shared with other experiments."""
+    return [] if letters == 6 else [f"length={letters}"]
+
+
 def policy_and_verifier(cfg, root, regime, seed):
     """-> (folder of the policy that RL starts from, folder of the weak verifier or None)."""
     letters = cfg.easy_letters if regime == "easy" else 6
     name = "sft" if letters == 6 else f"sft{letters}"
-    policy = clone(seed, name, 5, cfg.smoke, task_args=[f"length={letters}"])
+    policy = clone(seed, name, 5, cfg.smoke, task_args=task_args(letters))
     if regime not in ("learned", "able"):
         return policy, None
     prover = clone(seed, "prover", PROVER, cfg.smoke)
@@ -159,7 +163,7 @@ def reinforce(cfg, root, regime, arm, seed, lr):
     steps = dict(main=cfg.steps, easy=cfg.easy_steps).get(regime, cfg.learned_steps)
     settings = dict(
         task="planted",
-        task_args=[f"length={cfg.easy_letters if regime == 'easy' else 6}"],
+        task_args=task_args(cfg.easy_letters if regime == "easy" else 6),
         reward="pav",
         seed=seed,
         policy=str(policy),

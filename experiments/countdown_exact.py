@@ -19,25 +19,25 @@ alike.
 """
 
 import itertools
-import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-import pipeline
 import train_rl
 from experiments.toolkit import (
     COLOURS,
     ExactVerifier,
     accuracy_at,
+    comparison,
     evaluations,
     finish,
     mean_sd,
     print_results,
     pyplot,
     quiet,
+    run_missing,
     write_results,
 )
 from infra.cli import opt, parse, script
@@ -59,27 +59,21 @@ class Config:
     smoke: bool = opt(False, "one seed, a few steps")
 
 
-def reinforce(root, argv, arm, prompts, lr):
-    """One RL run (or the one that is there) -> its evaluations."""
-    seed = pipeline.flag_value(argv, "seed")
-    drop = ("--reward=", "--verifier=", "--run-dir=", "--num-prompts=", "--learning-rate=")
-    config = parse(
-        train_rl.Config,
-        [a for a in argv[1:] if not a.startswith(drop)]
-        + [
-            f"--reward={'outcome' if arm == 'outcome' else 'pav'}",
-            f"--num-prompts={prompts}",
-            f"--learning-rate={lr}",
-            f"--run-dir={root}/seed{seed}/{arm}_{prompts}_lr{lr:g}",
-        ],
-        "",
+def reinforce(root, pav, arm, prompts, lr):
+    """One RL run (or the one that is there) -> its evaluations. pav: the config of the comparison's
+    PAV arm."""
+    config = replace(
+        pav,
+        reward="outcome" if arm == "outcome" else "pav",
+        verifier=pav.verifier if arm == "pav" else "",
+        num_prompts=prompts,
+        learning_rate=lr,
+        run_dir=f"{root}/seed{pav.seed}/{arm}_{prompts}_lr{lr:g}",
     )
     verifier = None
-    task = get_task(config)
     if arm == "exact":
+        task = get_task(config)
         verifier = ExactVerifier(task, task.tokenizer(), task.strengths["prover"])
-    elif arm == "pav":
-        config.verifier = pipeline.flag_value(argv, "verifier")
     with quiet():
         train_rl.train(config, verifier)
     return [{k: r[k] for k in ("num_tokens", "eval/accuracy")} for r in evaluations(config.run_dir)]
@@ -152,7 +146,8 @@ def main(argv=None):
         cfg.learning_rates = [1e-3]
         cfg.steps = 2
         cfg.out = str(root / "results")
-    rl = train_rl.Config(
+    stages, arms = comparison(
+        {"steps", "eval_split", "eval_steps"},
         task="countdown",
         reward="pav",
         seeds=cfg.seeds,
@@ -162,11 +157,8 @@ def main(argv=None):
         eval_split="test",
         eval_steps=20,
     )
-    _, plan = pipeline.plan(rl, given={"steps", "eval_split", "eval_steps"})
-    pipeline.run_jobs(
-        [j for j in plan if "/rl_" not in j[0]], cfg.workers or os.cpu_count() or 1, root / "logs"
-    )
-    arms = [job for label, _, job in plan if label.endswith("/rl_pav")]
+    run_missing(stages, cfg.workers, root / "logs")
+    configs = [job.config for job in arms if job.label.endswith("/rl_pav")]
     rows = []
     for prompts, lr, arm in itertools.product(cfg.prompts, cfg.learning_rates, NAMES):
         rows.append(
@@ -174,7 +166,7 @@ def main(argv=None):
                 arm=arm,
                 prompts=prompts,
                 learning_rate=lr,
-                curves=[reinforce(root, job, arm, prompts, lr) for job in arms],
+                curves=[reinforce(root, pav, arm, prompts, lr) for pav in configs],
             )
         )
         print("  " + table(rows[-1:]).splitlines()[-1], flush=True)

@@ -11,9 +11,9 @@
               with the threshold chosen on half of the runs and scored on the other half. FILE
               holds, for every run, RUN/{correct [M,n], nsamples [M], nll [M,n], test [M]} and
               optionally RUN/subsample [m] (indices of the examples that were trained).
-2. runs       the same on our own models, trained on --task worded (worded.py): learning rate x
-              steps x data size, every snapshot of a run a point; beside it plain training accuracy,
-              the paper's foil.
+2. runs       the same on our own models, trained on --task worded (tasks/worded.py): learning rate
+              x steps x data size, every snapshot of a run a point; beside it plain training
+              accuracy, the paper's foil.
 3. robustness finished models go on from the first line of a training solution, with its own
               meaningless letters and with others: what the change costs examples of low and of high
               pre-memorization accuracy, within each run that has both.
@@ -34,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 
-import train_sft
 from experiments.toolkit import (
     finish,
     mean_sd,
@@ -49,6 +48,7 @@ from infra.cli import UserError, opt, parse, script
 from infra.runs import mean
 from infra.seeds import derive
 from model import load_model, resolve
+from papers.memorization import Config as RunConfig
 from papers.memorization import (
     choose_threshold,
     held_out_r_squared,
@@ -57,6 +57,7 @@ from papers.memorization import (
     predicted,
     r_squared,
     sampled_accuracy,
+    train,
 )
 from tasks import get_task
 from tasks.worded import WORDING
@@ -149,8 +150,8 @@ def plain(value):
 
 
 def sft(cfg, name, **settings):
-    """Train one tracked run (or find it complete) -> its config."""
-    c = train_sft.Config(
+    """Train one measured run (or find it complete) -> its config."""
+    c = RunConfig(
         task="worded",
         threads=1,
         run_dir=f"{cfg.run_dir}/{name}",
@@ -159,7 +160,7 @@ def sft(cfg, name, **settings):
         device="cpu",
         **settings,
     )
-    train_sft.train(c)
+    train(c)
     return c
 
 
@@ -173,7 +174,7 @@ def own_runs(cfg):
             learning_rate=lr,
             steps=steps,
             seed=seed,
-            track_memorization=cfg.snapshots,
+            snapshots=cfg.snapshots,
         )
         for n, lr, steps, seed in grid
     ]
@@ -276,7 +277,7 @@ def curation(cfg, threshold):
             cfg,
             f"start_seed{seed}",
             num_examples=cfg.curation_start,
-            track_memorization=cfg.snapshots,
+            snapshots=cfg.snapshots,
             **common,
         )
         out.setdefault(str(cfg.curation_start), dict(none=[]))["none"].append(
@@ -289,7 +290,7 @@ def curation(cfg, threshold):
                 num_examples=n,
                 curate=start.run_dir,
                 curate_by=by,
-                track_memorization=1,
+                snapshots=1,
                 memorization_threshold=threshold,
                 memorization_problems=1000,
                 **common,

@@ -6,20 +6,20 @@
 
 The claim (Setlur et al. 2025, arXiv 2503.07572): rewarding the progress of each episode beside the
 outcome gives the same or better accuracy, lower regret, and 1.5 times the token efficiency of
-outcome-reward RL (GRPO). Here, on the task `probe` (probe.py), whose base policy repeats itself and
-idles in six of ten episodes but is nearly always right in the end:
+outcome-reward RL (GRPO). Here, on the task `probe` (tasks/probe.py), whose base policy repeats
+itself and idles in six of ten episodes but is nearly always right in the end:
 
     base           SFT on the demonstrator
     outcome        RL with the outcome alone
     outcome_long   the same for three times the steps: about as many sampled tokens as MRT with its
                    meta-prover's. Not tuned.
     length         a right solution of n tokens earns 1 - lambda * n / limit: the plain way to
-                   shorter thinking
-    mrt            progress of each episode, credited to its own tokens (train_rl.py --reward mrt)
+                   shorter thinking (papers/mrt.py with --alpha 0)
+    mrt            progress of each episode, credited to its own tokens (papers/mrt.py)
     mrt_scalar     one number for all that follows a random cut. On-policy that is the outcome with
                    another baseline, so this arm cannot tell the paper's RL form from outcome-only:
                    it shows the noise between two runs of one objective
-    star           the STaR form (mrt.py): as many solutions in three rounds
+    star           the STaR form (papers/mrt_star.py): as many solutions in three rounds
 
 All arms of a seed start from one base policy and sample equally many solutions (outcome_long: three
 times as many). Four settings an arm are tried on a seed of their own and `val`, and chosen by
@@ -69,7 +69,7 @@ from experiments.toolkit import (
 from infra.cli import opt, parse, script
 from infra.runs import mean
 from model import load_model
-from papers import mrt
+from papers import mrt, mrt_star
 from tasks import get_task
 
 NAMES = {
@@ -90,6 +90,8 @@ COLOUR = {
     "mrt_scalar": "#56B4E9",
     "star": "#009E73",
 }
+# The arms whose loop is papers/mrt.py's -> their flags.
+MRT = {"length": dict(alpha=0.0), "mrt": {}, "mrt_scalar": dict(mrt_credit="scalar")}
 LONG = 3
 COMMON = {
     "outcome": dict(learning_rate=1e-3),
@@ -142,8 +144,8 @@ def trained(cfg, run, seed, train, config, limit=0):
         model, tokenizer = load_model(run)
         task = get_task("probe")
         problems = task.problems("val" if seed == TUNING else "test", cfg.test_problems, 0)
-        options = mrt.Config(task="probe", max_completion_length=limit, mu_samples=4)
-        row = mrt.measure(model, tokenizer, task, problems, options, 0)
+        options = mrt_star.Config(task="probe", max_completion_length=limit, mu_samples=4)
+        row = mrt_star.measure(model, tokenizer, task, problems, options, 0)
         mu_tokens = summary.get("mrt_tokens", summary.get("mu_tokens", 0))
         return row | dict(
             train_tokens=summary.get("num_tokens", 0),
@@ -187,19 +189,17 @@ def run_arm(cfg, root, name, seed, setting, limit=0, strength=-1.0):
         | setting
     )
     if name == "star":
-        config = mrt.Config(
+        config = mrt_star.Config(
             **shared,
             rounds=cfg.star_rounds,
             num_prompts=cfg.rl_steps * cfg.num_prompts // cfg.star_rounds,
         )
-        return trained(cfg, run, seed, mrt.train, config, limit)
-    shared |= dict(mrt=dict(reward="mrt"), mrt_scalar=dict(reward="mrt", mrt_credit="scalar")).get(
-        name, dict(reward="outcome")
-    )
+        return trained(cfg, run, seed, mrt_star.train, config, limit)
     steps = cfg.rl_steps * (LONG if name == "outcome_long" else 1)
-    config = train_rl.Config(
-        **shared, num_prompts=cfg.num_prompts, steps=steps, eval_steps=steps, save_steps=10**6
-    )
+    shared |= dict(num_prompts=cfg.num_prompts, steps=steps, eval_steps=steps, save_steps=10**6)
+    if name in MRT:
+        return trained(cfg, run, seed, mrt.train, mrt.Config(**MRT[name] | shared), limit)
+    config = train_rl.Config(**shared, reward="outcome")
     return trained(cfg, run, seed, train_rl.train, config, limit)
 
 

@@ -6,7 +6,7 @@
 
 The claim (Setlur et al. 2024, arXiv 2406.14532): on the same problems, fine-tuning on a policy's
 own right solutions (RFT) is worth twice the problems of SFT, per-step DPO on its wrong ones eight
-times; DPO on whole solutions is worth nothing. Here, on the task `chain` (didactic.py), whose
+times; DPO on whole solutions is worth nothing. Here, on the task `chain` (tasks/chain.py), whose
 demonstrations end right but contain wrong steps:
 
     sft            demonstrations, one a problem; epochs tuned at every size
@@ -60,7 +60,7 @@ from experiments.toolkit import (
 from infra.cli import UserError, opt, parse, script
 from infra.runs import mean
 from model import load_model
-from papers import train_dpo
+from papers import rft, train_dpo
 from papers.train_dpo import load_pairs
 from sample import generate
 from tasks import get_task
@@ -102,7 +102,8 @@ class Config:
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs. Each is a run directory of train_sft.py or train_dpo.py; its accuracy is kept beside it.
+# Runs. Each is a run directory of train_sft.py, papers/rft.py or papers/train_dpo.py; its accuracy
+# is kept beside it.
 
 
 def accuracy(run, task, split, n, temperature=0.0):
@@ -115,7 +116,7 @@ def accuracy(run, task, split, n, temperature=0.0):
         max_new_tokens=task.max_new_tokens,
         temperature=temperature,
         seed=0,
-        stop_ids=tokenizer.eos_ids,
+        stop_ids=task.stop_ids(tokenizer),
         slots=256,
     )
     texts = [tokenizer.decode(out.completion(i)) for i in range(len(problems))]
@@ -158,30 +159,16 @@ def borrow(run, other, pairs=False):
         shutil.copy(path, run / path.relative_to(other))
 
 
-def sft_config(task, size, seed, run, steps, **more):
+def sft_settings(task, size, seed, run):
+    """Of SFT and of RFT."""
     shape = (
         dict(num_hidden_layers=1, learning_rate=5e-3, weight_decay=1.0)
         if task == "chain"
         else dict(learning_rate=2e-3)
     )
-    return train_sft.Config(
-        **(
-            TINY
-            | shape
-            | dict(
-                task=task,
-                seed=seed,
-                run_dir=str(run),
-                num_problems=size,
-                num_examples=size,
-                batch_size=64,
-                warmup_steps=10,
-                steps=steps,
-                slots=1024,
-            )
-            | more
-        )
-    )
+    place = dict(task=task, seed=seed, run_dir=str(run))
+    examples = dict(num_problems=size, num_examples=size, batch_size=64, warmup_steps=10)
+    return TINY | shape | place | examples
 
 
 def dpo_config(task, size, seed, run, policy, **more):
@@ -224,12 +211,8 @@ class Arm:
         tail = Path(self.name) / "_".join(f"{k}{v:g}" for k, v in setting.items() if k != "policy")
         if self.name == "sft":
             run = self.home / tail
-            return trained(
-                run,
-                self.cfg,
-                train_sft.train,
-                sft_config(self.task, self.size, self.seed, run, **more),
-            ), run
+            settings = sft_settings(self.task, self.size, self.seed, run)
+            return trained(run, self.cfg, train_sft.train, train_sft.Config(**settings | more)), run
         sft = Arm(self.cfg, self.task, "sft", self.size, self.seed, self.home, self.strength)
         _, policy = sft.run(dict(steps=setting["policy"]))
         home = self.home / f"policy{setting['policy']}"
@@ -241,18 +224,9 @@ class Arm:
             if (other.parent / "summary.json").exists():
                 borrow(run, other.parent)
         if self.name == "rft":
-            config = sft_config(
-                self.task,
-                self.size,
-                self.seed,
-                run,
-                rft=True,
-                policy=str(policy),
-                num_generations=SAMPLING["num_generations"],
-                shard_problems=200,
-                **more,
-            )
-            return trained(run, self.cfg, train_sft.train, config), run
+            settings = sft_settings(self.task, self.size, self.seed, run) | SAMPLING | more
+            config = rft.Config(**settings, policy=str(policy), shard_problems=200)
+            return trained(run, self.cfg, rft.train, config), run
         more |= dict(max_steps=self.cfg.dpo_steps)
         config = dpo_config(self.task, self.size, self.seed, run, policy, **DPO[self.name], **more)
         return trained(run, self.cfg, train_dpo.train, config), run

@@ -41,8 +41,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+import papers.rft
 import pav
-import sample
+import search
 import train_rl
 import train_sft
 from experiments.toolkit import (
@@ -56,20 +57,21 @@ from experiments.toolkit import (
     vote_accuracy,
 )
 from experiments.wordproblems import read_problems
-from infra.cli import UserError, opt, parse, script
+from infra.cli import UserError, flags, opt, parse, script
 from infra.runs import mean, setup, write_json
 from infra.seeds import derive
 from model import Config as ModelConfig
 from model import Transformer, init_weights, load_model, write_model
 from open_weights.tokenizer import alphabet_tokenizer
-from papers.rft import sample_solutions
 from pipeline import last_line
+from report import evaluate
+from report.judge import auc
 from report.statistics import Z, interval
 from rollouts import step_ends
-from tasks import get_task
+from tasks import TaskFlags, get_task
+from verifier import load_verifier, step_values
 
 MAWPS = [f"mawps_{part}.jsonl" for part in ("singleop", "addsub", "singleeq", "multiarith")]
-SCRIPTS = dict(sft=train_sft, pav=pav, rl=train_rl, sample=sample)
 BEAMS = dict(beam_q=0.0, beam_pav=0.5)  # name -> alpha; 0.5 is the paper's for small models
 NAMES = dict(
     base="base model, chat format, greedy",
@@ -119,7 +121,6 @@ SIZES = dict(
             learning_rate=2e-5,
             warmup_steps=2,
             alpha=1.0,
-            slots=128,
             eval_steps=4,
             eval_problems=64,
         ),
@@ -190,7 +191,7 @@ SMOKE = dict(
 
 @dataclass
 class Config:
-    size: str = opt("cpu", "which column of SIZES", choices=["cpu", "cpu-gsm8k", "gpu"])
+    size: str = opt("cpu", "which column of SIZES", choices=["cpu", "cpu-gsm8k", "gpu", "gpu-short"])
     problems: str = opt("mawps", "what the files hold", choices=["mawps", "gsm8k"])
     data: list = opt(MAWPS, "files: MAWPS' four parts, or GSM8K's train and test")
     model: str = opt("smollm2", "open weights to start from: a folder, smollm2 or a hub id")
@@ -256,8 +257,23 @@ def tiny_model(folder):
 # Stages.
 
 
+@dataclass
+class Stage:
+    """One script at one config; done: a file that exists when it has ended."""
+
+    name: str
+    script: object
+    config: object
+    done: Path
+
+    def command(self):
+        module = self.script.__name__
+        words = ["-m", module] if "." in module else [f"{module}.py"]
+        return shlex.join(["python", *words, *flags(self.config)])
+
+
 class Plan:
-    """The stages, in order: [(name, script, argv, file that exists when it is done)]."""
+    """The stages, in order."""
 
     def __init__(self, cfg, size, root):
         self.cfg = cfg
@@ -266,96 +282,83 @@ class Plan:
         self.stages = []
 
     def task(self, part, template="plain"):
-        """Flags that all stages share; part: the problems in the place of train."""
+        """Settings that all stages share; part: the problems in the place of train."""
         data = {"train": part, "val": "val", "test": "test"}
         tiny = self.cfg.size != "gpu" or self.cfg.smoke
-        return [
-            "--task=jsonl",
-            "--task-args",
-            f"template={template}",
-            "--data",
-            *(f"{split}={self.root / 'data' / name}.jsonl" for split, name in data.items()),
-            f"--device={self.cfg.device}",
-            f"--threads={self.cfg.threads or int(tiny)}",
-        ]
+        return dict(
+            task="jsonl",
+            task_args=[f"template={template}"],
+            data=[f"{split}={self.root / 'data' / name}.jsonl" for split, name in data.items()],
+            device=self.cfg.device,
+            threads=self.cfg.threads or int(tiny),
+        )
 
-    def train(self, name, kind, part, settings, *more):
+    def train(self, name, script, part, settings, **more):
         run = self.root / name
-        limit = f"--max-completion-length={self.cfg.limit}"
-        argv = [*self.task(part), limit, f"--run-dir={run}", *more]
-        for k, v in settings.items():
-            flag = k.replace("_", "-")
-            if isinstance(v, bool):
-                argv.append(f"--{flag}" if v else f"--no-{flag}")
-            else:
-                argv.append(f"--{flag}={v}")
-        self.stages.append((name, kind, argv, run / "summary.json"))
+        place = dict(max_completion_length=self.cfg.limit, run_dir=str(run))
+        config = script.Config(**self.task(part), **place, **settings, **more)
+        self.stages.append(Stage(name, script, config, run / "summary.json"))
 
-    def measure(self, name, model, *more, template="plain", n=0, limit=0, tests=0):
+    def measure(self, name, script, model, template="plain", n=0, limit=0, tests=0, **more):
         """n, limit, tests: samples a problem, tokens, problems (0: those of most stages)."""
         out = self.root / "test" / f"{name}.jsonl"
-        argv = [
-            *self.task("first", template),
-            f"--model={model}",
-            f"--num-problems={tests or self.size['test']}",
-            f"--n={n or self.size['n']}",
-            f"--max-new-tokens={limit or self.cfg.limit}",
-            f"--out={out}",
-            f"--dtype={self.size['dtype']}",
-            "--slots=128",
-            *more,
-        ]
-        self.stages.append((f"test_{name}", "sample", argv, out.with_suffix(".done")))
+        config = script.Config(
+            **self.task("first", template),
+            model=str(model),
+            num_problems=tests or self.size["test"],
+            n=n or self.size["n"],
+            max_new_tokens=limit or self.cfg.limit,
+            out=str(out),
+            dtype=self.size["dtype"],
+            slots=128,
+            **more,
+        )
+        self.stages.append(Stage(f"test_{name}", script, config, out.with_suffix(".done")))
 
 
 def plan(cfg, size, root):
-    """[(name, script, argv, file that exists when it is done)], in order."""
+    """-> the stages, in order."""
     p = Plan(cfg, size, root)
     base = str(root / "tiny") if cfg.smoke else cfg.model
-    sft = root / "sft"
-    rft = root / "rft"
-    q = root / "q"
-    p.train("sft", "sft", "demonstrated", size["sft"], f"--model={base}")
-    p.measure("sft", sft)
-    p.train("rft", "sft", "first", size["rft"], f"--model={sft}", "--rft", f"--policy={sft}")
-    policy = f"--policy={rft}"
+    sft = str(root / "sft")
+    policy = str(root / "rft")
+    q = str(root / "q")
     verifier = size["verifier"]
-    p.train("orm", "pav", "second", verifier | size["orm"], policy, "--label=outcome")
-    mc = ["--label=q", "--prover=base", "--prover-k=4"]
-    p.train("q", "pav", "second", verifier | size["q"], policy, *mc)
+    p.train("sft", train_sft, "demonstrated", size["sft"], model=base)
+    p.measure("sft", evaluate, sft)
+    p.train("rft", papers.rft, "first", size["rft"], model=sft, policy=sft)
+    p.train("orm", pav, "second", verifier | size["orm"], policy=policy, label="outcome")
+    mc = dict(label="q", prover="base", prover_k=4)
+    p.train("q", pav, "second", verifier | size["q"], policy=policy, **mc)
     for seed, reward in itertools.product(size["rl_seeds"], ("outcome", "pav")):
         name = f"rl_{reward}_{seed}"
-        more = [policy, f"--reward={reward}", f"--seed={seed}"]
-        if reward == "pav":
-            more.append(f"--verifier={q}")
-        p.train(name, "rl", "second", size["rl"], *more)
-        p.measure(name, root / name)
-    beam = ["--search=beam", f"--verifier={q}", "--prover-k=4", "--temperature=1"]
+        paid = dict(reward=reward, verifier=q if reward == "pav" else "")
+        p.train(name, train_rl, "second", size["rl"], policy=policy, seed=seed, **paid)
+        p.measure(name, evaluate, root / name)
+    beam = dict(method="beam", verifier=q, prover_k=4, temperature=1.0)
     sizes = dict(n=size["search"]["beam"], tests=size["beam_test"])
     for name, alpha in BEAMS.items():
-        p.measure(name, rft, *beam, f"--alpha={alpha}", **sizes)
+        p.measure(name, search, policy, **sizes, **beam, alpha=alpha)
     template = "plain" if cfg.smoke else "auto"
     options = dict(n=1, template=template, limit=3 * cfg.limit, tests=size["base"])
-    p.measure("base", base, "--greedy", **options)
+    p.measure("base", evaluate, base, greedy=True, **options)
     return p.stages
 
 
-def run_stage(name, kind, argv, done, logs):
+def run_stage(stage, logs):
     """One command line, in this process; its output goes to logs/NAME.log."""
-    if done.exists():
+    if stage.done.exists():
         return
     clock = time.process_time()
     logs.mkdir(parents=True, exist_ok=True)
-    done.parent.mkdir(parents=True, exist_ok=True)
-    with open(logs / f"{name}.log", "w") as log, redirect_stdout(log):
-        SCRIPTS[kind].main(
-            [*argv, "--eval"] if kind == "sample" and "--search=beam" not in argv else argv
-        )
+    stage.done.parent.mkdir(parents=True, exist_ok=True)
+    path = logs / f"{stage.name}.log"
+    with open(path, "w") as log, redirect_stdout(log):
+        stage.script.main(flags(stage.config))
     seconds = time.process_time() - clock
-    write_json(logs / f"{name}.seconds", seconds)
-    done.touch()
-    last = last_line((logs / f"{name}.log").read_text())
-    print(f"  {name:<18} {seconds:5.0f} s of processor   {last[:150]}", flush=True)
+    write_json(logs / f"{stage.name}.seconds", seconds)
+    stage.done.touch()
+    print(f"  {stage.name:<18} {seconds:5.0f} s of processor   {last_line(path)[:150]}", flush=True)
 
 
 def reranked(cfg, size, root):
@@ -363,24 +366,23 @@ def reranked(cfg, size, root):
     {verifier: score [P,n]}, votes."""
     path = root / "test" / "reranked.safetensors"
     n = size["search"]["n"]
-    task = get_task(
-        "jsonl", 0, [f"{p}={root / 'data' / p}.jsonl" for p in ("val", "test")], template="plain"
-    )
+    data = [f"{part}={root / 'data' / part}.jsonl" for part in ("val", "test")]
+    task = get_task(TaskFlags(task="jsonl", data=data, task_args=["template=plain"], task_seed=0))
     problems = task.problems("test", size["test"] or None)
     model, tokenizer = load_model(
         root / "rft", setup(cfg.device, cfg.threads or (1 if cfg.size != "gpu" else 0))
     )
-    settings = train_sft.Config(
+    settings = papers.rft.Config(
         seed=1, slots=128, shard_problems=50, max_completion_length=cfg.limit
     )
-    solutions = sample_solutions(
+    solutions = papers.rft.sample_solutions(
         model, tokenizer, task, problems, n, settings, root / "test" / "rft_samples"
     )
     if not path.exists():
         ends = step_ends(task, solutions.rollouts, tokenizer)[:, -1:]
         score = {
-            v: pav.step_values(
-                pav.load_verifier(str(root / v), tokenizer, model.head.device),
+            v: step_values(
+                load_verifier(root / v, tokenizer, model.head.device),
                 solutions.rollouts.tokens,
                 ends,
             )
@@ -389,7 +391,7 @@ def reranked(cfg, size, root):
         save_file({k: v.contiguous() for k, v in score.items()}, path)
     score = {k: v.view(-1, n) for k, v in load_file(path).items()}
     answers = [
-        task.answer(problems[b // n], tokenizer.decode(solutions.rollouts.completion(b)))
+        task.final_answer(problems[b // n], tokenizer.decode(solutions.rollouts.completion(b)))
         for b in range(len(solutions.correct))
     ]
     tokens = (solutions.rollouts.length - solutions.rollouts.prompt_len).view(-1, n)
@@ -409,7 +411,7 @@ def auc_within(score, correct):
     """Mean over the problems that have right and wrong samples of the AUC among them: what
     best-of-n lives on. An AUC over all samples can be had by knowing which problems are hard.
     score, correct [P,N]."""
-    each = [pav.auc(s, c > 0.5) for s, c in zip(score, correct)]
+    each = [auc(s, c > 0.5) for s, c in zip(score, correct)]
     return mean(a for a in each if a == a)
 
 
@@ -659,10 +661,10 @@ def write_problems(parts, folder):
 
 def chosen_stages(stages, only):
     """Those of --only, in that order; all without it."""
-    names = [name for name, *_ in stages]
+    names = [stage.name for stage in stages]
     if unknown := set(only) - {"report", *names}:
         raise UserError(f"--only: no stage {unknown.pop()!r}; there are {', '.join(names)}")
-    return [s for n in only for s in stages if s[0] == n] if only else stages
+    return [s for n in only for s in stages if s.name == n] if only else stages
 
 
 def write(cfg, size, root, out, parts, stages):
@@ -680,9 +682,9 @@ def write(cfg, size, root, out, parts, stages):
         processor_seconds={p.stem: round(json.loads(p.read_text())) for p in logs},
     )
     write_json(out / "results.json", record | result)
-    for name, kind, _, _ in stages:
-        if kind != "sample":
-            shutil.copy(root / name / "metrics.jsonl", out / f"metrics_{name}.jsonl")
+    for stage in stages:
+        if stage.script not in (evaluate, search):
+            shutil.copy(root / stage.name / "metrics.jsonl", out / f"metrics_{stage.name}.jsonl")
     figure(result, size, out / "curves.png")
     print_results(text, out)
 
@@ -699,12 +701,12 @@ def main(argv=None):
         tiny_model(root / "tiny")
     stages = plan(cfg, size, root)
     if cfg.plan:
-        for _, kind, argv, done in stages:
-            if not done.exists():
-                print(f"python {Path(SCRIPTS[kind].__file__).name} {shlex.join(argv)}")
+        for stage in stages:
+            if not stage.done.exists():
+                print(stage.command())
         return
-    for name, kind, argv, done in chosen_stages(stages, cfg.only):
-        run_stage(name, kind, argv, done, root / "logs")
+    for stage in chosen_stages(stages, cfg.only):
+        run_stage(stage, root / "logs")
     if not cfg.only or "report" in cfg.only:
         write(cfg, size, root, out, parts, stages)
 

@@ -13,7 +13,7 @@ seed solutions, most of all where these are few.
                      prover; the label of a cut is the mean of its continuations, as in the paper.
                      At equal tokens: many, some, few seed solutions
     first_pit        2 cuts a seed solution and n_mc 4; then prefixes on the way to the first pit
-                     (labels.py), 8 continuations each
+                     (pav.py), 8 continuations each
     mc1_all, mc16_all   the rollouts of mc1 and mc16; the later step ends of each continuation are
                         labelled too, by its own
                      outcome: what pav.py does, and the paper does not. They cost no token
@@ -62,7 +62,7 @@ from experiments.toolkit import (
     write_results,
 )
 from infra.cli import opt, parse, script
-from infra.runs import mean
+from infra.runs import Run, mean
 from model import load_model
 from pav import Config as VerifierConfig
 from pav import collect, fit, join
@@ -87,6 +87,7 @@ ARMS = {
     "mc1_all": ("mc1", True),
     "mc16_all": ("mc16", True),
 }
+UNIFORM = ("mc1", "mc4", "mc16")
 NAMES = {
     "mc1": "n_mc 1: many seeds",
     "mc4": "n_mc 4",
@@ -129,7 +130,7 @@ class Config:
 
 
 def labels_at_cuts(data):
-    """Sequences as labels.collect gives them -> one row a cut: its prefix and the mean of its
+    """Sequences as pav.collect gives them -> one row a cut: its prefix and the mean of its
     continuations, nothing else.
 
     A cut's n_mc rows are neighbours with the same prefix and the same label, so of equal
@@ -248,16 +249,8 @@ def verify(cfg, home, seed, arm, budget, steps, shards):
         base, tokenizer = load_model(home / "sft")
         prover, _ = load_model(home / "prover")
         verifier = Verifier(load_model(home / "sft")[0], fingerprint=tokenizer.fingerprint)
-        run.mkdir(parents=True, exist_ok=True)
-        fit(
-            verifier,
-            data,
-            config,
-            run,
-            tokenizer,
-            dict(task="planted", label="q", prover=config.prover),
-            "cpu",
-        )
+        info = dict(task="planted", label="q", prover=config.prover)
+        fit(verifier, data, config, Run(config), tokenizer, info, "cpu")
         quality = judge(verifier, base, prover, tokenizer, get_task(config), config)
         return {k: quality[k] for k in METRICS} | dict(
             spent=sum(cost for cost, _ in shards[:n]),
@@ -401,7 +394,7 @@ def claims_of(results):
     low = budgets[0]
     high = budgets[-1]
     at = {(r["arm"], r["budget"]): r["corr_advantage_exact"] or 0.0 for r in summary}
-    best = {b: max(("mc1", "mc4", "mc16"), key=lambda arm: at[arm, b]) for b in budgets}  # noqa: B023
+    best = {b: max(UNIFORM, key=lambda arm: at[arm, b]) for b in budgets}  # noqa: B023
 
     def plus(*pair):
         return mean_sd(gain(rows, *pair), signed=True)

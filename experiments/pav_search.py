@@ -62,10 +62,11 @@ from kernels import packed_weights
 from model import load_model
 from rollouts import pass_at_k
 from search import beam, best_of_n, learned_values
-from tasks import get_task
+from tasks import TaskFlags, get_task
 from verifier import load_verifier
 
 PAPER = dict(alpha=0.0, k=4, children=3)  # a beam's settings before any are chosen
+ARGS = {"planted": ["length=4"], "chain": []}  # --task-args
 TINY = dict(threads=1, device="cpu", save_steps=10**6)
 POLICY = {"planted": dict(strength=7.0, steps=300), "chain": dict(strength=0.7, steps=300)}
 # Where the claims should fail; see measure.
@@ -106,7 +107,7 @@ def policy_of(cfg, home, task, seed):
     shape = (
         dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else dict(num_examples=6000)
     )
-    place = dict(task=task, task_args=["length=4"], seed=seed, run_dir=str(home / "sft"))
+    place = dict(task=task, task_args=ARGS[task], seed=seed, run_dir=str(home / "sft"))
     config = train_sft.Config(**(place | TINY | POLICY[task] | shape))
     return cached(home / "sft.json", lambda: train_sft.train(config))
 
@@ -122,7 +123,7 @@ def verifier_of(cfg, home, name, task, seed, label, epochs, rollouts, donor=None
         **(
             dict(
                 task=task,
-                task_args=["length=4"],
+                task_args=ARGS[task],
                 seed=seed,
                 policy=str(home / "sft"),
                 run_dir=str(home / name),
@@ -161,7 +162,7 @@ class Searcher:
     problems in turn."""
 
     def __init__(self, cfg, home, task, seed, folders):
-        self.task = get_task(task, seed, **(dict(planted=4) if task == "planted" else {}))
+        self.task = get_task(TaskFlags(task=task, task_seed=seed, task_args=ARGS[task]))
         self.model, self.tokenizer = load_model(home / "sft")
         self.verifiers = {
             name: load_verifier(folder, self.tokenizer) for name, folder in folders.items()

@@ -123,7 +123,6 @@ def table_rl(
     lr,
     steps,
     reward="pav",
-    credit="step",
     scale_rewards="none",
     prompts=4,
     group=32,
@@ -153,7 +152,7 @@ def table_rl(
         outcome = (states[:, -1] == K).double().view(prompts, group)
         adv = outcome_advantage(outcome, scale_rewards).view(-1, 1).expand(actions.shape)
         if V_mu is not None:
-            bonus = spread_credit(step_bonus(torch.tensor(V_mu)[left, states], reward), credit)
+            bonus = spread_credit(step_bonus(torch.tensor(V_mu)[left, states], reward), reward)
             adv = adv + center_by_step(bonus, torch.ones_like(bonus, dtype=torch.bool))
         logprob = logits[prompt[:, None], left[:-1], states[:, :-1]].log_softmax(-1)
         chosen = logprob.gather(2, actions[..., None])[..., 0]

@@ -79,9 +79,11 @@ from infra.cli import opt, parse, script
 from infra.runs import mean
 from infra.seeds import derive
 from model import load_model
+from report.judge import correlation
 from rollouts import step_ends
 from sample import generate
 from tasks import get_task
+from verifier import load_verifier, step_values
 
 # policies are those of train_rl.py's own comparison
 STAGES = Path("runs/planted")
@@ -386,7 +388,7 @@ def get_verifier(cfg, root, seed, task, source, prover):
         cfg.verifier_epochs,
         cfg.smoke,
     )
-    verifier = pav.load_verifier(run, tokenizer)
+    verifier = load_verifier(run, tokenizer)
     verifier.k = k
     return verifier
 
@@ -433,19 +435,14 @@ def advantage_correlation(cfg, root, seed, prover):
         max_new_tokens=task.max_new_tokens,
         temperature=1.0,
         seed=derive(seed, "advantage correlation"),
-        stop_ids=tokenizer.eos_ids,
+        stop_ids=task.stop_ids(tokenizer),
     )
     ends = step_ends(task, rolled, tokenizer)
-    return pav.correlation(
-        *(
-            pav.step_values(
-                get_verifier(cfg, root, seed, task, source, prover), rolled.tokens, ends
-            )
-            .diff(dim=1)
-            .flatten()
-            for source in ("learned", "exact")
-        )
-    )
+    progress = []
+    for source in ("learned", "exact"):
+        verifier = get_verifier(cfg, root, seed, task, source, prover)
+        progress.append(step_values(verifier, rolled.tokens, ends).diff(dim=1).flatten())
+    return correlation(*progress)
 
 
 def transformer_part(cfg, root):

@@ -13,16 +13,13 @@ says what was chosen and why).
 
 import itertools
 import json
-import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pipeline
-from experiments.toolkit import evaluations
+from experiments.toolkit import comparison, evaluations, run_missing
 from infra.cli import opt, parse, script
 from infra.runs import mean, write_json
-from train_rl import Config as RLConfig
 
 ARMS = ["outcome", "pav"]
 
@@ -40,26 +37,25 @@ class Config:
     smoke: bool = opt(False, "a grid of one with few steps")
 
 
-def grid_jobs(cfg, root, jobs):
-    """jobs: the plan of one comparison. -> (jobs of the whole grid, {setting: run folder})."""
-    stages = [j for j in jobs if "/rl_" not in j[0]]
-    arms = {j[0].split("/rl_")[1]: j for j in jobs if "/rl_" in j[0]}
+def grid_jobs(cfg, root, arms):
+    """arms: the jobs of one comparison's arms. -> (the grid's jobs, {setting: run folder})."""
+    job_of = {job.label.split("/rl_")[1]: job for job in arms}
     grid = itertools.product(cfg.learning_rates, cfg.entropy_coefs, cfg.groups)
     runs = {}
+    jobs = []
     for (lr, entropy, group), arm in itertools.product(grid, ARMS):
-        _, needs, argv = arms[arm]
         name = f"{arm}/lr{lr:g}_ent{entropy:g}_g{group}"
         runs[arm, lr, entropy, group] = root / name
-        settings = {
-            "learning-rate": lr,
-            "entropy-coef": entropy,
-            "num-generations": group,
-            "num-prompts": cfg.samples // group,
-            "run-dir": root / name,
-        }
-        others = [a for a in argv if not a.startswith(tuple(f"--{flag}=" for flag in settings))]
-        stages.append((name, needs, [*others, *(f"--{k}={v}" for k, v in settings.items())]))
-    return stages, runs
+        config = replace(
+            job_of[arm].config,
+            learning_rate=lr,
+            entropy_coef=entropy,
+            num_generations=group,
+            num_prompts=cfg.samples // group,
+            run_dir=str(root / name),
+        )
+        jobs.append(replace(job_of[arm], label=name, config=config))
+    return jobs, runs
 
 
 def row(setting, run):
@@ -82,9 +78,9 @@ def main():
         vars(cfg).update(learning_rates=[1e-3], entropy_coefs=[0.0], groups=[8], steps=2)
     root = Path(f"runs/search_{cfg.task}{'_smoke' if cfg.smoke else ''}")
     shared = dict(task=cfg.task, seed=cfg.seed, steps=cfg.steps, smoke=cfg.smoke)
-    _, jobs = pipeline.plan(RLConfig(reward="pav", run_dir=str(root), **shared), given={"steps"})
-    stages, runs = grid_jobs(cfg, root, jobs)
-    pipeline.run_jobs(stages, cfg.workers or os.cpu_count() or 1, root / "logs")
+    stages, arms = comparison({"steps"}, reward="pav", run_dir=str(root), **shared)
+    jobs, runs = grid_jobs(cfg, root, arms)
+    run_missing([*stages, *jobs], cfg.workers, root / "logs")
     rows = [row(setting, run) for setting, run in runs.items()]
     rows.sort(key=lambda r: (r["arm"], -r["curve_mean"]))
     out = Path("docs/results" if not cfg.smoke else root) / f"search_{cfg.task}.json"

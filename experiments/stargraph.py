@@ -5,9 +5,9 @@
     -> docs/results/stargraph/: results.json, table.md, curves.png
 
 Task: the edges of a star of two arms of two edges, its centre and one end; write the way there
-(didactic.py). All but the first node follow from the node before. The first, critical one needs
-looking back from the goal, and imitation can get through a small training set by remembering it
-instead (Bachmann and Nagarajan 2024, arXiv 2403.06963).
+(tasks/stargraph.py). All but the first node follow from the node before. The first, critical one
+needs looking back from the goal, and imitation can get through a small training set by remembering
+it instead (Bachmann and Nagarajan 2024, arXiv 2403.06963).
 
 The claim (Setlur et al. 2024, arXiv 2406.14532): per-step negatives at the critical token, sampled
 from an SFT policy that has not been trained too long, mend that; from one trained too long they do

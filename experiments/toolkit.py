@@ -8,6 +8,7 @@ question is open. `verdict` judges one comparison, `together` a claim of several
 import functools
 import json
 import math
+import os
 import time
 from contextlib import redirect_stdout
 from io import StringIO
@@ -16,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import pipeline
+import train_rl
 from infra.runs import finite, mean, read_metrics, write_json
 from report.figures import (
     COLOURS,
@@ -36,6 +39,7 @@ __all__ = [
     "ExactVerifier",
     "accuracy_at",
     "cached",
+    "comparison",
     "evaluations",
     "expected_best",
     "finish",
@@ -43,6 +47,7 @@ __all__ = [
     "print_results",
     "pyplot",
     "quiet",
+    "run_missing",
     "spread",
     "together",
     "verdict",
@@ -83,6 +88,27 @@ def cached(path, make):
 def cpu_seconds(paths):
     """What the cells at these paths took together."""
     return round(sum(json.loads(Path(p).read_text())["cpu_seconds"] for p in paths))
+
+
+def comparison(given, **settings):
+    """The plan of one of train_rl.py's comparisons -> its stages' jobs, its arms' jobs.
+
+    given: names of the settings that win over the task's table."""
+    cfg = pipeline.with_flags(train_rl.Config)(**settings)
+    _, jobs = pipeline.plan(cfg, {"": (["train_rl.py"], train_rl.Config)}, given)
+    arms = [job for job in jobs if "/rl_" in job.label]
+    return [job for job in jobs if job not in arms], arms
+
+
+def run_missing(jobs, workers, log_dir):
+    """Run those of the jobs that are not complete, at most `workers` side by side (0: one per
+    core). UserError: one was completed with other settings."""
+    done = [job for job in jobs if job.done()]
+    for job in done:
+        pipeline.refuse_other_settings(log_dir.parent, job)
+    missing = [job for job in jobs if job not in done]
+    labels = {job.label for job in done}
+    pipeline.run_jobs(missing, workers or os.cpu_count() or 1, log_dir, labels)
 
 
 def evaluations(run):

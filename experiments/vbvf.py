@@ -8,9 +8,9 @@ The claim (Setlur et al. 2025, arXiv 2502.12118): as the test budget of H tokens
 on right traces (verifier-free, VF) falls behind learning a verifier and searching or doing RL with
 it (verifier-based, VB), by sqrt(H) where n grows with H, if the base policy is *heterogeneous* (the
 reward of its traces varies: sigma^2 = sum_h Var_a Q) and *anti-concentrated* (it sometimes does
-much better than its mean). Here, on their didactic task (contextual.py) with the bi-level reward
-(tokens after the first right point), a tiny Transformer as base, fine-tuned on traces of a mixture
-of scripted policies whose width is the dial:
+much better than its mean). Here, on their didactic task (tasks/contextual.py) with the bi-level
+reward (tokens after the first right point), a tiny Transformer as base, fine-tuned on traces of a
+mixture of scripted policies whose width is the dial:
 
     VF      SFT of the base on n right traces of its own, one a problem, by rejection sampling. How
             many base traces that took is reported and not charged.
@@ -106,7 +106,8 @@ def fit(model, loss, n, stops, learning_rate, batch_size, seed, warmup_steps=10)
     each of the rising numbers of steps in `stops`: one run thus tries them all, and choosing
     among them is early stopping."""
     cfg = train_sft.Config(learning_rate=learning_rate)
-    optimizer, params = train_sft.adamw(model, cfg)
+    params = list(model.parameters())
+    optimizer = train_sft.adamw(params, cfg)
     rng = generator(seed, "rows")
     for step in range(1, stops[-1] + 1):
         for group in optimizer.param_groups:

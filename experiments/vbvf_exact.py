@@ -3,8 +3,8 @@
     python -m experiments.vbvf_exact             # a second
     -> docs/results/vbvf/: exact.json, exact.md, exact.png
 
-On the task contextual (contextual.py) the time to the first right point is negative binomial, a
-mixture of them for a mixed base, the same for every prompt. So, for the bi-level reward r = (H -
+On the task contextual (tasks/contextual.py) the time to the first right point is negative binomial,
+a mixture of them for a mixed base, the same for every prompt. So, for the bi-level reward r = (H -
 t)/H, these are numbers, not estimates:
 
     VF        E[r | right]: the clone of right traces of the base, which is what verifier-free

@@ -48,7 +48,7 @@ def join(device):
     cuda = device.startswith("cuda")
     if cuda:
         device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # before the process group, which takes the current one
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)

@@ -64,7 +64,10 @@ def setup(device, threads):
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")
-    return parallel.join(device)
+    device = parallel.join(device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # Triton and CUDA graphs take the current one, whatever the tensors are on
+    return device
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -274,9 +277,11 @@ def load_state(folder, optimizer=None, params=()):
         except (SafetensorError, OSError) as e:
             raise UserError(f"{folder}/optimizer.safetensors cannot be read ({e}); delete {folder} to go on from "
                             "an earlier step") from None
+        fused = any(group.get("fused") for group in optimizer.param_groups)  # counts its steps on the device
         for i, p in enumerate(params):
             mine = {k.split(".", 1)[1]: v for k, v in moments.items() if k.split(".", 1)[0] == str(i)}
-            optimizer.state[p] = {k: v if v.dim() == 0 else parallel.like(p, v) for k, v in mine.items()}
+            steps = {k: v.to(p.device if fused else "cpu") for k, v in mine.items() if v.dim() == 0}
+            optimizer.state[p] = steps | {k: parallel.like(p, v) for k, v in mine.items() if v.dim()}
     return state
 
 

@@ -16,25 +16,20 @@ tensor cores want 16 rows, so the others are padding: idle multipliers, no bytes
 keys at d = 64): two steps a chunk, enough loads under way from the 4 to 8 programs that fit a multiprocessor.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter keeps bfloat16 as bits: convert before any arithmetic
-NEG = tl.constexpr(-1e30)  # minus infinity without its NaNs
-LOG2E = tl.constexpr(math.log2(math.e))
+from kernels.common_triton import LOG2E, NEG, UPCAST, cap_and_scale
 
 CHUNK = 128  # positions a program: part of the bits of a result
 SPLIT_STAGES = 2
 
 
 @triton.jit(do_not_specialize=["T", "window"])
-def split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, sum_ptr, top_ptr, mass_ptr, T, window, scale, cap,
+def split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, sum_ptr, top_ptr, mass_ptr, T, window, scale,
                  K: tl.constexpr, G: tl.constexpr, DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_DIM: tl.constexpr,
-                 BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr):
+                 BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr):
     """Chunk program_id(1) of row and key head program_id(0). G query heads share a key head; DIM is the head's width.
     sum [B,K,G,chunks,DIM], top, mass [B,K,G,chunks] float32: sum_t 2^(s - top) v[t], max s, sum_t 2^(s - top)."""
     bk, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -57,10 +52,8 @@ def split_kernel(q_ptr, k_ptr, v_ptr, length_ptr, sum_ptr, top_ptr, mass_ptr, T,
             v = tl.load(v_ptr + at, mask=visible[:, None] & (i < DIM)[None, :], other=0.0)
             if UPCAST:
                 k, v = k.to(tl.float32), v.to(tl.float32)
-            s = tl.dot(q, k.T, input_precision="tf32x3") * scale
-            if SOFTCAP:
-                s = cap * (1 - 2 / (tl.exp2(s * (2 * LOG2E) / cap) + 1))
-            s = tl.where(visible[None, :], s * LOG2E, NEG)
+            s = cap_and_scale(tl.dot(q, k.T, input_precision="tf32x3") * scale, LOG2E, CAP)
+            s = tl.where(visible[None, :], s, NEG)
             new = tl.maximum(top, tl.max(s, 1))
             p = tl.where(visible[None, :], tl.exp2(s - new[:, None]), 0.0)
             shrink = tl.exp2(top - new)
@@ -119,8 +112,26 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, window=None, softc
     tile, warps = split_tile(H // K, d, q.dtype)
     split_kernel[(B * K, chunks)](
         q.contiguous(), k_cache, v_cache, length, sums, top, mass, T, window or 0, d**-0.5 if scale is None else scale,
-        softcap or 1.0, K, H // K, d, *tile, CHUNK, window is not None, softcap is not None,
+        K, H // K, d, *tile, CHUNK, window is not None, softcap,
         num_warps=warps, num_stages=SPLIT_STAGES)
     combine_kernel[(B * H,)](sums, top, mass, length, out, chunks, window or 0, H, d, tile[1], CHUNK, window is not None,
                              num_warps=1)
     return out
+
+
+def main():
+    from kernels import attention, demo
+
+    device, dtype = demo.start("kernels.attention_triton")
+    shapes = {"SmolLM2, 256 rows of 1000": (256, 9, 3, 64, 1000), "Llama-8B, 64 rows of 1000": (64, 32, 8, 128, 1000)}
+    for name, (B, H, K, d, T) in (shapes if device == "cuda" else {"toy": (2, 6, 2, 16, 40), "toy 2": (2, 4, 4, 8, 9)}).items():
+        q = demo.randn(B, H, d, device=device, dtype=dtype)
+        k, v = (demo.randn(B, K, T, d, device=device, dtype=dtype, seed=seed) for seed in (1, 2))
+        length = torch.full((B,), T, device=device)
+        exact = attention.decode_attention(q[:2].float(), k[:2].float(), v[:2].float(), length[:2])
+        error = float((decode_attention(q, k, v, length)[:2].float() - exact).abs().max())
+        demo.show(name, error, lambda x=(q, k, v, length): decode_attention(*x), demo.copy_seconds(k.nbytes + v.nbytes))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,12 +2,14 @@
 
     add_rmsnorm   a program a row: reads x and delta, 4D bytes, writes the sum and its norm, 4D bytes
     rope_write    a program a row and head: reads 2d bytes, writes 2d, to q or straight into the cache
-    swiglu        a program for 1024 elements: reads 4 bytes an element, writes 2
+    swiglu        a program for 1024 elements of a row: reads 4 bytes an element, writes 2
 
 A row of add_rmsnorm lies in registers whole (D up to 16384: 64 elements a thread of 8 warps), so that it is read
 once. All of it is small: at B = 256 and D = 576 a kernel moves 1 MB, 0.3 microseconds of memory time, less than
 its own launch. Arithmetic is float32.
 """
+
+import sys
 
 import torch
 import triton
@@ -62,13 +64,15 @@ def rope_write_kernel(qkv_ptr, cos_ptr, sin_ptr, position_ptr, q_ptr, k_ptr, v_p
     tl.store(to + HALF, y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"])
-def swiglu_kernel(gate_up_ptr, out_ptr, n, INNER: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row, col = i // INNER, i % INNER
-    gate = tl.load(gate_up_ptr + row * 2 * INNER + col, mask=i < n, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * INNER + INNER + col, mask=i < n, other=0.0).to(tl.float32)
-    tl.store(out_ptr + i, (gate / (1 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=i < n)
+@triton.jit
+def swiglu_kernel(gate_up_ptr, out_ptr, INNER: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements of row program_id(0). Two numbers of the grid rather than i // INNER and i % INNER, which would hide from
+    the compiler that neighbours are neighbours: it would load them one by one."""
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = gate_up_ptr + row * 2 * INNER + i
+    gate = tl.load(at, mask=i < INNER, other=0.0).to(tl.float32)
+    up = tl.load(at + INNER, mask=i < INNER, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * INNER + i, (gate / (1 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=i < INNER)
 
 
 def add_rmsnorm(x, delta, weight, eps):
@@ -97,6 +101,30 @@ def swiglu(gate_up):
     """See kernels/layer.py."""
     B, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(B, inner, dtype=gate_up.dtype, device=gate_up.device)
-    n = out.numel()
-    swiglu_kernel[(triton.cdiv(n, SWIGLU_BLOCK),)](gate_up.contiguous(), out, n, inner, SWIGLU_BLOCK)
+    if B:
+        swiglu_kernel[(B, triton.cdiv(inner, SWIGLU_BLOCK))](gate_up.contiguous(), out, inner, SWIGLU_BLOCK)
     return out
+
+
+def main():
+    from kernels import demo, layer
+
+    device, dtype = demo.start("kernels.layer_triton")
+    B, D, inner, T = (256, 576, 1536, 1000) if device == "cuda" else (3, 40, 24, 9)
+    x, delta, gate_up = (demo.randn(B, n, device=device, dtype=dtype, seed=n) for n in (D, D, 2 * inner))
+    weight, position = torch.ones(D, device=device, dtype=dtype), torch.arange(B, device=device) % T
+    qkv, angle = demo.randn(B, 15, 64, device=device, dtype=dtype), torch.rand(T, 32, device=device)
+    tables = torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
+    k, v = (torch.zeros(B, 3, T, 64, device=device, dtype=dtype) for _ in range(2))
+    cases = (("add_rmsnorm", (x, delta, weight, 1e-5), 4 * x.nbytes), ("swiglu", (gate_up,), 1.5 * gate_up.nbytes),
+             ("rope_write", (qkv, *tables, position, k, v), 2 * qkv.nbytes))  # arguments, bytes moved
+    for name, arguments, moved in cases:
+        ours, reference = (getattr(module, name)(*arguments) for module in (sys.modules[__name__], layer))
+        pairs = zip(ours, reference) if isinstance(ours, tuple) else [(ours, reference)]
+        error = max(float((a - b).abs().max()) for a, b in pairs)
+        run = getattr(sys.modules[__name__], name)
+        demo.show(name, error, lambda f=run, a=arguments: f(*a), demo.copy_seconds(moved))
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ more than it gains.
 
 import torch
 
-from kernels.product import matmul_nt
+from kernels.product import first_order, matmul_nt
 
 CHUNK_BYTES = 24 * 2**20  # one chunk of float32 logits: 128 rows of V = 49152, fewer starve the product
 CHUNK_ROWS, SMALL_BYTES = 128, 4 * 2**20  # more rows than that only as long as the chunk is small
@@ -62,25 +62,37 @@ def scaled_logits(hidden, weight, temperature, softcap=None):
     return z.div_(temperature) if temperature != 1 else z
 
 
-def _reduce(z, target):
+LOW = 0.5  # temperatures below which many exponentials underflow
+UNDERFLOW = -87.0  # e^-87 = 1.6e-38 is the smallest normal float32, nearly
+
+
+def exponentials(z, out, temperature):
+    """e^z of z <= 0 -> out, which is returned. Below UNDERFLOW the vector units' exp takes another, slow path: 10 to 40 times
+    the time where temperatures are low and most logits far from the largest. There it gets clamped ones; they become 0 after."""
+    if temperature >= LOW:
+        return torch.exp(z, out=out)
+    return torch.threshold_(torch.clamp(z, min=UNDERFLOW, out=out).exp_(), 2e-38, 0.0)
+
+
+def _reduce(z, target, temperature):
     """z [n,V], target [n] -> logprob, logsumexp, entropy, total [n]. z itself becomes z - max, whose exp sums to total."""
     top, total, mean = (z.new_empty(len(z)) for _ in range(3))
     for rows, p in blocks(z, BLOCK_BYTES):
         block = z[rows]
         torch.amax(block, -1, out=top[rows])
         block -= top[rows, None]
-        torch.sum(torch.exp(block, out=p), -1, out=total[rows])
+        torch.sum(exponentials(block, p, temperature), -1, out=total[rows])
         mean[rows] = torch.linalg.vecdot(p, block)
     log_total = total.log()
     logprob = z.gather(1, target[:, None])[:, 0] - log_total
     return logprob, log_total + top, log_total - mean / total, total
 
 
-def _times_exp(z, a, b):
+def _times_exp(z, a, b, temperature):
     """z [n,V] <- (a z + b) exp z, in place; a [n], or None where it is zero, b [n]."""
     for rows, p in blocks(z, BLOCK_BYTES):
         block = z[rows]
-        torch.exp(block, out=p)
+        exponentials(block, p, temperature)
         if a is None:
             torch.mul(p, b[rows, None], out=block)
         else:
@@ -101,19 +113,21 @@ class _LinearLogprob(torch.autograd.Function):
         weight32 = weight.float()
         for rows in _chunks(N, V):
             z = scaled_logits(hidden[rows], weight32, temperature, softcap)  # (n, V)
-            logprob[rows], logsumexp[rows], entropy[rows], _ = _reduce(z, target[rows])
+            logprob[rows], logsumexp[rows], entropy[rows], _ = _reduce(z, target[rows], temperature)
             del z  # before the next one is made
         ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
         ctx.temperature, ctx.softcap = temperature, softcap
         return logprob, logsumexp, entropy
 
     @staticmethod
+    @first_order
     def backward(ctx, d_logprob, d_logsumexp, d_entropy):
         hidden, weight, target, logsumexp, entropy = ctx.saved_tensors
         V = weight.shape[0]
         weight32 = weight.float()
-        d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros_like(weight32)
+        need_hidden, need_weight, *_ = ctx.needs_input_grad
+        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_weight = None
         # Rows without a gradient (clipped tokens, groups in which all samples agree) cost nothing.
         busy = ((d_logprob != 0) | (d_logsumexp != 0) | (d_entropy != 0)).nonzero()[:, 0]
         for chunk in _chunks(len(busy), V):
@@ -124,14 +138,23 @@ class _LinearLogprob(torch.autograd.Function):
             slope = _cap_slope(z, ctx.temperature, ctx.softcap)
             z -= logsumexp[rows, None]
             # dlogprob/dz = 1[target] - p,  dlogsumexp/dz = p,  dentropy/dz = -p (log p + entropy)
-            dz = _times_exp(z, -d_ent if d_ent.any() else None, d_lse - d_logp - d_ent * entropy[rows])
+            dz = _times_exp(z, -d_ent if d_ent.any() else None, d_lse - d_logp - d_ent * entropy[rows], ctx.temperature)
             dz.scatter_add_(1, target[rows, None], d_logp[:, None])
             if slope is not None:
                 dz *= slope
-            d_hidden[rows] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
-            d_weight.addmm_(dz.t(), h)
+            if need_hidden:
+                d_hidden[rows] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
+            if need_weight:
+                d_weight = _add_product(d_weight, dz.t(), h)
             del z, dz, slope
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+        if need_weight:
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None
+
+
+def _add_product(total, a, b):
+    """total + a @ b in total's memory; None stands for a total of zero, which need not be written and read first."""
+    return torch.mm(a, b) if total is None else total.addmm_(a, b)
 
 
 def check_temperature(temperature):
@@ -165,27 +188,27 @@ def token_derivatives(loss_fn, logprob, entropy, per_token, rows):
     return loss.detach(), *(torch.zeros_like(logprob) if g is None else g for g in found)
 
 
-def _d_logits(z, total, d_logprob, d_entropy, target, entropy):
+def _d_logits(z, total, d_logprob, d_entropy, target, entropy, temperature):
     """What _reduce left of a chunk, and the loss's derivatives [n] -> dloss/dz [n,V], written over z."""
     # dlogprob/dz = 1[target] - p, dentropy/dz = -p (log p + entropy); p = exp(z) / total, log p = z - log total
     a = -d_entropy / total if d_entropy.any() else None
-    dz = _times_exp(z, a, (d_entropy * (total.log() - entropy) - d_logprob) / total)
+    dz = _times_exp(z, a, (d_entropy * (total.log() - entropy) - d_logprob) / total, temperature)
     return dz.scatter_add_(1, target[:, None], d_logprob[:, None])
 
 
-def _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_token, gradients):
-    """-> loss, logprob [N], entropy [N], and with `gradients` d_hidden [N,D] in its dtype, d_weight [V,D] float32."""
-    N, V = hidden.shape[0], weight.shape[0]
+def _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_token, need_hidden, need_weight):
+    """-> loss, logprob [N], entropy [N], d_hidden [N,D] in its dtype, d_weight [V,D] float32; None for what is not needed."""
+    N, V, gradients = hidden.shape[0], weight.shape[0], need_hidden or need_weight
     weight32, loss = weight.float(), torch.zeros((), device=hidden.device)
     logprob, entropy = torch.empty(N, device=hidden.device), torch.empty(N, device=hidden.device)
-    d_hidden = torch.zeros_like(hidden) if gradients else None
-    d_weight = torch.zeros_like(weight32) if gradients else None
+    d_hidden = torch.zeros_like(hidden) if need_hidden else None
+    d_weight = None
     for rows in _chunks(N, V):
         z = dz = chunk = slope = None  # the last chunk's memory goes before this one's is taken
         h, chosen = hidden[rows].float(), target[rows]
         z = scaled_logits(h, weight32, temperature, softcap)  # (n, V)
         slope = _cap_slope(z, temperature, softcap) if gradients else None
-        logprob[rows], _, entropy[rows], total = _reduce(z, chosen)
+        logprob[rows], _, entropy[rows], total = _reduce(z, chosen, temperature)
         part, d_logprob, d_entropy = token_derivatives(loss_fn, logprob[rows], entropy[rows], per_token, rows)
         loss += part
         # Rows without a gradient (clipped tokens, groups in which all samples agree) cost no further product.
@@ -195,12 +218,16 @@ def _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_toke
         chunk = [z, total, d_logprob / temperature, d_entropy / temperature, chosen, entropy[rows]]
         if len(busy) < len(h):
             h, chunk, slope = h[busy], [x[busy] for x in chunk], None if slope is None else slope[busy]
-        dz = _d_logits(*chunk)
+        dz = _d_logits(*chunk, temperature)
         if slope is not None:
             dz *= slope
         where = rows if len(busy) == rows.stop - rows.start else busy + rows.start
-        d_hidden[where] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
-        d_weight.addmm_(dz.t(), h)
+        if need_hidden:
+            d_hidden[where] = matmul_nt(dz, weight32.t()).to(hidden.dtype)
+        if need_weight:
+            d_weight = _add_product(d_weight, dz.t(), h)
+    if need_weight and d_weight is None:
+        d_weight = torch.zeros_like(weight32)
     return loss, logprob, entropy, d_hidden, d_weight
 
 
@@ -213,11 +240,20 @@ class StoredGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @first_order
     def backward(ctx, d_loss):
         if ctx.stored is None:
             raise RuntimeError("linear_logprob_loss gives its gradients away in the first backward; call it again")
         (d_hidden, d_weight), ctx.stored = ctx.stored, None  # they become .grad as they are: no second copy of V x D
-        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss).to(ctx.dtype), None, None, None
+        return _scaled(d_hidden, d_loss, ctx.dtype), _scaled(d_weight, d_loss, ctx.dtype), None, None, None
+
+
+def _scaled(x, factor, dtype):
+    """x * factor in dtype, in x's memory where the dtype is x's; else by one pass, 6 bytes an element of a float32 x and a
+    bfloat16 result. None stays None."""
+    if x is None:
+        return None
+    return torch.mul(x, factor, out=x if x.dtype == dtype else torch.empty_like(x, dtype=dtype))
 
 
 def linear_logprob_loss(hidden, weight, target, temperature, loss_fn, *per_token, softcap=None):
@@ -231,8 +267,7 @@ def linear_logprob_loss(hidden, weight, target, temperature, loss_fn, *per_token
     Where nothing needs a gradient only the forward half is done. Tokens whose derivatives are exactly 0 skip the rest too.
     """
     temperature = check_temperature(temperature)
-    gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    need = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     with torch.no_grad():
-        loss, logprob, entropy, *stored = _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_token,
-                                                       gradients)
-    return StoredGradients.apply(hidden, weight, loss, *stored) if gradients else loss, logprob, entropy
+        loss, logprob, entropy, *stored = _loss_chunks(hidden, weight, target, temperature, softcap, loss_fn, per_token, *need)
+    return StoredGradients.apply(hidden, weight, loss, *stored) if any(need) else loss, logprob, entropy

@@ -37,7 +37,10 @@ def rope_tables(cfg, length, device):
 
 def rotate(x, cos, sin):
     """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the last axis, in three
-    operations."""
+    operations. In float32 whatever x is, as in kernels.rope_write: keys of one sequence must not be
+    rounded differently by the prompt's pass and by decoding."""
+    if x.dtype != torch.float32:
+        return rotate(x.float(), cos, sin).to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 

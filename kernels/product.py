@@ -15,6 +15,7 @@ On CUDA, in bfloat16, or where PyTorch lacks the operator, this is F.linear.
 """
 
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 import torch.nn as nn
@@ -57,6 +58,18 @@ def best_layout(weight, rows):
     return "packed" if _wide or 1 < rows <= FEW else ""
 
 
+def first_order(backward):
+    """For backward() of an autograd.Function that is no graph of its own: under create_graph=True it raises, where PyTorch would
+    take its result for a constant and the second derivative for 0 (once_differentiable notices only some cases)."""
+    @wraps(backward)
+    def once(ctx, *gradients):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the kernels' gradients cannot be differentiated again: create_graph=True needs plain PyTorch")
+        return backward(ctx, *gradients)
+
+    return once
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
@@ -64,6 +77,7 @@ class _Linear(torch.autograd.Function):
         return matmul_nt(x, weight)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = matmul_nt(dy, weight.t()) if ctx.needs_input_grad[0] else None

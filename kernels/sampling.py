@@ -16,7 +16,7 @@ arithmetic as kernels/logprob.py: it is the `old_logp` of policy-gradient traini
 import torch
 import torch.nn.functional as F
 
-from kernels.logprob import blocks, scaled_logits
+from kernels.logprob import blocks, exponentials, scaled_logits
 
 GROUP = 32  # part of the contract: another size gives other (equally distributed) tokens
 DRAW_BYTES = 3_200_000  # rows that are drawn together: their masses stay in the cache, and take no 12 MB of new memory a step
@@ -80,7 +80,7 @@ def linear_draw(hidden, weight, temperature, uniform, softcap=None):
     for rows, mass in blocks(z, DRAW_BYTES):
         block = z[rows]
         block -= block.amax(-1, keepdim=True)
-        torch.exp(block, out=mass)
+        exponentials(block, mass, temperature)
         token[rows] = _draw(mass, uniform[rows])
         logprob[rows] = block.gather(1, token[rows, None])[:, 0] - mass.sum(-1).log_()
     return token, logprob

@@ -19,10 +19,20 @@ log P(group) + log P(token | group), which cannot be positive and is the probabi
 
 The tiles. Rows: 64 is one wgmma instruction of a Hopper warpgroup; fewer rows would be padded to it, and a
 smaller instruction may round otherwise. Tokens: 128, so that V = 49152 gives 384 tiles for 132 multiprocessors.
-Along D: 128 elements, 256 bytes a row of the weight: whole cache lines, and few enough loads in flight to keep
-three stages (3 x (64 + 128) x 128 x 2 = 147 KB) in shared memory. Rows > 64: 128 x 128 x 64, where the products
-begin to cost as much as the reading. Plain pointers: there is nothing here that descriptors would speed up, and
+Along D: 64 elements, 128 bytes a row of the weight: whole cache lines, and three stages take 3 x (64 + 128) x 64 x 2
+= 74 KB, so that three blocks share a multiprocessor and 384 tiles are one wave of 396 places (with 128 elements one
+block fits, and they are three waves of 132). Rows > 64: 128 x 128 x 64, where the products begin to cost as much as the
+reading. Plain pointers: there is nothing here that descriptors would speed up, and
 any D works.
+
+Of the machine code for an H100 or H200 (Triton 3.6.0; `python -m kernels.compiled`, held by tests/test_compile.py):
+
+    model      kernel                        registers    KB  blocks  a logit
+    smollm2    group_stats, 64 rows                118    72       3     14.6
+    smollm2    group_stats, 256 rows               110    96       2     13.1
+    smollm2    draw                                 93     0       2        -
+    llama-8b   group_stats, 64 rows                118    72       3     14.2
+    llama-8b   draw                                154     1       1        -
 
 Base 2 throughout: 2^x is one instruction, so logits are scaled by log2(e) / temperature after the product.
 """
@@ -33,45 +43,44 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter keeps bfloat16 as bits: convert before any arithmetic
-NEG = tl.constexpr(-1e30)  # minus infinity without its NaNs
-GROUP = tl.constexpr(32)
-LN2 = tl.constexpr(math.log(2.0))
-LOG2E = math.log2(math.e)
+from kernels import common_triton
+from kernels.common_triton import LN2, LOG2E, NEG, UPCAST, cap_and_scale
+from kernels.sampling import GROUP as GROUP_TOKENS
+
+GROUP = tl.constexpr(GROUP_TOKENS)
+DRAW_WARPS = 8  # of a row's program: with 4 the masses of V = 49152 take 4 registers too many
 CUT_TOKENS = 1024  # tokens that cut_kernel looks at together
 
 # (rows up to, BLOCK_B, BLOCK_V, BLOCK_D, warps, stages): the first that holds B rows. Chosen by hand and fixed,
 # so that bits do not depend on what a tuner measured. Float32 elements are twice as wide: half of BLOCK_D.
+# Generation 8: its products keep both factors in registers, of which 64 numbers along D take two too many.
 GROUP_STATS_TILES = {
-    torch.bfloat16: [(64, 64, 128, 128, 4, 3), (None, 128, 128, 64, 8, 3)],
-    torch.float32: [(64, 64, 64, 32, 4, 3), (None, 128, 64, 32, 8, 3)],
+    "float32": [(64, 64, 64, 32, 8, 3), (None, 128, 64, 32, 8, 3)],
+    "generation 8": [(64, 64, 128, 64, 4, 3), (None, 128, 128, 32, 8, 4)],
+    "generation 9": [(64, 64, 128, 64, 4, 3), (None, 128, 128, 64, 8, 3)],
 }
-GROUP_STATS_TILES[torch.float16] = GROUP_STATS_TILES[torch.bfloat16]
-DRAW_BLOCK_D = 128
 
 
-def group_stats_tile(B, dtype):
-    return next(tile[1:] for tile in GROUP_STATS_TILES[dtype] if tile[0] is None or tile[0] >= B)
+def draw_block_d(D):
+    """Numbers along D that draw loads at once: 32 tokens x 512 are 32 KB, so that D = 4096 is 8 loads one after the other
+    instead of 32; D = 576 is 3 of 256."""
+    return 512 if D >= 1024 else 256
 
 
-def row_warps(groups):
-    """(power of two that holds one row's groups, warps): all of a row's groups lie in registers, at most 32 a thread."""
-    size = max(32, triton.next_power_of_2(groups))
-    return size, min(8, max(4, size // 512))
+def group_stats_tile(B, weight):
+    """BLOCK_B, BLOCK_V, BLOCK_D, warps, stages for B rows."""
+    kind = "float32" if weight.dtype == torch.float32 else f"generation {min(9, max(8, common_triton.generation(weight)))}"
+    return next(tile[1:] for tile in GROUP_STATS_TILES[kind] if tile[0] is None or tile[0] >= B)
 
 
-@triton.jit
-def squash(x, scale, cap, SOFTCAP: tl.constexpr):
-    """Raw logits -> logits in base 2 over the temperature; tanh(x) = 1 - 2 / (e^2x + 1)."""
-    if SOFTCAP:
-        x = cap * (1 - 2 / (tl.exp2(x * (2 / (LN2 * cap))) + 1))
-    return x * scale
+def row_size(groups):
+    """The power of two that holds one row's groups: all of them lie in registers, at most 32 a thread of DRAW_WARPS."""
+    return max(32, triton.next_power_of_2(groups))
 
 
-@triton.jit(do_not_specialize=["B", "V"])
-def group_stats_kernel(hidden_ptr, weight_ptr, group_max_ptr, group_mass_ptr, logits_ptr, B, V, scale, cap,
-                       D: tl.constexpr, SOFTCAP: tl.constexpr, STORE: tl.constexpr,
+@triton.jit(do_not_specialize=["B"])
+def group_stats_kernel(hidden_ptr, weight_ptr, group_max_ptr, group_mass_ptr, logits_ptr, B, V, scale,
+                       D: tl.constexpr, CAP: tl.constexpr, STORE: tl.constexpr,
                        BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """group_max, group_mass [B,ceil(V/32)]: max_v z, sum_v 2^(z - max), z in base 2. STORE: also z [B,V]."""
     row_blocks = tl.cdiv(B, BLOCK_B)  # neighbours in time share a tile of the weight: it comes from memory once
@@ -89,7 +98,7 @@ def group_stats_kernel(hidden_ptr, weight_ptr, group_max_ptr, group_mass_ptr, lo
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(x, w.T, acc, input_precision="ieee")
-    z = tl.where((col < V)[None, :], squash(acc, scale, cap, SOFTCAP), NEG)
+    z = tl.where((col < V)[None, :], cap_and_scale(acc, scale, CAP), NEG)
     if STORE:
         at = row.to(tl.int64)[:, None] * V + col[None, :]
         tl.store(logits_ptr + at, z, mask=(row < B)[:, None] & (col < V)[None, :])
@@ -127,7 +136,7 @@ def load_groups(group_max_ptr, group_mass_ptr, b, V, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def logits_of_group(hidden_ptr, weight_ptr, b, group, V, scale, cap, D: tl.constexpr, SOFTCAP: tl.constexpr,
+def logits_of_group(hidden_ptr, weight_ptr, b, group, V, scale, D: tl.constexpr, CAP: tl.constexpr,
                     BLOCK_D: tl.constexpr):
     """The 32 logits [32] of one group of row b, made once more: 64D bytes of the weight."""
     col, k = group * GROUP + tl.arange(0, GROUP), tl.arange(0, BLOCK_D)
@@ -137,30 +146,30 @@ def logits_of_group(hidden_ptr, weight_ptr, b, group, V, scale, cap, D: tl.const
         w = tl.load(weight_ptr + col.to(tl.int64)[:, None] * D + (d + k)[None, :],
                     mask=(col < V)[:, None] & (d + k < D)[None, :], other=0.0).to(tl.float32)
         acc += w * x[None, :]
-    return tl.where(col < V, squash(tl.sum(acc, 1), scale, cap, SOFTCAP), NEG)
+    return tl.where(col < V, cap_and_scale(tl.sum(acc, 1), scale, CAP), NEG)
 
 
-@triton.jit(do_not_specialize=["V"])
-def draw_kernel(hidden_ptr, weight_ptr, group_max_ptr, group_mass_ptr, uniform_ptr, token_ptr, logprob_ptr, V, scale, cap,
-                D: tl.constexpr, SOFTCAP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit
+def draw_kernel(hidden_ptr, weight_ptr, group_max_ptr, group_mass_ptr, uniform_ptr, token_ptr, logprob_ptr, V, scale,
+                D: tl.constexpr, CAP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_D: tl.constexpr):
     """A token and its log-prob for row program_id(0), by two inverse CDFs."""
     b = tl.program_id(0)
     _largest, _top, mass = load_groups(group_max_ptr, group_mass_ptr, b, V, GROUPS)
     group, p_group = inverse_cdf(mass, tl.load(uniform_ptr + 2 * b))
-    z = logits_of_group(hidden_ptr, weight_ptr, b, group, V, scale, cap, D, SOFTCAP, BLOCK_D)
+    z = logits_of_group(hidden_ptr, weight_ptr, b, group, V, scale, D, CAP, BLOCK_D)
     inside, p_inside = inverse_cdf(tl.exp2(z - tl.max(z)), tl.load(uniform_ptr + 2 * b + 1))
     tl.store(token_ptr + b, (group * GROUP + inside).to(tl.int64))
     tl.store(logprob_ptr + b, (tl.log2(p_group) + tl.log2(p_inside)) * LN2)
 
 
-@triton.jit(do_not_specialize=["V"])
-def greedy_kernel(hidden_ptr, weight_ptr, group_max_ptr, group_mass_ptr, token_ptr, logprob_ptr, V, scale, cap,
-                  D: tl.constexpr, SOFTCAP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit
+def greedy_kernel(hidden_ptr, weight_ptr, group_max_ptr, group_mass_ptr, token_ptr, logprob_ptr, V, scale,
+                  D: tl.constexpr, CAP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_D: tl.constexpr):
     """The likeliest token of row program_id(0), the lowest id among equals: first group, first token inside it."""
     b = tl.program_id(0)
     _largest, top, mass = load_groups(group_max_ptr, group_mass_ptr, b, V, GROUPS)
     group = tl.argmax(top, 0)
-    z = logits_of_group(hidden_ptr, weight_ptr, b, group, V, scale, cap, D, SOFTCAP, BLOCK_D)
+    z = logits_of_group(hidden_ptr, weight_ptr, b, group, V, scale, D, CAP, BLOCK_D)
     tl.store(token_ptr + b, (group * GROUP + tl.argmax(z, 0)).to(tl.int64))
     tl.store(logprob_ptr + b, -tl.log2(tl.sum(mass)) * LN2)
 
@@ -182,7 +191,7 @@ def order_key(z):
 def above(logits_ptr, group_max_ptr, b, key, top, V, BLOCK: tl.constexpr):
     """How many logits of row b have a key > `key`, and their mass. Blocks whose groups all lie below are not read:
     after a few halvings that is nearly all of them, and a pass costs V/8 bytes instead of 4V."""
-    count, mass = tl.to_tensor(0), tl.to_tensor(0.0).to(tl.float64)
+    count, mass = tl.full((), 0, tl.int32), tl.full((), 0.0, tl.float64)
     groups = tl.cdiv(V, GROUP)
     for first in range(0, V, BLOCK):
         g = first // GROUP + tl.arange(0, BLOCK // GROUP)
@@ -196,7 +205,7 @@ def above(logits_ptr, group_max_ptr, b, key, top, V, BLOCK: tl.constexpr):
     return count, mass
 
 
-@triton.jit(do_not_specialize=["V", "top_k"])
+@triton.jit(do_not_specialize=["top_k"])
 def cut_kernel(logits_ptr, group_max_ptr, group_mass_ptr, total_ptr, kept_ptr, V, top_k, top_p, min_shift,
                GROUPS: tl.constexpr, BLOCK: tl.constexpr):
     """Row program_id(0): top_k, then top_p of what is left, then min_p (as log2(min_p) = min_shift). Writes NEG over
@@ -209,7 +218,7 @@ def cut_kernel(logits_ptr, group_max_ptr, group_mass_ptr, total_ptr, kept_ptr, V
     lowest = order_key(tl.full((), -3.4e38, tl.float32)).to(tl.int64)
 
     # The last token of top-k: the largest key with fewer than k above it. `ties` of that key may stay.
-    smallest, ties, kept_mass = lowest, tl.to_tensor(0) + V, total
+    smallest, ties, kept_mass = lowest, tl.full((), 0, tl.int32) + V, total
     if top_k < V:
         lo, hi = lowest - 1, highest  # at least k lie above lo, fewer than k above hi
         for _halving in range(33):
@@ -249,7 +258,7 @@ def cut_kernel(logits_ptr, group_max_ptr, group_mass_ptr, total_ptr, kept_ptr, V
 
     # What stayed, in the order of ids, so that the lowest ids of equal logits are the ones that stay.
     groups = tl.cdiv(V, GROUP)
-    seen, kept = tl.to_tensor(0), tl.to_tensor(0.0).to(tl.float64)
+    seen, kept = tl.full((), 0, tl.int32), tl.full((), 0.0, tl.float64)
     for first in range(0, V, BLOCK):
         g = first // GROUP + tl.arange(0, BLOCK // GROUP)
         largest = tl.load(group_max_ptr + b * groups + g, mask=g < groups, other=NEG)
@@ -272,7 +281,7 @@ def cut_kernel(logits_ptr, group_max_ptr, group_mass_ptr, total_ptr, kept_ptr, V
     tl.store(kept_ptr + b, (kept / total).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["V"])
+@triton.jit
 def draw_stored_kernel(logits_ptr, group_max_ptr, group_mass_ptr, total_ptr, uniform_ptr, token_ptr, logprob_ptr, V,
                        GROUPS: tl.constexpr):
     """As draw_kernel, with the 32 logits from memory; the log-prob is the uncut policy's."""
@@ -313,11 +322,11 @@ def group_stats(hidden, weight, temperature, softcap=None, logits=None, tile=Non
         raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: give both in one dtype")
     (B, D), V = hidden.shape, weight.shape[0]
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    block_b, block_v, block_d, warps, stages = tile or group_stats_tile(B, weight.dtype)
+    block_b, block_v, block_d, warps, stages = tile or group_stats_tile(B, weight)
     top, mass = torch.empty(2, B, triton.cdiv(V, 32), device=hidden.device).unbind(0)
     group_stats_kernel[(triton.cdiv(B, block_b) * triton.cdiv(V, block_v),)](
-        hidden, weight, top, mass, top if logits is None else logits, B, V, LOG2E / temperature, softcap or 1.0, D,
-        softcap is not None, logits is not None, block_b, block_v, block_d, num_warps=warps, num_stages=stages)
+        hidden, weight, top, mass, top if logits is None else logits, B, V, LOG2E.value / temperature, D,
+        softcap, logits is not None, block_b, block_v, block_d, num_warps=warps, num_stages=stages)
     return top, mass
 
 
@@ -327,9 +336,9 @@ def linear_draw(hidden, weight, temperature, uniform, softcap=None):
     token, logprob = torch.empty(B, dtype=torch.int64, device=hidden.device), torch.empty(B, device=hidden.device)
     if B:
         top, mass = group_stats(hidden, weight, temperature, softcap)
-        size, warps = row_warps(top.shape[1])
+        size = row_size(top.shape[1])
         draw_kernel[(B,)](hidden.contiguous(), weight.contiguous(), top, mass, uniform.contiguous(), token, logprob, V,
-                          LOG2E / temperature, softcap or 1.0, D, softcap is not None, size, DRAW_BLOCK_D, num_warps=warps)
+                          LOG2E.value / temperature, D, softcap, size, draw_block_d(D), num_warps=DRAW_WARPS)
     return token, logprob
 
 
@@ -339,9 +348,9 @@ def linear_greedy(hidden, weight, softcap=None):
     token, logprob = torch.empty(B, dtype=torch.int64, device=hidden.device), torch.empty(B, device=hidden.device)
     if B:
         top, mass = group_stats(hidden, weight, 1.0, softcap)
-        size, warps = row_warps(top.shape[1])
-        greedy_kernel[(B,)](hidden.contiguous(), weight.contiguous(), top, mass, token, logprob, V, LOG2E, softcap or 1.0,
-                            D, softcap is not None, size, DRAW_BLOCK_D, num_warps=warps)
+        size = row_size(top.shape[1])
+        greedy_kernel[(B,)](hidden.contiguous(), weight.contiguous(), top, mass, token, logprob, V, LOG2E.value, D, softcap, size,
+                            draw_block_d(D), num_warps=DRAW_WARPS)
     return token, logprob
 
 
@@ -354,10 +363,10 @@ def linear_draw_filtered(hidden, weight, temperature, uniform, top_k=0, top_p=1.
     if B:
         logits = torch.empty(B, V, device=device)
         top, mass = group_stats(hidden, weight, temperature, softcap, logits)
-        size, warps = row_warps(top.shape[1])
+        size = row_size(top.shape[1])
         cut_kernel[(B,)](logits, top, mass, total, kept, V, top_k or V, float(top_p), math.log2(max(min_p, 1e-300)), size,
-                         CUT_TOKENS, num_warps=warps)
-        draw_stored_kernel[(B,)](logits, top, mass, total, uniform.contiguous(), token, logprob, V, size, num_warps=warps)
+                         CUT_TOKENS, num_warps=DRAW_WARPS, maxnreg=128)  # without it ptxas prefers 80 and spills
+        draw_stored_kernel[(B,)](logits, top, mass, total, uniform.contiguous(), token, logprob, V, size, num_warps=DRAW_WARPS)
     return token, logprob, kept
 
 
@@ -369,3 +378,25 @@ def philox_uniform(seed, sequence_id, position):
     if n:
         philox_uniform_kernel[(triton.cdiv(n, block),)](sequence_id.contiguous(), position.contiguous(), out, seed, n, block)
     return out
+
+
+def main():
+    from kernels import demo
+    from kernels.logprob import linear_logprob
+
+    device, dtype = demo.start("kernels.sampling_triton")
+    V, D = (128256, 4096) if device == "cuda" else (300, 40)
+    weight = demo.randn(V, D, device=device, dtype=dtype, scale=D**-0.5)
+    floor = demo.copy_seconds(weight.nbytes)  # the weight must be read
+    for B in (1, 64, 256) if device == "cuda" else (3,):
+        hidden = demo.randn(B, D, device=device, dtype=dtype, seed=B)
+        uniform = philox_uniform(0, torch.arange(B, device=device), torch.tensor(0, device=device))
+        for name, draw in {"a token and its log-prob": lambda h, u: linear_draw(h, weight, 0.8, u),
+                           "the same from min-p 0.1": lambda h, u: linear_draw_filtered(h, weight, 0.8, u, min_p=0.1)}.items():
+            token, logprob, *_ = draw(hidden, uniform)
+            error = float((logprob - linear_logprob(hidden.float(), weight.float(), token, 0.8)[0]).abs().max())
+            demo.show(f"{B} rows: {name}", error, lambda f=draw, h=hidden, u=uniform: f(h, u), floor)
+
+
+if __name__ == "__main__":
+    main()

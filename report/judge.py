@@ -111,6 +111,26 @@ def judge(verifier, base, prover, tokenizer, task, cfg):
     return quality
 
 
+def judge_labels(verifier, data):
+    """judge() without rollouts, against the labels of solutions that were kept out of the fit. data: a dict of
+    rollouts.labelled_solutions. The advantage's correlation leaves first steps out: the bare prompt has no label of its own.
+    """
+    value = step_values(verifier, data["tokens"], data["ends"])
+    target, real = data["target"], data["weight"][:, 1:] > 0
+    guess, truth = value[:, 1:][real], target[:, 1:][real]
+    gains = [(x[:, 2:] - x[:, 1:-1])[real[:, 1:]] for x in (value, target)]
+    return dict(
+        brier=float((guess - truth).square().mean()),
+        brier_constant=float(truth.var(unbiased=False)),
+        auc=auc(guess, truth > 0.5),
+        auc_outcome=auc(value[:, -1], target[:, -1] > 0.5),
+        corr_value=correlation(guess, truth),
+        corr_advantage=correlation(*gains),
+        reliability=reliability(guess, truth),
+        judged_steps=len(guess),
+    )
+
+
 def exact_values(task, tokenizer, starts, strength):
     """[N] value of the demonstrator of that strength at each start (problem, tokens, prompt length), or None."""
     if strength < 0:
@@ -134,7 +154,7 @@ def shortcomings(cfg, summary):
     advantage = summary.get("corr_advantage")
     if cfg.label == "q" and advantage is not None and not advantage > 0:
         out.append(f"its advantage does not correlate with that of fresh rollouts ({advantage:.2f})")
-    if cfg.label == "q" and cfg.prover == "base" and cfg.prover_k == 1:
+    if cfg.label == "q" and cfg.prover == "base" and cfg.prover_k == 1 and not cfg.labels:
         out.append("the prover is the base policy itself, which is for search (Q^pi); for RL give --prover DIR, the clone "
                    "of a better demonstrator, or --prover-k 4")
     return out

@@ -9,11 +9,12 @@ NO_COLOR, or a pipe, leaves the colours out. Text of a model is untrusted: contr
 reach the terminal.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 
+from infra import terminal
 from infra.cli import UserError, opt, parse, script
+from infra.terminal import FAINT, GAIN, LOSS, paint, wants_colour
 from report.solutions import check_file, progress_of, solution_rows, write_rows
 from report.solutions import write_solutions as write_solutions  # train_rl.py takes it from here
 from rollouts import grades, step_ends
@@ -22,17 +23,11 @@ from tasks.base import Problem, Task
 from verifier import load_verifier, step_values
 
 HALF = 10  # characters on either side of a bar's middle
-GAIN = "\x1b[38;5;32m"
-LOSS = "\x1b[38;5;208m"
-FAINT = "\x1b[2m"
-RESET = "\x1b[0m"
 
 
 def printable(text):
-    """One line without control characters: an escape sequence in a completion must not move
-    somebody's cursor."""
-    text = text.replace("\n", "\u23ce").replace("\t", " ")
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    """One line without control characters."""
+    return terminal.printable(text.replace("\n", "\u23ce").replace("\t", " "))
 
 
 def bar(progress):
@@ -56,26 +51,16 @@ def verdict_of(row):
 
 def show_row(row, colour):
     """Lines for one solution (a row of report/solutions.py)."""
-
-    def paint(code, text):
-        return f"{code}{text}{RESET}" if colour else text
-
     answer = row.get("answer")
     wanted = f" (answer: {printable(str(answer).strip())})" if answer else ""
     yield f"{printable(row['prompt'].strip())}{wanted}{verdict_of(row)}"
-    yield paint(FAINT, f"{'A':>6} {'loss':>{HALF}}|{'gain':<{HALF}} {'V':>5}  step")
+    yield paint(FAINT, f"{'A':>6} {'loss':>{HALF}}|{'gain':<{HALF}} {'V':>5}  step", colour)
     yield f"{'':>6} {'':{HALF}}|{'':{HALF}} {row['values'][0]:5.2f}  (prompt alone)"
     for progress, value, text in zip(progress_of(row), row["values"][1:], row["steps"]):
         left, right = bar(progress)
         code = GAIN if progress >= 0 else LOSS
-        bars = f"{paint(code, left)}|{paint(code, right)}"
+        bars = f"{paint(code, left, colour)}|{paint(code, right, colour)}"
         yield f"{progress:+6.2f} {bars} {value:5.2f}  {printable(text)}"
-
-
-def wants_colour(stream):
-    """no-color.org: NO_COLOR set to anything but nothing turns colours off; so does a pipe."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain
 
 
 @dataclass

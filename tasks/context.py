@@ -27,8 +27,8 @@ def leave_out_long(task, tokenizer, model, *splits):
         left_out = len(problems) - len(fitting)
         if not left_out:
             continue
-        what = (f"{left_out} of {len(problems)} {split} problems have prompts that the model's context "
-                f"of {context} tokens cannot hold (the longest: {max(lengths)} tokens)")
+        what = (f"{left_out} of {len(problems)} {split} problems have prompts that the model's "
+                f"context of {context} tokens cannot hold (the longest: {max(lengths)} tokens)")
         if not fitting:
             raise UserError(f"{what}; give shorter questions, fewer --shots, or another model")
         if parallel.rank() == 0:

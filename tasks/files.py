@@ -105,6 +105,62 @@ def _field(row, name, guesses, where, flag):
     return row[name].strip()
 
 
+def plain_row(row, where):
+    """A conversational row -> question and solution as text; another row -> as it is, `completion` being a solution.
+
+    {"messages": [{role, content}]}, {"prompt": messages or text, "completion": messages or text}: the formats of TRL. A
+    system prompt is put before the question. UserError: a message without text, several questions or answers.
+    """
+    turns, prompt, completion = (row.get(name) for name in ("messages", "prompt", "completion"))
+    if turns is None and isinstance(prompt, list):
+        turns = prompt + (completion if isinstance(completion, list) else [])
+    said = dict(solution=completion) if isinstance(completion, str) else {}
+    if not isinstance(turns, list):
+        return said | row
+    by_role = dict(system=[], user=[], assistant=[])
+    for turn in turns:
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+        if role not in by_role or not isinstance(content, str):
+            raise UserError(f"{where}: a message needs a role (system, user or assistant) and content as text")
+        by_role[role].append(content)
+    questions, answers = len(by_role["user"]), len(by_role["assistant"])
+    if questions != 1 or answers > 1:
+        raise UserError(f"{where} holds {questions} questions and {answers} answers; cut the conversation to one of each")
+    said |= dict(question="\n\n".join(by_role["system"] + by_role["user"]))
+    said |= dict(solution=by_role["assistant"][0]) if answers else {}
+    return said | {k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")}
+
+
+def _label(value):
+    """true, false or a number in [0,1] (which _loads left as text) -> float; None for anything else."""
+    try:
+        label = float(value) if isinstance(value, (bool, str)) else -1.0
+    except ValueError:
+        return None
+    return label if 0 <= label <= 1 else None
+
+
+def read_labelled(path):
+    """Rows {prompt, completions, labels}: a solution's steps, and for each whether all is well so far (PRM800K) or how
+    often it can still be completed (Math-Shepherd); TRL's "stepwise supervision". -> [(prompt, [step], [label])].
+
+    UserError, with file and line: a field is missing or empty, a label is neither true, false nor a number in [0,1].
+    """
+    found = []
+    for where, row in read_rows(path):
+        row = plain_row(row, where)
+        prompt, steps, labels = row.get("question", row.get("prompt")), row.get("completions"), row.get("labels")
+        texts = [prompt, *steps] if isinstance(steps, list) and steps else [None]
+        are_texts = all(isinstance(text, str) and text.strip() for text in texts)
+        if not (are_texts and isinstance(labels, list) and len(labels) == len(steps)):
+            raise UserError(f"{where} needs prompt (text), completions (a list of steps) and labels (one a step)")
+        values = [_label(v) for v in labels]
+        if None in values:
+            raise UserError(f"{where}: label {labels[values.index(None)]!r} is neither true, false nor a number in [0,1]")
+        found.append((prompt.strip(), [s.strip("\n") for s in steps], values))
+    return found
+
+
 def to_problem(row, where, question_field, answer_field):
     """One row -> Problem; data holds the worked solution, "" where the file has none."""
     question = _field(row, question_field, QUESTION_FIELDS, where, "--task-args question_field=")
@@ -135,7 +191,7 @@ def load_problems(files, make):
     out, first, other = dict(train=[], val=[], test=[]), {}, []
     for split, path in sorted(files, key=lambda x: ("test", "val", "train", "").index(x[0])):
         for where, row in read_rows(path):
-            problem = make(row, where)
+            problem = make(plain_row(row, where), where)
             carve = split == "train" and "val" not in kinds and split_of(problem.key) == "val"
             if problem.key not in first:
                 out["val" if carve else split or split_of(problem.key)].append(problem)
@@ -226,7 +282,11 @@ class Jsonl(Task):
     def demonstration(self, problem, strength=None, seed=0):
         solution, last = problem.data[0], f"#### {problem.answer}"
         choices = [solution, f"{solution}\n{last}"] if solution else [f"The answer is {problem.answer}."]
-        return next((t for t in choices if answers_equal(extract_answer(t), problem.answer)), last)
+        return self.after_thought(next((t for t in choices if answers_equal(extract_answer(t), problem.answer)), last))
+
+    def after_thought(self, text):
+        """A demonstration closes the thought that the prompt opened: files hold solutions, no thoughts."""
+        return "</think>\n\n" * self.opens_thought + text
 
     def own_text(self, problem, completion):
         """What follows the thought. A base model goes on with a question of its own, which is no answer to ours: it begins
@@ -316,4 +376,4 @@ class Math(Jsonl):
         solution = problem.data[0]
         last = f"The answer is $\\boxed{{{problem.answer}}}$."
         choices = (solution, f"{solution}\n{last}".strip())
-        return next((t for t in choices if answers_equal(extract_answer(t), problem.answer)), last)
+        return self.after_thought(next((t for t in choices if answers_equal(extract_answer(t), problem.answer)), last))

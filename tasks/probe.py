@@ -1,7 +1,7 @@
 """The task probe: thinking that goes on for a while, in episodes, of which some help and some do
 not.
 
-    python train_rl.py --reward mrt --task probe    # from nothing: base policy, then two arms
+    python -m papers.mrt --task probe    # from nothing: base policy, then two arms
 
 Each of six candidates A..F has a digit, shuffled in the prompt; exactly one of them is sent to the
 goal by a fixed function of digits (FUNCTION: 0 -> 3, 1 -> 8, ...), which the model learns by heart:

@@ -1,7 +1,7 @@
 """The task worded: a model can learn the skill or learn the solutions by heart: chains of digit
 arithmetic.
 
-    python train_sft.py --task worded --num-examples 500 --steps 800 --track-memorization 10
+    python -m papers.memorization --task worded --num-examples 500 --steps 800
 
 Prompt "7*3-4+6=": from left to right, everything modulo 10. The solution writes one operation a
 line and ends each line with two letters that mean nothing:

@@ -28,3 +28,11 @@ def tokenizer(task):
 @pytest.fixture
 def model():
     return tiny_model()
+
+
+@pytest.fixture(autouse=True)
+def matmul_precision():
+    """What a test sets through infra.runs.setup ("high" on a GPU) ends with it."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)

@@ -41,6 +41,54 @@ def test_runs_and_writes(name, at_least, tmp_path):
         assert c["ratio"]["median"] > 0 and c["ours"]["seconds"]["min"] > 0 and c["theirs"]["seconds"]["min"] > 0
 
 
+def test_the_short_gpu_run_runs_tiny_and_says_whether_it_is_right(tmp_path):
+    """Interpreted: every part leaves a line, none is wrong."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "bench.gpu", "--tiny", "--out", str(tmp_path / "gpu.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert {"ceilings", "right", "k1", "k2", "attention", "variants", "end"} == {line["part"] for line in lines}
+    assert not any("error" in line or line.get("wrong") for line in lines)
+
+
+def test_wrong_numbers_end_the_short_gpu_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from bench import gpu
+
+    monkeypatch.setitem(gpu.LIMITS, "logprob", 0.0)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--parts", "right"])
+    with pytest.raises(SystemExit) as e:
+        gpu.main()
+    assert e.value.code == 1 and '"wrong": ["tiny: logprob"' in capsys.readouterr().out
+
+
+def test_the_page_on_speed_is_what_the_files_say(tmp_path, monkeypatch):
+    """docs/speed.md is written from bench/results; a card without files says "not yet", one with files its numbers."""
+    from bench import speed
+
+    assert speed.PAGE.read_text() == speed.page()
+    rows = [dict(part="k1", shape="llama-8b", N=4096, forward_of_cublas=0.83, ours_loss_ms=20.0, liger_per_token_ms=26.0),
+            dict(part="right", wrong=[]), dict(part="right", wrong=["tile wide"])]
+    (tmp_path / "h100").mkdir()
+    (tmp_path / "h100/gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+    text = speed.page()
+    assert "8B head, 4,096 rows, against Liger's per-token kernel | - | 1.3 | not yet |" in text
+    assert "of cuBLAS | - | 0.83 | not yet |" in text and "| - | wrong: tile wide | not yet |" in text
+
+
+def test_results_go_to_their_cards_folder(monkeypatch):
+    from bench import timing
+
+    assert timing.results("x", "cpu") == "bench/results/cpu/x.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, card in (("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-40GB", "a100"),
+                       ("NVIDIA GeForce RTX 4090", "rtx_4090")):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert timing.results("x") == f"bench/results/{card}/x.json"
+
+
 def test_growth_fits_straight_lines_and_watches_a_run(tmp_path):
     from bench import growth
 

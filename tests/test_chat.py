@@ -240,7 +240,7 @@ def test_sentencepiece_goes_through_the_library(tmp_path, gemma):
     assert tok.token_bytes(spec["model"]["vocab"]["<0x0A>"]) == b"\n" and tok.token_bytes(tok.special[bos]) == b""
     assert tok.prompt("12")[0] == tok.bos_id == tok.special[bos]
     tok.save(tmp_path / "b")
-    from open_weights.tokenizer import load_tokenizer
+    from open_weights.load import load_tokenizer
 
     again = load_tokenizer(tmp_path / "b")
     assert again.fingerprint == tok.fingerprint and again.encode("the 12") == tok.encode("the 12")

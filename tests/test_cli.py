@@ -23,7 +23,7 @@ from verifier import Verifier, save_verifier
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_sft", "pav", "train_rl", "sample", "search", "papers.train_dpo", "papers.rft", "papers.memorization",
-           "papers.mrt", "papers.mrt_star", "report.evaluate", "report.show"]
+           "papers.mrt", "papers.mrt_star", "report.evaluate", "report.show", "report.chat"]
 
 
 def command(script):
@@ -124,7 +124,7 @@ def test_an_impossible_value_is_refused_by_its_flag(refuse, script, argv, flag):
 
 
 def test_nothing_to_do_is_said(refuse):
-    refuse("--prompt TEXT, or --task NAME", "sample")
+    refuse("--n is of --prompt or --task", "sample", "--n", "2")
     refuse("--policy is missing", "pav", "--run-dir", "v")
     refuse("--policy is missing", "papers.train_dpo", "--run-dir", "d")
     refuse("python -m papers.mrt", "train_rl", "--reward", "mrt")

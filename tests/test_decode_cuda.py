@@ -1,7 +1,9 @@
 """The GPU's decode loop, run on the CPU without graphs: the same completions as the plain loop."""
 
+import gc
 import itertools
 import os
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from open_weights.families import FAMILIES, Config
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("check_every", [1, 3, 8])
@@ -102,8 +105,9 @@ def drawn_on(device, tokens=(1, 2, 3, 4)):
     return lambda hidden, uniform: (tokens[: len(hidden)], torch.zeros(len(hidden), device=device))
 
 
-def test_graphs_record_the_second_run_of_a_size_and_replay_from_then_on(monkeypatch):
-    """With CUDA's graphs replaced by a recorder: every run advances exactly once."""
+@pytest.fixture
+def recorded_graphs(monkeypatch):
+    """CUDA's graphs replaced by a recorder; a replay does what was recorded. -> the log."""
     log = []
 
     class Graph:
@@ -125,11 +129,78 @@ def test_graphs_record_the_second_run_of_a_size_and_replay_from_then_on(monkeypa
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Record)
+    return log
+
+
+def test_graphs_record_the_second_run_of_a_size_and_replay_from_then_on(recorded_graphs):
+    """Every run advances exactly once."""
+    log = recorded_graphs
     graphs = decode_cuda.Graphs(lambda n: log.append(n), torch.device("cuda"))
     for n in (4, 4, 4, 2, 2, 4):
         graphs.run(n)
     recorded = lambda n, pool: [("record", pool), "{", n, "}", "replay"]  # noqa: E731
     assert log == [4, *recorded(4, None), "replay", 2, *recorded(2, "pool"), "replay"]
+
+
+def test_an_engine_is_kept_between_calls_and_gives_what_a_new_one_gives(model):
+    """RL: the same model, other prompts, seeds, stop ids, samplers and weights, call after call; cache and state stay."""
+    prompts, calls = ragged_prompts(), []
+    for change in (dict(), dict(seed=9), dict(temperature=0), dict(stop_ids=[]), dict(max_new_tokens=5), dict()):
+        ours = decode_cuda.decode_all(model, prompts, slots=9, **(OPTIONS | change))
+        calls.append((decode_cuda._engines[model], decode_cuda._engines[model].cache.k.data_ptr()))
+        plain = sample.generate(model, prompts, slots=9, **(OPTIONS | change))
+        for i in range(len(prompts)):
+            same(ours, i, plain, i)
+        with torch.no_grad():
+            model.embed.weight.mul_(1.01)  # an optimizer's step: in place
+    assert len(set(calls)) == 1
+    decode_cuda.release(model)
+    assert model not in decode_cuda._engines
+
+
+def test_what_makes_a_new_engine(model):
+    def engine(rows=4, T=model.cfg.max_position_embeddings - 1, draws=5):
+        return decode_cuda.engine_for(model, rows, T, draws)
+
+    first = engine()
+    assert engine() is first is engine(rows=2, T=7) and (first.T, first.longest_draw) == (model.cfg.max_position_embeddings, 128)
+    larger = engine(rows=8)
+    assert larger is not first and (larger.rows, larger.T) == (8, first.T) and engine() is larger
+    model.embed.weight.data = model.embed.weight.data.clone()  # loaded anew: the graphs' addresses are stale
+    moved = engine()
+    assert moved is not larger and moved.rows == 8
+
+
+def test_an_engine_holds_no_model_and_survives_a_call_that_breaks_off(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(decode_cuda, "prefill", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        decode_cuda.decode_all(model, [[1, 2]], **OPTIONS)
+    monkeypatch.undo()
+    engine = decode_cuda._engines[model]
+    assert engine.graphs.step is None
+    ours, plain = decode_cuda.decode_all(model, [[4]], **OPTIONS), sample.generate(model, [[4]], **OPTIONS)
+    same(ours, 0, plain, 0)
+    gone = weakref.ref(model)
+    del model, engine
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_large_cache_is_given_back(model, monkeypatch):
+    monkeypatch.setattr(decode_cuda, "too_large_to_keep", lambda engine: True)
+    decode_cuda.decode_all(model, [[1, 2]], **OPTIONS)
+    assert model not in decode_cuda._engines
+
+
+def test_a_recorded_graph_is_replayed_in_the_next_call(model, recorded_graphs):
+    """One recording for a batch size and a sampler, however many calls; each call brings its own closure over the same memory."""
+    log, graphs = [], decode_cuda.Graphs(None, torch.device("cuda"))
+    for temperature in (1.0, 1.0, 0.7, 1.0):
+        graphs.step = lambda *key: log.append(key)
+        graphs.run(4, temperature, 0, 1.0, 0.0)
+    assert log == [(4, 1.0, 0, 1.0, 0.0)] * 2 + [(4, 0.7, 0, 1.0, 0.0)]
+    assert recorded_graphs.count("replay") == 2 and recorded_graphs.count("{") == 1
 
 
 def test_rows_of_a_graph():
@@ -149,11 +220,11 @@ def test_the_whole_loop_through_the_triton_kernels(monkeypatch):
                     if hasattr(user, name):
                         kernel = getattr(module, name)
                         monkeypatch.setattr(user, name, lambda *a, kernel=kernel, **k: (next(calls), kernel(*a, **k))[1])
-    model, prompts = tiny_model(), [[1, 2, 3], [4], [5, 6]]
+    model, prompts = tiny_model().to(DEVICE), [[1, 2, 3], [4], [5, 6]]
     ours = decode_cuda.decode_all(model, prompts, slots=2, **(OPTIONS | dict(max_new_tokens=4)))
     assert next(calls) > 100
     monkeypatch.undo()
-    plain = sample.generate(model, prompts, **(OPTIONS | dict(max_new_tokens=4)))
+    plain = sample.generate(tiny_model(), prompts, **(OPTIONS | dict(max_new_tokens=4)))
     for i in range(3):
         same(ours, i, plain, i)
 

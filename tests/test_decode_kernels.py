@@ -1,11 +1,7 @@
 """The Triton kernels of generation against their references: on the GPU where there is one, else interpreted."""
 
-import json
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -98,9 +94,9 @@ def test_neither_batch_nor_tile_nor_order_changes_a_token(monkeypatch):
     filtered, _, _ = sampling_triton.linear_draw_filtered(hidden[few], weight, 0.8, uniform[few], 9)
     assert torch.equal(sampling_triton.linear_draw_filtered(hidden[last], weight, 0.8, uniform[last], 9)[0], filtered[3:])
     whole = sampling_triton.group_stats(hidden, weight, 0.8)
-    for tile in [t[1:] for t in sampling_triton.GROUP_STATS_TILES[torch.float32]] + [(16, 32, 16, 4, 2)]:
+    for tile in [t[1:] for t in sampling_triton.GROUP_STATS_TILES["float32"]] + [(16, 32, 16, 4, 2)]:
         with monkeypatch.context() as patch:
-            patch.setattr(sampling_triton, "group_stats_tile", lambda B, dtype, tile=tile: tile)
+            patch.setattr(sampling_triton, "group_stats_tile", lambda B, weight, tile=tile: tile)
             assert torch.equal(sampling_triton.linear_draw(hidden[:9], weight, 0.8, uniform[:9])[0], token[:9])
         for a, b in zip(whole, sampling_triton.group_stats(hidden, weight, 0.8, tile=tile)):
             torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
@@ -133,7 +129,7 @@ def test_what_is_cut_is_what_a_plain_filter_cuts(V, top_k, top_p, min_p):
     uniform = uniforms(2, seed=V)
     logits = torch.empty(2, V, device=DEVICE)
     sampling_triton.group_stats(hidden, weight, 1.0, logits=logits)
-    torch.testing.assert_close(logits, hidden @ weight.t() * sampling_triton.LOG2E, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits, hidden @ weight.t() * sampling_triton.LOG2E.value, atol=1e-6, rtol=1e-6)
     token, logprob, kept = sampling_triton.linear_draw_filtered(hidden, weight, 1.0, uniform, top_k, top_p, min_p)
     want = sampling.linear_draw_filtered(hidden, weight, 1.0, uniform, top_k, top_p, min_p)
     for b in range(2):
@@ -181,7 +177,8 @@ def exact_attention(q, k, v, length, scale, window, softcap):
 
 @pytest.mark.parametrize("H, K, d", [(1, 1, 16), (6, 2, 64), (8, 2, 5), (16, 2, 24)])  # 1, 3, 4, 8 heads a key head
 @pytest.mark.parametrize("window, softcap, scale", [(None, None, None), (3, None, 0.3), (200, 2.0, None)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 0.02)])
+# Float32 on a GPU is three tf32 products, 1e-6 to 3e-6 off.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5 if DEVICE == "cuda" else 2e-6), (torch.bfloat16, 0.02)])
 def test_decode_attention(H, K, d, window, softcap, scale, dtype, tolerance):
     T = 270  # three chunks, the last one short
     length = torch.tensor([1, T, 128, 129, 2], device=DEVICE)
@@ -250,23 +247,21 @@ def test_rope_write_writes_one_position_of_each_row(dtype, tolerance):
         assert int((k != 7).any(-1).sum()) == int((v != 7).any(-1).sum()) == 3 * K
 
 
-# ----------------------------------------------------------------------------------------------------
-# Machine code
+def test_a_prompt_and_a_step_rotate_alike():
+    """bfloat16 keys: model.rotate (the prompt's pass) and rope_write (a step) both turn in float32 and round once, by
+    at most 2^-8. Tables in bfloat16 would add as much again, and more where the two terms cancel."""
+    from model import rotate
 
-
-def test_compiled_for_a100_and_h100_without_a_spilled_register():
-    """In a process of its own: here the kernels are interpreted."""
-    script = Path(__file__).parent / "ahead_decode.py"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    lines = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env=env).stdout.splitlines()
-    made = [json.loads(line) for line in lines]
-    assert not [m for m in made if m["spills"] or m["stack"]]
-    written = {name for module in (attention_triton, layer_triton, sampling_triton) for name in vars(module)
-               if name.endswith("_kernel")}  # fmt: skip
-    assert {m["arch"] for m in made} == {80, 90} and {m["kernel"] for m in made} == written and len(written) == 11
-    for m in made:
-        if m["kernel"] == "group_stats_kernel" and m["dtype"] == "torch.bfloat16":
-            assert m["wgmma" if m["arch"] == 90 else "mma"] and m["async_copies"]  # tensor cores, fed while they work
-        if m["kernel"] == "split_kernel":
-            assert m["mma"] and m["async_copies"]
-        assert m["shared"] <= (227 if m["arch"] == 90 else 163) * 1024
+    T, d = 19, 16
+    angle = torch.outer(torch.arange(T, dtype=torch.float64), 0.5 ** torch.arange(d // 2, dtype=torch.float64))
+    cos, sin = angle.cos().float().to(DEVICE), angle.sin().float().to(DEVICE)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    x = randn(T, 2, d, dtype=torch.bfloat16)
+    half = x.double().roll(d // 2, -1)
+    exact = x.double() * cos.double()[:, None] + half * sin.double()[:, None]
+    k, v = (torch.zeros(T, 2, T, d, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    position = torch.arange(T, device=DEVICE)
+    layer.rope_write(torch.cat([x, x, x], 1), cos, sin, position, k, v)
+    for turned in (rotate(x, cos[:, None], sin[:, None]), k[position, :, position]):
+        assert turned.dtype == torch.bfloat16
+        assert ((turned.double() - exact).abs() <= 2.0**-8 * 1.001 * exact.abs() + 1e-6).all()

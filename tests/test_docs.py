@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import pav
 import pipeline
 import tasks
 import train_rl
@@ -53,16 +54,40 @@ def test_the_left_column_is_trl():
         assert {cell.strip("`") for cell, *_ in rows(TRL, heading)} <= known
 
 
+def test_the_reward_of_the_trl_page_is_a_task(tmp_path, monkeypatch):
+    """Its class in a file, its line in TASKS."""
+    block = TRL.split("```python\n# tasks/short.py")[1].split("```")[0]
+    (tmp_path / "short.py").write_text("#" + block)
+    rows = [dict(question=f"{i}+1?", answer=i + 1) for i in range(50)]
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(tasks.TASKS, "short", "short:Short")
+    assert '"short": "tasks.short:Short",' in TRL
+    task = tasks.get_task("short", data=[str(tmp_path / "f.jsonl")])
+    problem = task.problems("train", 1)[0]
+    right = f"The answer is {problem.answer}."
+    assert [task.grade(problem, text) for text in (right, "so " * 200 + right, "The answer is 99.")] == [1.0, 0.0, 0.0]
+
+
+def test_files_and_flags_of_the_trl_page_exist():
+    prose = TRL.split("## Flags of")[0]
+    paths = re.findall(r"\]\(((?!https?:)[^)#]+)\)", prose) + re.findall(r"`((?:\w+/)*\w+\.py)`", prose)
+    assert len(paths) > 8 and all((ROOT / p).exists() or (ROOT / "docs" / p).exists() for p in paths)
+    known = FLAGS | {f.name for c in (pav.Config, pipeline.with_flags(train_rl.Config)) for f in dataclasses.fields(c)}
+    flags = {flag for line in prose.splitlines() if "torchrun" not in line for flag in re.findall(r"--([a-z][a-z-]*)", line)}
+    assert len(flags) > 15 and {flag.replace("-", "_") for flag in flags} <= known
+
+
 def test_readme_names_files_that_exist():
     paths = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README) + re.findall(r"`((?:\w+/)*\w+\.(?:py|md))`", README)
     missing = [p for p in paths if not (ROOT / p).exists() and p != "tasks/sums.py"]
     assert len(paths) > 20 and not missing
 
 
-def test_an_installation_brings_no_module():
-    """A repository to clone: names such as model, sample and kernels would collide with other packages."""
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert listed == {"py-modules": [], "packages": []}
+def test_it_is_a_repository_and_no_package():
+    """Top names such as search or kernels would collide in site-packages: nothing here can be installed there."""
+    assert {"project", "build-system"}.isdisjoint(tomllib.loads((ROOT / "pyproject.toml").read_text()))
+    assert not any((ROOT / name).exists() for name in ("setup.py", "setup.cfg"))
 
 
 def test_every_function_that_readme_points_to_exists():

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from infra.cli import UserError
 from open_weights import gguf as gguf_import
 from open_weights.gguf import convert_gguf, find_smollm2, unpermute
-from open_weights.tokenizer import ALPHABET, load_tokenizer
+from open_weights.load import load_tokenizer
+from open_weights.tokenizer import ALPHABET
 
 gguf = pytest.importorskip("gguf")
 

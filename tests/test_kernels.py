@@ -204,6 +204,42 @@ def test_what_the_loss_refuses():
         assert not linear_logprob_loss(hidden, weight, target, 1.0, lambda logprob, entropy: logprob.sum())[0].requires_grad
 
 
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen, monkeypatch):
+    hidden, weight, target = torch.randn(9, 4), torch.randn(33, 4), torch.arange(9)
+    free, calls, original = weight if frozen == "hidden" else hidden, [], logprob_file._add_product
+    monkeypatch.setattr(logprob_file, "_add_product", lambda *a: (calls.append(1), original(*a))[1])
+    for loss in (lambda: linear_logprob_loss(hidden, weight, target, 1.0, lambda lp, h: lp.sum())[0],
+                 lambda: linear_logprob(hidden, weight, target, 1.0)[0].sum()):
+        hidden.requires_grad_(), weight.requires_grad_()
+        expected = torch.autograd.grad(loss(), free)[0]
+        (hidden if frozen == "hidden" else weight).requires_grad_(False)
+        calls.clear()
+        assert torch.equal(torch.autograd.grad(loss(), free)[0], expected) and len(calls) == (frozen == "hidden")
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, target = torch.randn(3, 4).requires_grad_(), torch.randn(9, 4), torch.arange(3)
+    for loss in (linear_logprob(hidden, weight, target, 1.0)[0].sum(),
+                 linear_logprob_loss(hidden, weight, target, 1.0, lambda lp, h: lp.sum())[0]):
+        with pytest.raises(RuntimeError, match="differentiated again"):
+            torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.49])
+def test_exponentials_that_underflow_are_zero_at_low_temperatures(temperature):
+    """Below e^-87 float32 runs out and exp is 10 to 40 times slower, so those are not asked of it; they count as 0 all the same:
+    no such token is drawn by any uniform, and the numbers are the exact ones."""
+    hidden, weight, target = torch.ones(2, 1), torch.linspace(-60, 0, 70)[:, None] * 2, torch.tensor([69, 0])
+    for ours, exact in zip(linear_logprob(hidden, weight, target, temperature), reference(hidden, weight, target, temperature)):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-5)
+    corners = torch.tensor([[0.0, 0.0], [1 - 2.0**-53] * 2], dtype=torch.float64)
+    token, logprob = linear_draw(hidden, weight, temperature, corners)
+    p = (weight[:, 0].double() / temperature).softmax(0)
+    assert (p[token] > 1e-38).all() and token[1] == 69
+    torch.testing.assert_close(logprob.double(), p[token].log(), atol=1e-4, rtol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Random numbers
 

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before the imports below
 pytest.importorskip("triton", reason="triton has no wheel for this machine")
 
-from kernels import logprob_triton, sampling_triton  # noqa: E402
+from kernels import common_triton, logprob_triton, sampling_triton  # noqa: E402
 from kernels.logprob_triton import linear_logprob, linear_logprob_loss  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,12 +75,38 @@ def loss_as_logprob(hidden, weight, target, temperature):
 @pytest.mark.parametrize("narrow", [0, 1024])
 def test_what_hopper_would_be_given(narrow, monkeypatch):
     """Its tiles, and descriptors for its copy engine, interpreted."""
-    monkeypatch.setattr(logprob_triton, "generation", lambda x: 9)
+    monkeypatch.setattr(common_triton, "generation", lambda x: 9)
     monkeypatch.setattr(logprob_triton, "NARROW", narrow)
     for dtype in (torch.bfloat16, torch.float32):
         check_against_reference(9, 300, 72, linear_logprob, dtype=dtype, temperature=0.7)
         check_loss_against_reference(9, 300, 71, linear_logprob_loss, dtype=dtype, temperature=0.7, tolerance=5e-5)
         check_loss_against_reference(9, 300, 71, linear_logprob_loss, dtype=dtype, temperature=0.7, softcap=3.0, tolerance=5e-5)
+
+
+def test_the_persistent_form_gives_the_same_bits(monkeypatch):
+    """Programs that go from tile to tile, here two of them with six tiles, against one program a tile."""
+    monkeypatch.setattr(common_triton, "generation", lambda x: 9)
+    monkeypatch.setattr(logprob_triton, "multiprocessors", lambda x: 2)
+    hidden, weight, target = example(9, 1300, 72, torch.bfloat16)
+    assert logprob_triton.tile_for(weight) is not logprob_triton.PERSISTENT  # narrow
+    for softcap in (None, 3.0):
+        one = logprob_triton.tile_statistics(hidden, weight, target, 0.7, softcap, tile=logprob_triton.TILES["wide"])
+        two = logprob_triton.tile_statistics(hidden, weight, target, 0.7, softcap, tile=logprob_triton.PERSISTENT)
+        assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_which_tile_is_taken(monkeypatch):
+    """By generation, D, and what is wanted; never by the number of rows."""
+    def tile(generation, D, *purpose, dtype=torch.bfloat16, specialise=True):
+        monkeypatch.setattr(common_triton, "generation", lambda x: generation)
+        monkeypatch.setattr(logprob_triton, "WARPS_SPECIALISE", specialise)
+        return logprob_triton.tile_for(torch.empty(1, D, dtype=dtype), *purpose)
+
+    tiles = logprob_triton.TILES
+    assert tile(9, 4096) is tile(9, 2048) is logprob_triton.PERSISTENT
+    assert tile(9, 4096, "store") is tile(9, 1536) is tile(10, 4096) is tile(9, 4096, specialise=False) is tiles["wide"]
+    assert tile(9, 576) is tile(9, 576, "store") is tiles["narrow"] and tile(9, 576, "gradient") is tiles["gradient"]
+    assert tile(8, 4096) is tile(12, 576) is tiles["plain"] and tile(9, 4096, dtype=torch.float32) is tiles["float32"]
 
 
 def example(N=70, V=300, D=40, dtype=torch.float32):
@@ -169,6 +195,42 @@ def test_rows_without_a_gradient_cost_no_products(monkeypatch):
     coefficients[0, 4] = 1.0
     both_gradients(linear_logprob, hidden, weight, target, coefficients, temperature=1.0)
     assert rows == [1]
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_costs_no_product(frozen, monkeypatch):
+    """A head that is not trained needs no V x D gradient (and hidden states of a frozen model none of theirs)."""
+    hidden, weight, target = example(9)
+    free = weight if frozen == "hidden" else hidden
+    calls, original = [], logprob_triton.product
+    monkeypatch.setattr(logprob_triton, "product", lambda a, b: (calls.append(a.shape), original(a, b))[1])
+    for loss in (lambda: linear_logprob_loss(hidden, weight, target, 1.0, lambda lp, h: lp.sum())[0],
+                 lambda: linear_logprob(hidden, weight, target, 1.0)[0].sum()):
+        hidden.requires_grad_(), weight.requires_grad_()
+        expected = torch.autograd.grad(loss(), free)[0]
+        (hidden if frozen == "hidden" else weight).requires_grad_(False)
+        calls.clear()
+        assert torch.equal(torch.autograd.grad(loss(), free)[0], expected) and len(calls) == 1
+
+
+def test_an_entropy_that_nobody_asked_for_is_not_made(monkeypatch):
+    hidden, weight, target = example(9)
+    hidden.requires_grad_()
+    asked, original = [], logprob_triton.logits_to_gradient
+    monkeypatch.setattr(logprob_triton, "logits_to_gradient", lambda *a: (asked.append(a[8]), original(*a)))
+    for loss in (lambda lp, h: lp.sum(), lambda lp, h: (lp + 0.0 * h).sum(), lambda lp, h: (lp + 0.1 * h).sum()):
+        linear_logprob_loss(hidden, weight, target, 1.0, loss)
+    assert asked == [False, False, True]
+
+
+def test_a_second_derivative_is_refused():
+    """The kernels' backward is no graph of its own: without this the second derivative would silently be 0."""
+    hidden, weight, target = example(3)
+    hidden.requires_grad_()
+    for loss in (linear_logprob(hidden, weight, target, 1.0)[0].sum(),
+                 linear_logprob_loss(hidden, weight, target, 1.0, lambda lp, h: lp.sum())[0]):
+        with pytest.raises(RuntimeError, match="differentiated again"):
+            torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 def test_without_gradients_only_the_numbers_are_kept():

@@ -3,12 +3,13 @@
 import itertools
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 
 from experiments import openweights, wordproblems
-from infra.cli import UserError
+from infra.cli import UserError, flags, parse
 from tasks.answers import answers_equal, extract_answer
 
 
@@ -79,3 +80,14 @@ def test_auc_within_a_problem_does_not_see_which_problems_are_hard():
     assert openweights.auc_within(knows_problems, correct) == pytest.approx(0.5)
     knows_solutions = torch.tensor([[0.3, 0.3, 0.3, 0.1], [0.5, 0.5, 0.5, 0.8], [0.9, 0.1, 0.5, 0.2]])
     assert openweights.auc_within(knows_solutions, correct) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [*openweights.SIZES, "smoke"])
+def test_every_stage_is_a_command_that_its_script_takes(size):
+    smoke = size == "smoke"
+    cfg = openweights.Config(size="cpu" if smoke else size, smoke=smoke)
+    column = openweights.SMOKE if smoke else openweights.SIZES[size]
+    stages = openweights.plan(cfg, column, Path("runs/x"))
+    assert [s.name for s in stages][:6] == ["sft", "test_sft", "rft", "orm", "q", "rl_outcome_0"]
+    for stage in stages:
+        assert parse(stage.script.Config, flags(stage.config)) == stage.config

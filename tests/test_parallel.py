@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy import tiny_model
 
 from infra import parallel
-from infra.runs import read_metrics
+from infra.runs import read_metrics, setup
 from model import save_model
 from pav import padded_share
 from tasks import get_task
@@ -155,3 +155,12 @@ def test_batches_that_cannot_be_dealt_are_refused(home, tmp_path):
     argv = command(home, ["train_rl.py", "--num-prompts", "1", "--num-generations", "3"], tmp_path / "x", 2)
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode != 0 and "multiple of the 2 processes" in done.stderr and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("device, current", [("cuda:1", ["cuda:1"]), ("cuda", [])])
+def test_a_second_gpu_becomes_the_current_one(device, current, monkeypatch):
+    """--device cuda:1: kernels and graphs go to the current device, so tensors there are not enough."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert setup(device, 0) == device and chosen == current

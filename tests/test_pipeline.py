@@ -132,6 +132,12 @@ def test_what_cannot_be_planned_is_said(tmp_path):
         train_rl.main(["--task", "jsonl", "--data", str(tmp_path / "x.jsonl")])
 
 
+def test_an_arm_with_another_loop_is_refused_where_nobody_knows_it():
+    cfg = pipeline.with_flags(train_rl.Config)(arms=["mrt"], task="probe")
+    with pytest.raises(UserError, match="python -m papers.mrt"):
+        pipeline.plan(cfg, {"": SCRIPTS[""]}, set())
+
+
 def test_smoke_has_a_folder_of_its_own():
     cfg = pipeline.with_flags(train_rl.Config)(smoke=True)
     root, _ = pipeline.plan(cfg, SCRIPTS, set())

@@ -10,7 +10,8 @@ import pytest
 import tiktoken
 
 from infra.cli import UserError
-from open_weights.tokenizer import ALPHABET, LLAMA3_SPLIT, alphabet_tokenizer, load_tokenizer
+from open_weights.load import LLAMA3_SPLIT, load_tokenizer
+from open_weights.tokenizer import ALPHABET, alphabet_tokenizer
 
 CHAR = {b: c for c, b in ALPHABET.items()}
 BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)

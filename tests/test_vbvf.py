@@ -199,7 +199,8 @@ def test_claims_follow_from_the_rows():
     assert [c["holds"] for c in grows] == [True, "open", True, False]
     assert "concentrated base, n = 20, H = 32" in grows[0]["fails_when"]
     flat = claims(lambda H, m: -1)
-    assert flat[0]["holds"] is False and set(flat[0]) == {"paper", "claim", "measured", "holds", "command", "fails_when"}
+    assert flat[0]["holds"] is False and set(flat[0]) == {
+        "paper", "claim", "short", "measured", "holds", "command", "fails_when"}
     assert "| mixed | 10 | 8 |" in vbvf_report.tables(rows(lambda H, m: 1), cfg)
 
 
