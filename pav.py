@@ -76,7 +76,7 @@ class Config(TaskFlags, RunConfig):
         "q",
         "q: every step end gets V^mu; outcome: only the end is labelled (an ORM)",
         "data",
-        choices=["q", "outcome"],
+        choices=["q", "outcome"]
     )
     labels: str = opt(
         "", "file of solutions with labelled steps, in place of rollouts (--task asks)", "data"
@@ -92,7 +92,7 @@ class Config(TaskFlags, RunConfig):
         "first-pit: after the uniform cuts follow wrong continuations of good states "
         "to the first step that no continuation survives",
         "data",
-        choices=["uniform", "first-pit"],
+        choices=["uniform", "first-pit"]
     )
     pit_threshold: float = opt(
         0.25, "a state is good from this Monte-Carlo value on", "data", above=0, high=1
@@ -112,7 +112,7 @@ class Config(TaskFlags, RunConfig):
     balance: bool = opt(
         True,
         "weigh right and wrong labels equally, and undo the shift exactly when reading",
-        "optimization",
+        "optimization"
     )
     save_steps: int = opt(500, "steps between checkpoints", "evaluation", low=1)
     eval_problems: int = opt(256, "held-out problems for the judgement", "evaluation", low=1)
@@ -120,7 +120,7 @@ class Config(TaskFlags, RunConfig):
     prover_strength: float = opt(
         -1.0,
         "demonstrator's strength behind the prover, for exact values (-1: unknown)",
-        "evaluation",
+        "evaluation"
     )
 
 
@@ -470,13 +470,12 @@ def main(argv=None):
     for line in weak:
         print(f"warning: {line}")
     reward, method = ("orm", "best-of-n") if cfg.label == "outcome" else ("pav", "beam")
-    given = ["--policy", cfg.policy, "--verifier", cfg.run_dir, "--run-dir", f"{cfg.run_dir}_rl"]
-    given += stage_words(cfg, task_class(cfg.task).stages["rl"])
+    rl = ["train_rl.py", "--reward", reward, "--policy", cfg.policy, "--verifier", cfg.run_dir]
+    rl += ["--run-dir", f"{cfg.run_dir}_rl", *stage_words(cfg, task_class(cfg.task).stages["rl"])]
     if cfg.smoke or not weak:
-        rl = ["train_rl.py", "--reward", reward, *given]
         print_next_command(cfg, ("RL that it pays for", rl))
-    # A search ranks by Q of the policy itself.
-    if cfg.label == "outcome" or cfg.prover == "base" and not cfg.labels:
+    of_policy = cfg.prover == "base" and not cfg.labels
+    if cfg.label == "outcome" or of_policy:  # a search ranks by Q of the policy itself
         search = ["search.py", "--method", method, "--model", cfg.policy, "--n", 12]
         print_next_command(cfg, ("search with it", [*search, "--verifier", cfg.run_dir]))
     return summary

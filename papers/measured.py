@@ -20,7 +20,7 @@ The prover's tokens are in every row of metrics.jsonl (measured/sampled_tokens):
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -41,7 +41,7 @@ from model import load_model, load_weights, write_model
 from report.watch import evaluate, rollout_logs, summarize
 from rollouts import continue_and_grade, distinct, first_illegal, grades, pass_at_k, step_ends
 from sample import generate
-from tasks import get_task, task_class
+from tasks import get_task, prepare
 from tasks.context import leave_out_long
 
 
@@ -165,7 +165,7 @@ def main(argv=None):
         raise UserError(f"--reward {cfg.reward} needs no measured values: python train_rl.py --reward {cfg.reward}")
     if not cfg.policy or not cfg.run_dir:
         raise UserError("give --policy (and --prover) and --run-dir: train_sft.py makes the policies, --strength says how good")
-    summary = train(replace(cfg, **task_class(cfg.task).smoke["rl"]) if cfg.smoke else cfg)
+    summary = train(prepare(cfg, "rl", argv, cfg.policy, cfg.prover))
     print_next_command(cfg, ("how often it is right", ["-m", "report.evaluate", "--model", cfg.run_dir]))
     return summary
 

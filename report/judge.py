@@ -154,7 +154,7 @@ def shortcomings(cfg, summary):
     advantage = summary.get("corr_advantage")
     if cfg.label == "q" and advantage is not None and not advantage > 0:
         out.append(f"its advantage does not correlate with that of fresh rollouts ({advantage:.2f})")
-    if cfg.label == "q" and cfg.prover == "base" and cfg.prover_k == 1:
+    if cfg.label == "q" and cfg.prover == "base" and cfg.prover_k == 1 and not cfg.labels:
         out.append("the prover is the base policy itself, which is for search (Q^pi); for RL give --prover DIR, the clone "
                    "of a better demonstrator, or --prover-k 4")
     return out

@@ -49,7 +49,7 @@ class Task:
         rl=dict(num_prompts=16, num_generations=8),
         long=5,
     )
-    smoke = dict(  # what --smoke puts on top: does it run? Of the stages it is what theirs does.
+    smoke = dict(  # what --smoke puts on top: does it run?
         sft=dict(steps=20, num_examples=256, eval_problems=32),
         verifier=dict(num_problems=64, epochs=1, eval_problems=16, eval_mc=4),
         rl=dict(steps=3, eval_steps=1, eval_problems=32),

@@ -79,7 +79,7 @@ def few_letters(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_every_distinct_prefix_has_one_number(seed):
     tokens, length = few_letters(seed)
-    node, first = shared_prefixes(tokens, length, "cpu", worth=1.0)
+    node, first = shared_prefixes(tokens, length, worth=1.0)
     numbers = {}
     for b, n in enumerate(length.tolist()):
         for t in range(n):
@@ -92,9 +92,9 @@ def test_every_distinct_prefix_has_one_number(seed):
 
 def test_rows_with_nothing_in_common_are_left_alone():
     tokens = torch.arange(12).view(3, 4)
-    assert shared_prefixes(tokens, torch.tensor([4, 4, 4]), "cpu") is None
+    assert shared_prefixes(tokens, torch.tensor([4, 4, 4])) is None
     tokens[2, :3] = tokens[1, :3]
-    assert shared_prefixes(tokens, torch.tensor([4, 4, 4]), "cpu")[0].unique().tolist() == list(range(9))
+    assert shared_prefixes(tokens, torch.tensor([4, 4, 4]))[0].unique().tolist() == list(range(9))
 
 
 def test_what_is_shared_gives_the_same_loss_and_gradients(model):
@@ -102,13 +102,14 @@ def test_what_is_shared_gives_the_same_loss_and_gradients(model):
     tokens, length = torch.cat([tokens, tokens]), torch.cat([length, length])  # whole rows twice, too
     targets = (torch.arange(tokens.shape[1]) < length[:, None]) & (torch.arange(tokens.shape[1]) > 0)
     weight, found = torch.randn(int(targets.sum()), generator=torch.Generator().manual_seed(0)), []
-    for share in (None, shared_prefixes(tokens[:, :-1], length - 1, "cpu")):
+    node, _ = shared_prefixes(tokens[:, :-1], length - 1)
+    for given in (None, length):
         model.zero_grad()
-        loss, logprob, _ = token_loss(model, tokens, targets, 0.7, lambda lp, entropy, w: (lp * w).sum(), weight, share=share)
+        loss, logprob, _ = token_loss(model, tokens, targets, 0.7, lambda lp, entropy, w: (lp * w).sum(), weight, length=given)
         loss.backward()
-        again, _ = token_logprobs(model, tokens, targets, 0.7, share)
+        again, _ = token_logprobs(model, tokens, targets, 0.7, given)
         found.append([loss, logprob, again, *[p.grad for p in model.parameters()]])
-    assert len(share[0].unique()) < 0.6 * int(length.sum())
+    assert len(node.unique()) < 0.6 * int(length.sum())
     for a, b in zip(*found):
         close(a, b.detach())
 

@@ -132,19 +132,6 @@ def test_what_cannot_be_planned_is_said(tmp_path):
         train_rl.main(["--task", "jsonl", "--data", str(tmp_path / "x.jsonl")])
 
 
-def test_smoke_plans_what_the_stages_make_of_it(tmp_path):
-    """Else a second --smoke would meet stages with other settings, and refuse them."""
-    cfg = pipeline.with_flags(train_rl.Config)(reward="pav", smoke=True, run_dir=str(tmp_path))
-    _, jobs = pipeline.plan(cfg, SCRIPTS, set())
-    config = {job.label.split("/")[1]: job.config for job in jobs}
-    made = dataclasses.replace(config["sft"])
-    train_sft.smoke(made)
-    assert made == config["sft"]
-    verifier = config["verifier"]
-    sizes = (verifier.num_problems, verifier.epochs, verifier.eval_problems, verifier.eval_mc)
-    assert sizes == (64, 1, 16, 4)  # pav.main
-
-
 def test_an_arm_with_another_loop_is_refused_where_nobody_knows_it():
     cfg = pipeline.with_flags(train_rl.Config)(arms=["mrt"], task="probe")
     with pytest.raises(UserError, match="python -m papers.mrt"):

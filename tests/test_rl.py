@@ -13,6 +13,7 @@ from infra import seeds
 from infra.runs import read_metrics
 from infra.seeds import batch_indices
 from model import save_model
+from report import watch
 from rollouts import rows_that_fit
 from sample import generate
 from train_rl import Config, update
@@ -214,7 +215,8 @@ def test_rollouts_end_where_evaluations_end(start, monkeypatch):
     stops = []
     original = train_rl.generate
     monkeypatch.setattr(ToyTask, "stop_ids", lambda self, tokenizer: [7, EOS], raising=False)
-    monkeypatch.setattr(train_rl, "generate", lambda *a, **o: stops.append(o["stop_ids"]) or original(*a, **o))
+    for module in (train_rl, watch):
+        monkeypatch.setattr(module, "generate", lambda *a, **o: stops.append(o["stop_ids"]) or original(*a, **o))
     start("stops", reward="outcome")
     assert len(stops) == 5 and all(s == [7, EOS] for s in stops)
 
