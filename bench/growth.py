@@ -31,7 +31,7 @@ from bench import timing
 from bench.rl_step import Config as StepConfig
 from bench.rl_step import Ours, starting_model
 from infra.cli import opt, parse, script
-from infra.runs import generator
+from infra.seeds import generator
 from kernels import linear_logprob
 from model import Transformer, init_weights
 from open_weights.families import Config as Shape
@@ -167,21 +167,21 @@ def memory_of_run(cfg, folder):
     """Resident MiB of train_rl.train after some of its steps: of the policy in `folder`, outcome rewards."""
     watched, steps = {}, [max(1, cfg.run_steps * i // 10) for i in range(1, 11)]
 
-    class Watching(train_rl.Metrics):
-        def write(self, step, **values):
-            super().write(step, **values)
+    class Watching(train_rl.Run):
+        def log(self, step, **values):
+            super().log(step, **values)
             if step in steps:
                 hand_back()
                 watched[step] = resident()
 
-    plain, train_rl.Metrics = train_rl.Metrics, Watching
+    plain, train_rl.Run = train_rl.Run, Watching
     try:
         with tempfile.TemporaryDirectory() as run:
             train_rl.train(train_rl.Config(reward="outcome", policy=folder, run_dir=run, steps=cfg.run_steps, num_prompts=2,
                                            num_generations=4, eval_steps=cfg.run_steps, eval_problems=8, device="cpu",
                                            save_steps=max(1, cfg.run_steps // 5), threads=1, seed=cfg.seed))
     finally:
-        train_rl.Metrics = plain
+        train_rl.Run = plain
     first, last = watched[steps[0]], watched[steps[-1]]
     if first is not None:
         print(f"a run of {cfg.run_steps} steps: {first:.1f} MiB at step {steps[0]}, {last:.1f} at the end")

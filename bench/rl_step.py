@@ -44,9 +44,10 @@ import train_sft
 from bench import timing
 from infra.cli import UserError, opt, parse, script
 from infra.runs import mean
-from infra.seeds import derive
+from infra.seeds import batch_indices, derive
 from kernels.product import matmul_nt
 from model import load_model, resolve, save_model
+from rollouts import grades
 from sample import generate
 from tasks import get_task
 
@@ -93,6 +94,11 @@ def wait(device):
         torch.cuda.synchronize()
 
 
+def picked_at(problems, step, cfg):
+    """The problems of a step of train_rl.py."""
+    return [problems[i] for i in batch_indices(len(problems), cfg.num_prompts, step, cfg.seed, "rl epoch")]
+
+
 class Ours:
     """The body of train_rl.train's loop: step() does one step and notes what it cost."""
 
@@ -112,12 +118,11 @@ class Ours:
         c, step = self.cfg, len(self.log) + 1
         limit = c.max_completion_length or self.task.max_new_tokens
         B = c.num_prompts * c.num_generations
-        picked, G = train_rl.pick_problems(self.problems, step, c), c.num_generations
-        problems, prompts = [p for p in picked for _ in range(G)], [self.task.prompt_tokens(p, self.tokenizer) for p in picked]
-        rollouts = generate(self.model, [p for p in prompts for _ in range(G)], max_new_tokens=limit,
-                            temperature=c.temperature, seed=derive(c.seed, "rl"), stop_ids=self.tokenizer.eos_ids,
-                            sequence_ids=range((step - 1) * B, step * B), slots=c.slots)
-        adv, logs = train_rl.advantages(c, self.task, problems, rollouts, self.tokenizer, None)
+        problems = [p for p in picked_at(self.problems, step, c) for _ in range(c.num_generations)]
+        rollouts = generate(self.model, [self.task.prompt_tokens(p, self.tokenizer) for p in problems], max_new_tokens=limit,
+                            temperature=c.temperature, seed=derive(c.seed, "rl"), stop_ids=self.task.stop_ids(self.tokenizer),
+                            sequence_ids=range((step - 1) * B, step * B))
+        adv, logs = train_rl.advantages(c, rollouts.mask(), grades(self.task, problems, rollouts, self.tokenizer))
         train_rl.update(self.model, None, self.optimizer, list(self.model.parameters()), rollouts, adv, c, limit, self.device)
         wait(self.device)
         self.log.append((time.perf_counter() - start, int(rollouts.mask().sum()), logs["reward"]))
@@ -169,7 +174,7 @@ def run_theirs(cfg, folder, ours, where):
             self.on_train_begin()
 
     args = grpo_config(cfg, ours.cfg, ours.cfg.max_completion_length or ours.task.max_new_tokens, where)
-    picked = [p for step in range(args.max_steps) for p in train_rl.pick_problems(ours.problems, step + 1, ours.cfg)]
+    picked = [p for step in range(args.max_steps) for p in picked_at(ours.problems, step + 1, ours.cfg)]
     trainer = GRPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), reward_funcs=reward,
         args=args, train_dataset=datasets.Dataset.from_list([dict(prompt=p.prompt, key=p.key) for p in picked]),

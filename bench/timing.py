@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from infra.cli import UserError, opt
-from infra.runs import derive, write_json
+from infra.runs import write_json
+from infra.seeds import derive
 
 
 @dataclass

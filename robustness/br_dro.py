@@ -205,6 +205,7 @@ def report(runs, command):
                    f"adversary: {said('JTT', *runs)}."), dict(
         paper="2302.02931", command=command,
         claim="BR-DRO matches Group DRO without group labels.",
+        short="BR-DRO matches Group DRO without group labels",
         holds=common.verdict(x[0] > -0.03 for x in lead("Group DRO", "0%", *random)),
         measured=f"Worst group, BR-DRO minus Group DRO: {said('Group DRO', '0%', *random)} "
                  "(matched: at most 0.03 below).",

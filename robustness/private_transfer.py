@@ -175,8 +175,6 @@ def report(rows, cfg, command):
     heads."""
     epsilons = [f"{e:g}" for e in (*cfg.epsilons, math.inf)]
     domains = list(dict.fromkeys(r["domain"] for r in rows))
-    *texts, images, heads = domains
-    lowest, middle = epsilons[0], epsilons[len(cfg.epsilons) // 2]
 
     def of(domain):
         return lambda arm, e: [r["accuracy"] for r in rows
@@ -185,14 +183,6 @@ def report(rows, cfg, command):
     def names(domain):
         return list(dict.fromkeys(r["arm"] for r in rows if r["domain"] == domain))
 
-    def won(domain, arm, rival):
-        """Where arm is clearly above rival: names of domain and epsilon."""
-        return [f"{domain}, epsilon {e}" for e in epsilons[:-1]
-                if lead(of(domain)(arm, e), of(domain)(rival, e))[2]]
-
-    def cells(domain, e, *arms):
-        return f"{domain}: " + ", ".join(f"{a} {cell(of(domain)(a, e))}" for a in arms)
-
     budgets = {e: dp.rho_for(e, DELTA) for e in cfg.epsilons}
     accounting = [[e, f"{rho:.5f}", f"{dp.rdp_epsilon(rho, DELTA):.3f}",
                    f"{dp.zcdp_epsilon(rho, DELTA):.3f}"] for e, rho in budgets.items()]
@@ -200,9 +190,25 @@ def report(rows, cfg, command):
              "Gaussian noise (inf: no privacy). Selection: public labels, four settings an arm and "
              f"epsilon, seed {TUNING_SEED}."]
     parts += [common.matrix(d, names(d), epsilons, of(d)) for d in domains[:-1]]
-    parts += [common.matrix(heads, names(heads), [""], of(heads)),
+    parts += [common.matrix(domains[-1], names(domains[-1]), [""], of(domains[-1])),
               "The same budgets, as other conversions would print them:\n\n" + common.markdown(
                   ["epsilon, exact", "rho (zCDP)", "by RDP", "by zCDP"], accounting)]
+    claims = claims_of(cfg, command, epsilons, domains, names, of)
+    return "\n\n".join(parts), claims, lambda plt: draw(plt, epsilons, domains, names, of)
+
+
+def claims_of(cfg, command, epsilons, domains, names, of):
+    """The three claims. of(domain)(arm, epsilon) -> accuracies over seeds, names(domain) -> arms."""
+    *texts, images, heads = domains
+    lowest, middle = epsilons[0], epsilons[len(cfg.epsilons) // 2]
+
+    def won(domain, arm, rival):
+        """Where arm is clearly above rival: names of domain and epsilon."""
+        return [f"{domain}, epsilon {e}" for e in epsilons[:-1]
+                if lead(of(domain)(arm, e), of(domain)(rival, e))[2]]
+
+    def cells(domain, e, *arms):
+        return f"{domain}: " + ", ".join(f"{a} {cell(of(domain)(a, e))}" for a in arms)
 
     subspace = SUBSPACES[0]
     gained = [won(d, subspace, WITHOUT) for d in texts] + [won(images, FEATURES, PIXELS)]
@@ -219,6 +225,7 @@ def report(rows, cfg, command):
     first = dict(
         shared, holds=common.verdict(len(where) == tried for where in gained),
         claim="public representations make private learning better than the same without them",
+        short="Public representations make private learning better",
         measured=f"epsilon {middle}; {cells(texts[-1], middle, WITHOUT, FULL, *SUBSPACES)}; "
                  f"{cells(images, middle, PIXELS, FEATURES)}; settings from private rows: "
                  f"{cells(texts[-1], middle, PAID, UNPAID)} {seeds}",
@@ -242,8 +249,7 @@ def report(rows, cfg, command):
         fails_when=f"public data are few: {cells(heads, '', public_tasks(50), 'all 196 pixels')}; "
                    f"here {cfg.users} users with ten images each, and public labels that name the "
                    "digit")
-    text = "\n\n".join(parts)
-    return text, [first, second, third], lambda plt: draw(plt, epsilons, domains, names, of)
+    return [first, second, third]
 
 
 def draw(plt, epsilons, domains, names, of):

@@ -250,7 +250,7 @@ def test_rope_write_writes_one_position_of_each_row(dtype, tolerance):
 def test_a_prompt_and_a_step_rotate_alike():
     """bfloat16 keys: model.rotate (the prompt's pass) and rope_write (a step) both turn in float32 and round once, by
     at most 2^-8. Tables in bfloat16 would add as much again, and more where the two terms cancel."""
-    from model import rotate
+    from kernels.pointwise import rotate
 
     T, d = 19, 16
     angle = torch.outer(torch.arange(T, dtype=torch.float64), 0.5 ** torch.arange(d // 2, dtype=torch.float64))

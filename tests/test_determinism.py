@@ -68,6 +68,6 @@ def test_shared_prefixes_give_the_same_loss_on_a_gpu():
     model, tokens = tiny_model().cuda(), torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6, 0]])
     length, losses = torch.tensor([4, 4, 3]), []
     targets = ((torch.arange(4) > 0) & (torch.arange(4) < length[:, None])).cuda()
-    for share in (None, shared_prefixes(tokens[:, :-1], length - 1, "cuda")):
+    for share in (None, shared_prefixes(tokens[:, :-1], length - 1)):
         losses.append(token_loss(model, tokens.cuda(), targets, 1.0, lambda lp, entropy: -lp.sum(), share=share)[1])
     torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)

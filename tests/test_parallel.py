@@ -162,5 +162,6 @@ def test_a_second_gpu_becomes_the_current_one(device, current, monkeypatch):
     """--device cuda:1: kernels and graphs go to the current device, so tensors there are not enough."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert setup(device, 0) == device and chosen == current
