@@ -82,8 +82,8 @@ CUDA_TOKENS = 8192  # of one backward pass, where the caller does not say how ma
 
 
 def rows_that_fit(rollouts, device):
-    """Rows of one backward pass: all on a CPU; on a GPU as many as hold CUDA_TOKENS tokens. Backward
-    keeps 1.3 MB for each of these of SmolLM2 in float32 (bench/scale.py, Shape.activations)."""
+    """Rows of one backward pass: all on a CPU; on a GPU as many as hold CUDA_TOKENS tokens.
+    Backward keeps 1.3 MB for each of SmolLM2's in float32 (bench/scale.py, Shape.activations)."""
     if not str(device).startswith("cuda"):
         return len(rollouts)
     return max(1, CUDA_TOKENS // rollouts.tokens.shape[1])
