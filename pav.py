@@ -439,8 +439,9 @@ def train(cfg):
         quality = judge_labels(verifier, held)
     else:
         quality = judge(verifier, base, prover, tokenizer, task, cfg)
-    labels = int((data["weight"] > 0).sum())
-    mean_label = float((data["target"] * data["weight"]).sum() / data["weight"].sum())
+    weight = data["weight"]
+    labels = int((weight > 0).sum())
+    mean_label = float((data["target"] * weight).sum() / weight.sum())
     summary = run.finish(
         **quality,
         sequences=len(data["tokens"]),
@@ -451,13 +452,14 @@ def train(cfg):
         seconds_fitting=round(seconds_fitting, 1),
     )
     exact = ""
+    if "corr_advantage_ceiling" in quality:
+        exact = f" (noise allows {quality['corr_advantage_ceiling']:.2f})"
     if "corr_advantage_exact" in quality:
-        exact = f", with the exact one {quality['corr_advantage_exact']:.2f}"
+        exact += f", with the exact one {quality['corr_advantage_exact']:.2f}"
     print(
         f"verifier: {labels} labels, AUC {quality['auc']:.3f}, Brier {quality['brier']:.4f} "
-        f"(constant: "
-        f"{quality['brier_constant']:.4f}), corr of advantage "
-        f"{quality['corr_advantage']:.2f}{exact} -> {run.folder}"
+        f"(constant: {quality['brier_constant']:.4f}), "
+        f"corr of advantage {quality['corr_advantage']:.2f}{exact} -> {run.folder}"
     )
     return summary
 

@@ -5,6 +5,7 @@ prefixes. The correlation of the *advantage* matters for RL, which is paid by di
 and steps badly.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -65,12 +66,26 @@ def monte_carlo_value(right, k):
     return torch.tensor(values).view(counts.shape)
 
 
+def noise_ceiling(right, k):
+    """right [N,2,n], grades of n continuations before and after N steps -> the correlation with their advantage that the
+    true one would have. From two halves (split-half reliability, Spearman-Brown); nan below 2k continuations."""
+    half = right.shape[-1] // 2
+    if half < k:
+        return float("nan")
+    values = [monte_carlo_value(part, k) for part in (right[..., :half], right[..., half : 2 * half])]
+    r = correlation(*(v[:, 1] - v[:, 0] for v in values))
+    if not r > 0:
+        return r if math.isnan(r) else 0.0
+    return math.sqrt(2 * r / (1 + r))
+
+
 def judge(verifier, base, prover, tokenizer, task, cfg):
     """-> dict of numbers; cfg is pav.py's.
 
     brier and auc: of single continuations, against the verifier's value of one sample; brier_constant: what the mean alone
-    would get; auc_outcome: of whole solutions; corr_value, corr_advantage: against eval_mc fresh continuations (noisy: an
-    upper bound below 1 even for the truth); corr_*_exact: against the solver's value of the scripted demonstrator.
+    would get; auc_outcome: of whole solutions; corr_value, corr_advantage: against eval_mc fresh continuations (noisy:
+    corr_advantage_ceiling is what the truth itself would get); corr_*_exact: against the solver's value of the
+    scripted demonstrator.
     """
     problems = task.problems("val", cfg.eval_problems, cfg.seed)
     problems = (problems * (1 + cfg.eval_problems // len(problems)))[: cfg.eval_problems]
@@ -100,6 +115,7 @@ def judge(verifier, base, prover, tokenizer, task, cfg):
         auc_outcome=auc_outcome,
         corr_value=correlation(guess[:, 1], truth[:, 1]),
         corr_advantage=correlation(guess[:, 1] - guess[:, 0], truth[:, 1] - truth[:, 0]),
+        corr_advantage_ceiling=noise_ceiling(right, verifier.k),
         reliability=reliability(single, right.reshape(-1)),
         judged_steps=len(steps),
     )

@@ -13,7 +13,7 @@ from infra.cli import UserError
 from model import save_model
 from open_weights.tokenizer import alphabet_tokenizer
 from pav import Config, bce_weights, choose_cuts, collect, join, value_loss
-from report.judge import auc, correlation, judge, reliability
+from report.judge import auc, correlation, judge, monte_carlo_value, noise_ceiling, reliability
 from rollouts import pass_at_k, step_ends
 from verifier import Verifier, best_of_k_value, load_verifier, save_verifier, step_values
 
@@ -207,6 +207,17 @@ def test_a_verifier_that_knows_is_told_from_one_that_does_not(task, tokenizer, m
     assert good["auc_outcome"] == 1.0 and bad["auc_outcome"] == 0.5  # a head of zeros
     assert good["corr_advantage"] > 0.5 and math.isnan(bad["corr_advantage"])
     assert good["brier"] < bad["brier"] and good["judged_steps"] > 20
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_noise_ceiling_is_what_the_true_advantage_gets(k):
+    gen = torch.Generator().manual_seed(3)
+    p = torch.rand(20000, 2, generator=gen)
+    right = (torch.rand(20000, 2, 16, generator=gen) < p[..., None]).float()
+    advantage, noisy = (v[:, 1] - v[:, 0] for v in (1 - (1 - p) ** k, monte_carlo_value(right, k)))
+    assert noise_ceiling(right, k) == pytest.approx(correlation(advantage, noisy), abs=0.02)
+    assert noise_ceiling((torch.rand(20000, 2, 16, generator=gen) < 0.5).float(), k) < 0.25  # nothing but noise
+    assert math.isnan(noise_ceiling(right[..., :1], k))
 
 
 def test_solutions_of_one_step_leave_no_step_to_judge(tokenizer, model):
