@@ -453,7 +453,7 @@ def train(cfg):
     )
     exact = ""
     if "corr_advantage_ceiling" in quality:
-        exact = f" (noise allows {quality['corr_advantage_ceiling']:.2f})"
+        exact = f" (noise allows at most {quality['corr_advantage_ceiling']:.2f})"
     if "corr_advantage_exact" in quality:
         exact += f", with the exact one {quality['corr_advantage_exact']:.2f}"
     print(

@@ -260,7 +260,7 @@ def run(cfg, scripts, argv):
             "a stage of a pipeline lacks --policy, --verifier or --run-dir; report/arms.py says "
             "what each arm is paid by"
         )
-    adopt_task(cfg, cfg.policy, cfg.verifier)
+    adopt_task(cfg, cfg.policy, getattr(cfg, "verifier", ""))  # MRT has none
     check(cfg)
     root, jobs = plan(cfg, scripts, typed(argv))
     run_plan(root, jobs, cfg.workers or (1 if cfg.model else max(1, os.cpu_count() or 1)))

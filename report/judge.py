@@ -67,16 +67,18 @@ def monte_carlo_value(right, k):
 
 
 def noise_ceiling(right, k):
-    """right [N,2,n], grades of n continuations before and after N steps -> the correlation with their advantage that the
-    true one would have. From two halves (split-half reliability, Spearman-Brown); nan below 2k continuations."""
+    """right [N,2,n], grades of n continuations before and after N steps -> the most that the true advantage could correlate
+    with theirs: 95% bound from two halves (split-half reliability, Spearman-Brown; Fisher's z). nan below 2k continuations or
+    4 steps."""
     half = right.shape[-1] // 2
-    if half < k:
+    if half < k or len(right) < 4:
         return float("nan")
     values = [monte_carlo_value(part, k) for part in (right[..., :half], right[..., half : 2 * half])]
     r = correlation(*(v[:, 1] - v[:, 0] for v in values))
-    if not r > 0:
-        return r if math.isnan(r) else 0.0
-    return math.sqrt(2 * r / (1 + r))
+    if math.isnan(r):
+        return r
+    r = math.tanh(math.atanh(max(-0.999, min(r, 0.999))) + 1.96 / math.sqrt(len(right) - 3))
+    return math.sqrt(max(0.0, 2 * r / (1 + r)))
 
 
 def judge(verifier, base, prover, tokenizer, task, cfg):
@@ -84,7 +86,7 @@ def judge(verifier, base, prover, tokenizer, task, cfg):
 
     brier and auc: of single continuations, against the verifier's value of one sample; brier_constant: what the mean alone
     would get; auc_outcome: of whole solutions; corr_value, corr_advantage: against eval_mc fresh continuations (noisy:
-    corr_advantage_ceiling is what the truth itself would get); corr_*_exact: against the solver's value of the
+    corr_advantage_ceiling is the most that the truth itself would get); corr_*_exact: against the solver's value of the
     scripted demonstrator.
     """
     problems = task.problems("val", cfg.eval_problems, cfg.seed)
