@@ -16,7 +16,7 @@ appendix D):
     4. fit       a Transformer with a scalar head by cross-entropy with these soft labels,
     5. judge     on held-out problems: calibration, AUC, and the correlation of the *advantage*,
                  which is what RL will be paid by (report/judge.py). A verifier can rank states
-                 well and steps badly.
+                 well and steps badly. Who is the prover, beside the base? (report/prover.py)
 
 Once a solution is beyond saving, its later prefixes all say 0, and cuts there teach little.
 --coverage first-pit looks where value is lost: of each cut whose value is at least --pit-threshold
@@ -56,6 +56,7 @@ from infra.runs import Run, one_thread_if_tiny, require_finite, setup, with_prog
 from infra.seeds import derive, shuffled
 from model import load_model, load_weights
 from report.judge import judge, judge_labels, shortcomings
+from report.prover import compare, describe
 from rollouts import continue_and_grade, grades, labelled_solutions, shards, stack, step_ends
 from sample import generate
 from tasks import TaskFlags, get_task, prepare, task_class
@@ -439,28 +440,18 @@ def train(cfg):
         quality = judge_labels(verifier, held)
     else:
         quality = judge(verifier, base, prover, tokenizer, task, cfg)
+        quality |= compare(verifier, base, prover, tokenizer, task, cfg)
     weight = data["weight"]
-    labels = int((weight > 0).sum())
-    mean_label = float((data["target"] * weight).sum() / weight.sum())
     summary = run.finish(
         **quality,
         sequences=len(data["tokens"]),
-        labels=labels,
+        labels=int((weight > 0).sum()),
         sampled_tokens=spent,
-        mean_label=mean_label,
+        mean_label=float((data["target"] * weight).sum() / weight.sum()),
         seconds_sampling=round(seconds_sampling, 1),
         seconds_fitting=round(seconds_fitting, 1),
     )
-    exact = ""
-    if "corr_advantage_ceiling" in quality:
-        exact = f" (noise allows at most {quality['corr_advantage_ceiling']:.2f})"
-    if "corr_advantage_exact" in quality:
-        exact += f", with the exact one {quality['corr_advantage_exact']:.2f}"
-    print(
-        f"verifier: {labels} labels, AUC {quality['auc']:.3f}, Brier {quality['brier']:.4f} "
-        f"(constant: {quality['brier_constant']:.4f}), "
-        f"corr of advantage {quality['corr_advantage']:.2f}{exact} -> {run.folder}"
-    )
+    print(describe(summary), "->", run.folder)
     return summary
 
 

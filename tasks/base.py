@@ -161,6 +161,11 @@ class Task:
         """
         return None
 
+    def solvable(self, problem, prefix):
+        """Can a solution that begins with this text still be right? None: no solver."""
+        value = self.exact_value(problem, prefix, (self.strengths or {}).get("base"))
+        return None if value is None else value > 0
+
     def value_now(self, problem, prefix):
         """Chance that an answer given at once, after this text, is right; None: no solver."""
         return None

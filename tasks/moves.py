@@ -77,7 +77,6 @@ class LineGame(Task):
         return sum(p * value[x] for x, p in chance.items()) / total if total else 0.0
 
     def solvable(self, problem, prefix):
-        """Can the target still be reached from this text?"""
         return self.exact_value(problem, prefix, 0) > 0
 
     def first_illegal_step(self, problem, completion):

@@ -14,7 +14,9 @@ from model import save_model
 from open_weights.tokenizer import alphabet_tokenizer
 from pav import Config, bce_weights, choose_cuts, collect, join, value_loss
 from report.judge import auc, correlation, judge, monte_carlo_value, noise_ceiling, reliability
-from rollouts import pass_at_k, step_ends
+from report.prover import agreement, centred_within, compare, describe, share_solvable
+from rollouts import Rollouts, pass_at_k, step_ends
+from tasks import get_task
 from verifier import Verifier, best_of_k_value, load_verifier, save_verifier, step_values
 
 
@@ -225,6 +227,45 @@ def test_solutions_of_one_step_leave_no_step_to_judge(tokenizer, model):
     task.step_ends = lambda tokens, prompt_len, length, tokenizer: [length]
     out = judge(Verifier(tiny_model()), model, model, tokenizer, task, Config(eval_problems=8, eval_mc=2))
     assert out["judged_steps"] == 0 and math.isnan(out["corr_advantage"])
+
+
+def test_an_advantage_is_centred_within_its_prompt():
+    values, prompt = torch.tensor([1.0, 3.0, 10.0, 20.0, 60.0]), torch.tensor([0, 0, 2, 2, 2])
+    assert centred_within(values, prompt).tolist() == [-1.0, 1.0, -20.0, -10.0, 30.0]
+
+
+def test_within_a_prompt_the_error_of_its_value_does_not_count():
+    """Two prompts, whose own values are off by 0.9: the batch's correlation falls, the one within a prompt stays 1."""
+    truth, prompt = torch.tensor([0.1, 0.3, 0.2, 0.4]), torch.tensor([0, 0, 1, 1])
+    found = agreement(truth + torch.tensor([0.9, 0.9, 0.0, 0.0]), truth, prompt, "_exact")
+    assert found["corr_first_within_exact"] == pytest.approx(1.0) and found["corr_first_exact"] < 0.0
+
+
+def test_base_and_prover_side_by_side(task, tokenizer, model):
+    """A prover that is the base has no numbers of its own; another has, and what is printed names both."""
+    cfg = Config(eval_problems=32, eval_mc=4, seed=1)
+    verifier, other = Verifier(tiny_model(seed=3)), tiny_model(seed=5)
+    torch.nn.init.normal_(verifier.head.weight)
+    alone = compare(verifier, model, model, tokenizer, task, cfg)
+    both = compare(verifier, model, other, tokenizer, task, cfg)
+    assert "success_prover" not in alone and "corr_policies" not in alone
+    assert both["success_base"] == alone["success_base"] and both["success_prover"] != both["success_base"]
+    assert both["solvable_base"] is None and -1 <= both["corr_policies"] <= 1 and "corr_first_within" in both
+    text = describe(both | dict(labels=7, auc=0.5, brier=0.1, brier_constant=0.2, corr_advantage=0.3))
+    assert [line.split(":")[0] for line in text.splitlines()] == ["base", "prover", "first step", "verifier"]
+
+
+def test_a_solver_says_which_first_steps_keep_a_problem_solvable():
+    grid = get_task("grid")
+    problem = grid.problems("val", 1, 0)[0]
+    (row, column, _), (r, c) = problem.data
+    towards = f"{row + (r > row) - (r < row)} {column} \n" if r != row else f"{row} {column + (1 if c > column else -1)} \n"
+    tokenizer = grid.tokenizer()
+    prompt = grid.prompt_tokens(problem, tokenizer)
+    rows = [prompt + tokenizer.encode(text) for text in (towards, "9 9 \n")]
+    rolled = Rollouts(torch.tensor(rows), torch.tensor([len(prompt)] * 2), torch.tensor([len(r) for r in rows]),
+                      torch.zeros(2, len(rows[0])), ["length"] * 2)
+    assert share_solvable(grid, tokenizer, [problem] * 2, rolled) == 0.5
 
 
 # ----------------------------------------------------------------------------------------------------
