@@ -451,7 +451,7 @@ def train(cfg):
         seconds_sampling=round(seconds_sampling, 1),
         seconds_fitting=round(seconds_fitting, 1),
     )
-    print(describe(summary), "->", run.folder)
+    print(f"{describe(summary)} -> {run.folder}")
     return summary
 
 
