@@ -1,0 +1,62 @@
+"""experiments/reasoning.py: what its table and claims say of curves that can be counted by hand."""
+
+import json
+
+import pytest
+import torch
+from toy import tiny_model
+
+from experiments import reasoning
+from open_weights.tokenizer import alphabet_tokenizer
+from verifier import Verifier, load_verifier, save_verifier, step_values
+
+TOKENIZER = alphabet_tokenizer(list("0123456789="))
+
+
+def curve(*accuracies):
+    """Evaluations every 100 steps of 1000 tokens."""
+    return [dict(step=100 * i, num_tokens=1000 * i, **{"eval/accuracy": a}) for i, a in enumerate(accuracies)]
+
+
+def results(pav):
+    """Two seeds; outcome-only runs for twice the steps; PAV's verifier cost as many tokens as its RL. pav: its ends."""
+    rows = [dict(arm="outcome", seed=s, draw=0, curve=curve(0.1, 0.1, 0.2, 0.2 + 0.1 * s, 0.3), other_tokens=0)
+            for s in range(2)]
+    rows += [dict(arm="outcome", seed=s, draw=1, curve=curve(0.1, 0.1, 0.4), other_tokens=0) for s in range(2)]
+    rows += [dict(arm=arm, seed=s, draw=0, curve=curve(0.1, a, 2 * a), other_tokens=2000)
+             for arm, ends in pav.items() for s, a in enumerate(ends)]
+    best = dict(outcome=dict(warmup_steps=0, entropy_coef=0.0), pav=dict(warmup_steps=30, entropy_coef=0.0))
+    tuning = [dict(family=f, **best[f], accuracy=0.5, curve_mean=0.25) for f in best]
+    return dict(settings=dict(task="grid", steps=200), rows=rows, best=best, tuning=tuning, command="c")
+
+
+def test_equal_samples_equal_tokens_and_the_share_of_steps():
+    r = results({"pav-k4": [0.3, 0.25]})
+    assert reasoning.by_seed(reasoning.at_end(r, "outcome")) == pytest.approx([0.3, 0.3])  # two draws a seed
+    assert reasoning.by_seed(reasoning.at_end(r, "pav-k4")) == pytest.approx([0.6, 0.5])
+    assert reasoning.equal_tokens(r, "pav-k4") == pytest.approx([0.3, 0.3])  # 2000 of RL and 2000 more
+    assert reasoning.share_of_steps(r, "pav-k4") == pytest.approx([0.5, 0.6])
+    assert reasoning.share_of_steps(results({"pav-k4": [0.3, 0.1]}), "pav-k4")[1] is None
+    row = next(line for line in reasoning.table(r).splitlines() if "K=4" in line)
+    assert "0.550 (0.071)" in row and "| 2k | 4k |" in row and "+0.250 (0.071)" in row
+
+
+@pytest.mark.parametrize("ends, holds", [([0.5, 0.51], True), ([0.05, 0.05], False), ([0.6, 0.01], "open")])
+def test_the_verdict_follows_the_seeds(ends, holds):
+    claims = reasoning.claims_of(results({"pav-k4": ends, "pav-k1": [0.1, 0.11]}))
+    assert claims[0]["holds"] == holds and len(claims) == 2
+    assert reasoning.claims_of(results({})) == []
+
+
+def test_the_same_verifier_is_read_as_best_of_k(tmp_path):
+    verifier = Verifier(tiny_model(), fingerprint=TOKENIZER.fingerprint)
+    torch.nn.init.normal_(verifier.head.weight)
+    folder = tmp_path / "verifier"
+    (folder / "step_000001").mkdir(parents=True)
+    save_verifier(folder / "step_000001", verifier, TOKENIZER, dict(task="grid"))
+    (folder / "summary.json").write_text("{}")
+    (folder / "run_config.json").write_text(json.dumps(dict(prover_k=1)))
+    assert reasoning.read_as(str(folder), 1) == str(folder)
+    tokens, ends = torch.randint(10, (3, 6)), torch.tensor([[2, 4, 6]] * 3)
+    values = step_values(load_verifier(reasoning.read_as(str(folder), 4), TOKENIZER), tokens, ends)
+    torch.testing.assert_close(values, 1 - (1 - step_values(verifier, tokens, ends)) ** 4)
