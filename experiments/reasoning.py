@@ -18,6 +18,9 @@ starts from that base and takes the same number of samples a step:
                      a verifier
     measured-k4      the same prover's values measured by rollouts at every step (papers/measured.py,
                      four continuations of each distinct prefix): nothing is learned
+    measured-k1      the same for K = 1, from 16 continuations: what the verifier would say if it
+                     made no error
+    exact            the values of the scripted player whom the prover imitates, by the solver
 
 Outcome-only and PAV choose warm-up and entropy bonus from the same grid, each for itself, on
 validation problems of a seed that is not reported; the other process-reward arms take PAV's.
@@ -33,6 +36,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from experiments import exact_rl
 from experiments.toolkit import (
     COLOURS,
     TUNING,
@@ -54,6 +58,7 @@ from infra.runs import mean, read_json, read_metrics, write_json
 from model import resolve
 from papers import measured
 from pipeline import Job, fields_of
+from tasks import get_task
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ ARMS = {
     "pav-k16": Arm("PAV, learned, K=16", "pav", k=16, colour="#0072B2"),
     "pav-alpha3": Arm("PAV, learned, K=1, alpha 3", "pav", dict(alpha=3.0), colour="#D55E00"),
     "measured-k4": Arm("PAV, measured, K=4", "measured", dict(n_mc=4, prover_k=4), colour="#882255"),
+    "measured-k1": Arm("PAV, measured, K=1", "measured", dict(n_mc=16), colour="#AA4499"),
+    "exact": Arm("PAV, exact values of the player", "exact", colour="#0072B2"),
     "constant": Arm("control: constant value", "constant", colour=COLOURS["constant"]),
     "strong": Arm("control: prover too strong", "strong-prover", colour=COLOURS["strong-prover"]),
     "outcome-prover": Arm(
@@ -82,6 +89,8 @@ ARMS = {
         colour=COLOURS["outcome-prover"],
     ),
 }
+
+SIBLINGS = {"measured": ["-m", "papers.measured"], "exact": ["-m", "experiments.exact_rl"]}
 
 
 @dataclass
@@ -110,7 +119,7 @@ def plan(cfg, root, seed, seeds, split, steps, evaluate_every, arms):
         {"steps", "eval_split", "eval_steps", "eval_problems"},
         task=cfg.task,
         reward="pav",
-        arms=sorted({ARMS[a].of for a in arms} - {"pav", "measured"}) or ["pav"],
+        arms=sorted({ARMS[a].of for a in arms} - set(SIBLINGS)) or ["pav"],
         seed=seed,
         seeds=seeds,
         run_dir=str(root),
@@ -140,15 +149,18 @@ def read_as(verifier, k):
 def arm_job(cfg, name, runs, seed, tuned, label, **settings):
     """The job of one arm on the policies of one seed; needs its stages complete."""
     arm = ARMS[name]
-    job = runs[f"seed{seed}/rl_{'pav' if arm.of == 'measured' else arm.of}"]
+    job = runs[f"seed{seed}/rl_{'pav' if arm.of in SIBLINGS else arm.of}"]
     home = Path(job.config.run_dir).parent
     config = replace(job.config, run_dir=str(home / label), **tuned | settings)
-    if arm.of == "measured":
-        config = measured.Config(**fields_of(config, measured.Config))
-        config.verifier = ""
-        config.prover = str(home / "prover")
+    if arm.of in SIBLINGS:
+        cls = measured.Config if arm.of == "measured" else exact_rl.Config
+        config = cls(**fields_of(config, cls) | dict(verifier=""))
+        if arm.of == "measured":
+            config.prover = str(home / "prover")
+        else:
+            config.strength = get_task(config).strengths["prover"]
         config = replace(config, **arm.settings)
-        return Job(f"seed{seed}/{label}", ["-m", "papers.measured"], config, [])
+        return Job(f"seed{seed}/{label}", SIBLINGS[arm.of], config, [])
     config = replace(config, **arm.settings)
     if config.reward == "outcome":
         config.verifier = ""
@@ -214,11 +226,11 @@ def run_arms(cfg, root, best):
 
 def provers(root, seeds):
     """What pav.py said of each seed's policies and verifier."""
-    names = ("who", "corr_advantage", "corr_advantage_exact", "corr_within", "corr_within_exact")
+    beginnings = ("corr_", "success_", "solvable_")
     out = []
     for seed in range(seeds):
         summary = read_json(root / f"seed{seed}" / "verifier" / "summary.json")
-        out.append({name: summary[name] for name in names if name in summary})
+        out.append({k: v for k, v in summary.items() if k.startswith(beginnings)})
     return out
 
 
@@ -403,6 +415,7 @@ def main(argv=None):
         cfg.steps = cfg.tuning_steps = 2
         cfg.long_steps = 4
         cfg.warmup_steps = [0]
+        cfg.entropy_coefs = [0.0]
     best, tuning = tune(cfg, root)
     print(json.dumps(best), flush=True)
     rows = run_arms(cfg, root, best)
