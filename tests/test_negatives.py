@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from experiments import negatives
+from experiments import negatives, negatives_report
 from model import pad_right
 from rollouts import write_tensors
 from tasks import get_task
@@ -12,10 +12,10 @@ from tasks import get_task
 
 def test_worth_is_read_off_the_curve_of_sft():
     sizes, sft = [100, 200, 400], [0.2, 0.4, 0.8]
-    assert negatives.worth(sizes, sft, 100, 0.4) == pytest.approx(2)
-    assert negatives.worth(sizes, sft, 200, 0.2) == pytest.approx(0.5)
-    assert negatives.worth(sizes, sft, 100, 0.6) == pytest.approx(2 * 2**0.5)  # half way in log(size)
-    assert negatives.worth(sizes, sft, 400, 0.9) is None and negatives.worth(sizes, sft, 100, 0.1) is None
+    assert negatives_report.worth(sizes, sft, 100, 0.4) == pytest.approx(2)
+    assert negatives_report.worth(sizes, sft, 200, 0.2) == pytest.approx(0.5)
+    assert negatives_report.worth(sizes, sft, 100, 0.6) == pytest.approx(2 * 2**0.5)  # half way in log(size)
+    assert negatives_report.worth(sizes, sft, 400, 0.9) is None and negatives_report.worth(sizes, sft, 100, 0.1) is None
 
 
 def test_gains_are_paired_by_seed():
@@ -23,12 +23,12 @@ def test_gains_are_paired_by_seed():
     results = {"100": dict(sft=dict(setting={}, rows=rows(0.1, 0.3)),
                            rft=dict(setting={}, rows=rows(0.2, 0.4))), "200": dict(
                                sft=dict(setting={}, rows=rows(0.5, 0.5)))}
-    found = negatives.chain_summary(results, [100, 200])
+    found = negatives_report.chain_summary(results, [100, 200])
     assert [(r["size"], r["method"]) for r in found] == [(100, "sft"), (100, "rft"), (200, "sft")]
     rft = found[1]
     assert rft["gain"] == pytest.approx(0.1) and rft["gain_sd"] == pytest.approx(0, abs=1e-9)
     assert rft["sd"] == pytest.approx(0.02**0.5) and rft["worth"] == pytest.approx(2 ** (1 / 3))
-    assert "| 100 | RFT |" in negatives.chain_table(found)
+    assert "| 100 | RFT |" in negatives_report.chain_table(found)
 
 
 def test_cuts_are_held_against_the_first_wrong_step(tmp_path):

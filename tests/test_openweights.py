@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import openweights, wordproblems
+from experiments import openweights, openweights_report, wordproblems
 from infra.cli import UserError, flags, parse
 from tasks.answers import answers_equal, extract_answer
 
@@ -68,18 +68,18 @@ def test_gsm8k_keeps_its_test_file(tmp_path):
 
 def test_votes_and_paired_differences():
     answers, correct = [["3", "4", "4.0", None], [None, None, "1", "2"]], torch.tensor([[0.0, 1, 1, 0], [0, 0, 1, 0]])
-    assert openweights.voted(answers, correct, 4).tolist() == [1, 1]  # a tie goes to the answer that came first
-    assert openweights.voted(answers, correct, 2).tolist() == [0.5, 0.5]
-    middle, low, high = openweights.paired([1.0, 0.0, 1.0], [0.0, 0.0, 1.0])
+    assert openweights_report.voted(answers, correct, 4).tolist() == [1, 1]  # a tie goes to the answer that came first
+    assert openweights_report.voted(answers, correct, 2).tolist() == [0.5, 0.5]
+    middle, low, high = openweights_report.paired([1.0, 0.0, 1.0], [0.0, 0.0, 1.0])
     assert middle == pytest.approx(1 / 3) and middle - low == pytest.approx(1.96 / 3) == pytest.approx(high - middle)
 
 
 def test_auc_within_a_problem_does_not_see_which_problems_are_hard():
     correct = torch.tensor([[1.0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
     knows_problems = torch.tensor([[0.9] * 4, [0.2] * 4, [0.1] * 4])
-    assert openweights.auc_within(knows_problems, correct) == pytest.approx(0.5)
+    assert openweights_report.auc_within(knows_problems, correct) == pytest.approx(0.5)
     knows_solutions = torch.tensor([[0.3, 0.3, 0.3, 0.1], [0.5, 0.5, 0.5, 0.8], [0.9, 0.1, 0.5, 0.2]])
-    assert openweights.auc_within(knows_solutions, correct) == pytest.approx(1)
+    assert openweights_report.auc_within(knows_solutions, correct) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("size", [*openweights.SIZES, "smoke"])
