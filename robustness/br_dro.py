@@ -1,6 +1,6 @@
 """BR-DRO: an adversary that can only name simple groups (Setlur et al. 2023, arXiv 2302.02931).
 
-    python -m robustness.br_dro --seeds 5 --out docs/results/br_dro    # 8 minutes of one core
+    python -m robustness.br_dro --out docs/results/br_dro              # 11 minutes of one core
     python -m robustness.br_dro --smoke                                # seconds, synthetic data
 
 Claim: of all groups that an adversary could raise the weight of, only *simple* ones matter. One of
@@ -59,7 +59,7 @@ TITLES = {"worst": "Worst group by label noise, epoch chosen on validation",
 
 @dataclass
 class Config(common.Config):
-    epochs: int = opt(16, "passes over the training images", "method", low=3)
+    epochs: int = opt(24, "passes over the training images", "method", low=3)
 
 
 def bitrate_inputs(images, components):
