@@ -311,6 +311,7 @@ def table(results):
             f"| {f'{mean(within):.3f}' if draws > 1 else ''} | {rl / 1e3:.0f}k | {total / 1e3:.0f}k "
             f"| {cells[0]} | {cells[1]} |"
         )
+    lines += provers_lines(results["provers"])
     lines += ["", "Tuning (seed 1000, validation): warm-up, entropy bonus: mean over the run, end"]
     for r in results["tuning"]:
         best = results["best"][r["family"]]
@@ -320,6 +321,24 @@ def table(results):
             f"{r['accuracy']:.3f}{' (chosen)' if chosen else ''}"
         )
     return "\n".join(lines)
+
+
+def provers_lines(provers):
+    """What pav.py said, mean (sd) over the seeds."""
+    names = {
+        "success_base": "solved by the base",
+        "success_prover": "solved by the prover",
+        "solvable_base": "first steps of the base that keep the target reachable",
+        "solvable_prover": "first steps of the prover that do",
+        "corr_policies": "correlation of the two policies' values after the base's first steps",
+        "corr_advantage_exact": "correlation of the verifier's advantage with the player's exact one",
+        "corr_first_exact": "the same, first steps, over the batch",
+        "corr_first_within_exact": "the same, first steps, within a prompt",
+    }
+    known = [k for k in names if all(p.get(k) is not None for p in provers)]
+    return ["", "Who is the prover?", ""] + [
+        f"* {names[k]}: {mean_sd([p[k] for p in provers])}" for k in known
+    ]
 
 
 def figure(results, path):
@@ -421,7 +440,8 @@ def main(argv=None):
     rows = run_arms(cfg, root, best)
     out = Path(cfg.out)
     words = " ".join(["reasoning", *(sys.argv[1:] if argv is None else argv)])
-    results = dict(settings=vars(cfg), best=best, tuning=tuning, rows=rows)
+    said = provers(root, cfg.seeds)
+    results = dict(settings=vars(cfg), best=best, tuning=tuning, rows=rows, provers=said)
     text = table(results)
     write_results(
         out,
@@ -432,7 +452,7 @@ def main(argv=None):
         best=best,
         tuning=tuning,
         rows=rows,
-        provers=provers(root, cfg.seeds),
+        provers=said,
     )
     figure(results, out / "curves.png")
     print_results(text, out)

@@ -27,7 +27,8 @@ def results(pav):
              for arm, ends in pav.items() for s, a in enumerate(ends)]
     best = dict(outcome=dict(warmup_steps=0, entropy_coef=0.0), pav=dict(warmup_steps=30, entropy_coef=0.0))
     tuning = [dict(family=f, **best[f], accuracy=0.5, curve_mean=0.25) for f in best]
-    return dict(settings=dict(task="grid", steps=200), rows=rows, best=best, tuning=tuning, command="c")
+    return dict(settings=dict(task="grid", steps=200), rows=rows, best=best, tuning=tuning, command="c",
+                provers=[dict(success_base=0.125), dict(success_base=0.375)])
 
 
 def test_equal_samples_equal_tokens_and_the_share_of_steps():
@@ -39,6 +40,7 @@ def test_equal_samples_equal_tokens_and_the_share_of_steps():
     assert reasoning.share_of_steps(results({"pav-k4": [0.3, 0.1]}), "pav-k4")[1] is None
     row = next(line for line in reasoning.table(r).splitlines() if "K=4" in line)
     assert "0.550 (0.071)" in row and "| 2k | 4k |" in row and "+0.250 (0.071)" in row
+    assert "* solved by the base: 0.250 (0.177)" in reasoning.table(r)
 
 
 @pytest.mark.parametrize("ends, holds", [([0.5, 0.51], True), ([0.05, 0.05], False), ([0.6, 0.01], "open")])
