@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import timing
+from bench.peers import eager_draw
 from engines import cuda as decode_cuda
 from engines.batch import draw_tokens
 from infra.cli import opt, parse, script
@@ -64,21 +65,8 @@ def gpu_bytes_per_second():
 
 def recorded(calls):
     """A function that does all the calls and waits for them; on a GPU a graph, replayed."""
-    if not torch.cuda.is_available():
-        return lambda: [call() for call in calls]
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-
-    def replay():
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay
+    gpu = torch.cuda.is_available()
+    return timing.waiting([timing.recorded(calls, gpu)], gpu)
 
 
 def compare(cfg, label, ours, theirs, calls, floor_bytes, speed):
@@ -91,12 +79,6 @@ def compare(cfg, label, ours, theirs, calls, floor_bytes, speed):
         result["over_floor"] = result["ours"]["seconds"]["median"] / calls / result["floor_seconds"]
         print(f"{'':<34}{1e6 * result['floor_seconds']:>14.4g} us is the floor; ours takes {result['over_floor']:.2f} of it")
     return result
-
-
-def eager_draw(hidden, weight):
-    p = F.linear(hidden, weight).float().softmax(-1)
-    token = p.multinomial(1)
-    return token, p.gather(1, token).log()
 
 
 def flashinfer_draw(hidden, weight):

@@ -35,6 +35,7 @@ if not torch.cuda.is_available():  # chosen before triton is imported
 import triton
 
 from bench import timing
+from bench.peers import eager_draw
 from kernels import attention_triton as at
 from kernels import logprob_triton as lp
 from kernels import sampling_triton as sp
@@ -109,19 +110,6 @@ class Run:
             for name, call in live.items():
                 times[name].append(self.once(call))
         return {name: statistics.median(t) for name, t in times.items() if t}
-
-    def graph(self, calls):
-        """The calls as one CUDA graph, so that no side waits for Python."""
-        if not self.cuda:
-            return lambda: [call() for call in calls]
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        return graph.replay
 
 
 def ceilings(run):
@@ -256,12 +244,6 @@ def k1(run):
             torch.cuda.empty_cache()
 
 
-def eager_draw(hidden, weight):
-    p = F.linear(hidden, weight).float().softmax(-1)
-    token = p.multinomial(1)
-    return token, p.gather(1, token).log()
-
-
 @torch.no_grad()
 def k2(run):
     for shape in run.heads:
@@ -274,7 +256,7 @@ def k2(run):
             ways = dict(ours=lambda w, h=h, u=u: sp.linear_draw(h, w, 1.0, u),
                         group_stats=lambda w, h=h: sp.group_stats(h, w, 1.0),
                         product=lambda w, h=h: F.linear(h, w), eager=lambda w, h=h: eager_draw(h, w))  # fmt: skip
-            T = run.turns({name: run.graph([partial(f, w) for w in copies]) for name, f in ways.items()}, 0.5)
+            T = run.turns({name: timing.recorded([partial(f, w) for w in copies], run.cuda) for name, f in ways.items()}, 0.5)
             floor = max(2 * V * D / run.copy, 2.0 * B * V * D / run.peak)
             run.say(part="k2", shape=shape, B=B, **{f"{k}_us": 1e6 * v / len(copies) for k, v in T.items()},
                     floor_us=1e6 * floor, of_floor=floor * len(copies) / T["ours"])
@@ -290,7 +272,7 @@ def attention(run):
         q, length = run.randn(B, H, d), torch.full((B,), n, device=run.device)
         ways = dict(ours=lambda k, v, q=q, n=length: at.decode_attention(q, k, v, n),
                     sdpa=lambda k, v, q=q: F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True))  # fmt: skip
-        T = run.turns({m: run.graph([partial(f, k, v) for k, v in copies]) for m, f in ways.items()}, 0.5)
+        T = run.turns({m: timing.recorded([partial(f, k, v) for k, v in copies], run.cuda) for m, f in ways.items()}, 0.5)
         floor = 4 * B * K * n * d / run.copy
         run.say(part="attention", shape=name, **{f"{k}_us": 1e6 * v / count for k, v in T.items()}, floor_us=1e6 * floor,
                 of_floor=floor * count / T["ours"])
@@ -309,9 +291,10 @@ def variants(run):
         copies = [w] + [w.clone() for _ in range(0 if run.tiny else L2_BYTES // w.nbytes)]
         for B in [3] if run.tiny else [16, 256]:
             tiles = [(64, 128, 128, 4, 3), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
-            calls = {str(x): run.graph([partial(sp.group_stats, h[:B].contiguous(), c, 1.0, tile=x) for c in copies])
-                     for x in tiles[: 1 if run.tiny else None]}  # fmt: skip
-            T = run.turns(calls, 0.4)
+            few = h[:B].contiguous()
+            tiles = tiles[: 1 if run.tiny else None]
+            calls = {str(x): [partial(sp.group_stats, few, c, 1.0, tile=x) for c in copies] for x in tiles}
+            T = run.turns({name: timing.recorded(c, run.cuda) for name, c in calls.items()}, 0.4)
             run.say(part="variants", what=f"group_stats tile, B={B}", shape=shape,
                     **{f"{k}_us": 1e6 * v / len(copies) for k, v in T.items()})
 

@@ -45,6 +45,7 @@ from bench.peers import (
     SEQUENCE,
     TOLERANCE,
     bare_products,
+    eager_draw,
     exact_gradients,
     exact_logprob,
     gradient_error,
@@ -162,16 +163,6 @@ def attempt(call):
     return None, why
 
 
-def waiting(calls, gpu):
-    def run():
-        for call in calls:
-            call()
-        if gpu:
-            torch.cuda.synchronize()
-
-    return run
-
-
 def checked(name, function, inputs, error, exact, tolerance):
     """A side's error and memory. Ours may not fail: what it raises is raised."""
     def call():
@@ -229,7 +220,7 @@ def compare(cfg, label, sides, copies, error, exact, floor_bytes=0, speed=None, 
     found = {name: checked(name, f, copies[0], error if name != "product" else None, exact, tolerance)
              for name, (f, tolerance) in sides.items()}  # fmt: skip
     calls = {name: [partial(sides[name][0], *inputs) for inputs in copies] for name, r in found.items() if "absent" not in r}
-    calls = {name: decode.recorded(c) if record else waiting(c, copies[0][0].is_cuda) for name, c in calls.items()}
+    calls = {name: decode.recorded(c) if record else timing.waiting(c, copies[0][0].is_cuda) for name, c in calls.items()}
     result = measure(cfg, calls, len(copies) * floor_bytes / speed if speed else 0.0)
     for timed in result["sides"].values():  # of one call, where a round makes several
         timed["seconds"] = {k: [x / len(copies) for x in v] if isinstance(v, list) else v / len(copies)
@@ -302,7 +293,7 @@ def sampling(cfg, gpu, speed):
         uniform = philox_uniform(cfg.seed, torch.arange(len(hidden)), torch.tensor(0)).to(hidden.device)
         tolerance = TOLERANCE[hidden.dtype]
         sides = {"ours": (lambda h, w, u: linear_draw(h, w, 1.0, u), tolerance[FINE][0]),
-                 "softmax, multinomial": (lambda h, w, u: decode.eager_draw(h, w), tolerance[COARSE][0]),
+                 "softmax, multinomial": (lambda h, w, u: eager_draw(h, w), tolerance[COARSE][0]),
                  "product": (bare_products, None)}  # fmt: skip
         copies = rotated((hidden, weight, uniform))
         with torch.no_grad(), packed_weights([w for _, w, _ in copies], len(hidden)):

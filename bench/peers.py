@@ -89,6 +89,14 @@ def torch_loss(hidden, weight, target):
     return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
 
+def eager_draw(hidden, weight, temperature=1.0):
+    """A token and its log-prob, from whole logits."""
+    z = F.linear(hidden, weight).float()
+    p = (z if temperature == 1 else z / temperature).softmax(-1)
+    token = p.multinomial(1)
+    return token, p.gather(1, token).log()
+
+
 def our_logprob(hidden, weight, target):
     return linear_logprob(hidden, weight, target, 1.0)[0]
 

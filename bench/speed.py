@@ -157,6 +157,21 @@ def table(rows):
     return lines
 
 
+def side_by_side():
+    """bench.cpu's file: an older commit and the peers against this tree, in one run."""
+    found = files("cpu").get("cpu", {})
+    lines = ["| what | an older commit over this one | a peer over this one |", "|---|---|---|"]
+
+    def cell(r, side):
+        ratio = at(r, side, "ratio")
+        return "-" if ratio is None else "{:.3g} ({:.3g} to {:.3g})".format(ratio["median"], *ratio["quartiles"])
+
+    for case, r in found.get("cases", {}).items():
+        lines.append(f"| {case} | {cell(r, 'before')} | {cell(r, 'peer')} |")
+    command = f"`{found['command']}`" if found else NOT_YET
+    return [f"{command}: seconds of one thread by the processor's clock, median and quartiles of the rounds.", "", *lines]
+
+
 def machines():
     """Which processor each CPU file is from."""
     by_cpu = {}
@@ -187,6 +202,7 @@ def page():
              *machines(), ""]
     for title, rows in SECTIONS.items():
         lines += [f"## {title}", "", *table(rows), ""]
+    lines += ["## Nothing slower than before? (above 1: this tree is faster)", "", *side_by_side(), ""]
     lines += ["## What the compiler makes of the products (sm_90)", "", "`python -m kernels.compiled`; counts, no times. Nothing",
               "spills a register (`tests/test_compile.py`).", "", *compiled(), ""]
     return "\n".join(lines)

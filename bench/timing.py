@@ -117,6 +117,29 @@ def alternate(sides, repeats, min_seconds=0.0, clock=time.perf_counter):
     return times
 
 
+def waiting(calls, gpu):
+    """A function that does all the calls and waits until the GPU has done them."""
+    def run():
+        for call in calls:
+            call()
+        if gpu:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def recorded(calls, gpu):
+    """A function that does all the calls; on a GPU a graph of them, so that no side waits for Python. It does not wait either."""
+    if not gpu:
+        return waiting(calls, gpu)
+    waiting(calls, gpu)()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
 def _digits(x):
     return float(f"{x:.4g}")
 

@@ -146,12 +146,13 @@ def read_as(verifier, k):
     return str(out)
 
 
-def arm_job(cfg, name, runs, seed, tuned, label, **settings):
-    """The job of one arm on the policies of one seed; needs its stages complete."""
+def arm_job(name, runs, policies, label, settings):
+    """The job of one arm. policies: the seed of its base, prover and verifier, which must be
+    complete."""
     arm = ARMS[name]
-    job = runs[f"seed{seed}/rl_{'pav' if arm.of in SIBLINGS else arm.of}"]
+    job = runs[f"seed{policies}/rl_{'pav' if arm.of in SIBLINGS else arm.of}"]
     home = Path(job.config.run_dir).parent
-    config = replace(job.config, run_dir=str(home / label), **tuned | settings)
+    config = replace(job.config, run_dir=str(home / label), **settings)
     if arm.of in SIBLINGS:
         cls = measured.Config if arm.of == "measured" else exact_rl.Config
         config = cls(**fields_of(config, cls) | dict(verifier=""))
@@ -160,13 +161,13 @@ def arm_job(cfg, name, runs, seed, tuned, label, **settings):
         else:
             config.strength = get_task(config).strengths["prover"]
         config = replace(config, **arm.settings)
-        return Job(f"seed{seed}/{label}", SIBLINGS[arm.of], config, [])
+        return Job(f"seed{policies}/{label}", SIBLINGS[arm.of], config, [])
     config = replace(config, **arm.settings)
     if config.reward == "outcome":
         config.verifier = ""
     elif config.verifier != "constant":
         config.verifier = read_as(config.verifier, arm.k)
-    return Job(f"seed{seed}/{label}", job.script, config, [])
+    return Job(f"seed{policies}/{label}", job.script, config, [])
 
 
 def tune(cfg, root):
@@ -178,7 +179,7 @@ def tune(cfg, root):
         for warmup, entropy in itertools.product(cfg.warmup_steps, cfg.entropy_coefs):
             setting = dict(warmup_steps=warmup, entropy_coef=entropy)
             label = f"tune_{name}_w{warmup}_e{entropy:g}"
-            jobs[family, warmup, entropy] = arm_job(cfg, name, runs, TUNING, setting, label)
+            jobs[family, warmup, entropy] = arm_job(name, runs, TUNING, label, setting)
     run_missing(list(jobs.values()), cfg.workers, root / "logs")
     rows = []
     for (family, warmup, entropy), job in jobs.items():
@@ -205,12 +206,11 @@ def run_arms(cfg, root, best):
     run_missing(stages, cfg.workers, root / "logs")
     jobs = {}
     for draw, name, seed in itertools.product(range(cfg.draws), cfg.arms, range(cfg.seeds)):
-        settings = dict(seed=seed + 100 * draw)
+        settings = best[ARMS[name].family] | dict(seed=seed + 100 * draw)
         if name == "outcome" and draw == 0:
             settings["steps"] = cfg.long_steps
-        tuned = best[ARMS[name].family]
         label = f"rl_{name}_draw{draw}"
-        jobs[name, seed, draw] = arm_job(cfg, name, runs, seed, tuned, label, **settings)
+        jobs[name, seed, draw] = arm_job(name, runs, seed, label, settings)
     run_missing(list(jobs.values()), cfg.workers, root / "logs")
     rows = []
     for (name, seed, draw), job in jobs.items():

@@ -53,10 +53,11 @@ thread, shared memory and blocks a multiprocessor, instructions a logit, loops o
     smollm2    d_logits                            122    72       3     14.8
     llama-8b   tile                                168   145       1     17.2
     llama-8b   tile, stored                        251   192       1     18.6
-    llama-8b   logits_to_gradient                   32     0      16       13
-    llama-8b   logits_to_gradient, entropy          40     0      12     17.5
+    llama-8b   logits_to_gradient                   32     0      16       12
+    llama-8b   logits_to_gradient, entropy          32     0      16     15.5
     gemma2-9b  d_logits                            255    72       2       28
-    gemma2-9b  logits_to_gradient                   40     0      12       20
+    gemma2-9b  logits_to_gradient                   40     0      12     17.5
+    gemma2-9b  logits_to_gradient, entropy          40     0      12     19.5
 
 The log-prob is (z - largest) - log2(mass), which cannot be positive, and at logits of 1e4 does not round the small second
 term away. The vocabulary's size is a multiple of 16 in every model, and Triton is told so (V is specialised, N is not): only
@@ -243,11 +244,16 @@ def d_logits_kernel(hidden, weight, target_ptr, rows_ptr, d_rows_ptr, out_ptr, N
 
 
 @triton.jit(do_not_specialize=["N"])
-def logits_to_gradient_kernel(exps_ptr, stats_ptr, target_ptr, rows_ptr, d_rows_ptr, out_ptr, N, V, scale,
+def logits_to_gradient_kernel(exps_ptr, stats_ptr, target_ptr, rows_ptr, d_rows_ptr, out_ptr, N, V, per_cap,
                               CAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr):
     """exps [N,V] of tile_kernel and stats [3,tiles,N], of which the tops count -> out [N,V], dloss/d(raw logit), in the same
-    memory. rows [5,N] as in d_logits_kernel, d_rows [2,N] = dloss/d(logprob, entropy) / temperature. A program takes TILES
-    tiles of row program_id(0), so that the shift from a tile's top to the row's is made once a tile.
+    memory. rows [5,N] as in d_logits_kernel, d_rows [2,N] = dloss/d(logprob, entropy) / temperature; per_cap turns z into its
+    tanh. A program takes TILES tiles of row program_id(0). d_logit as a polynomial in e = 2^(z - top of its tile) and log2 e:
+    all that the row and the tile have in common is in its coefficients, made once a tile. With share = 2^(top - log_total),
+
+        p (common - slope log_p) = e (share (common - slope (top - log_total)) - share slope log2 e)
+        tanh                     = per_cap top + per_cap log2 e
+
     The target's probability comes from its log-prob, in float32: where it is nearly 1, the gradient is what is missing to 1."""
     row, n = tl.program_id(0).to(tl.int64), N.to(tl.int64)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
@@ -255,20 +261,23 @@ def logits_to_gradient_kernel(exps_ptr, stats_ptr, target_ptr, rows_ptr, d_rows_
     e = tl.load(exps_ptr + row * V + col, mask=col < V, other=0.0).to(tl.float32)
     top = tl.load(stats_ptr + tile.to(tl.int64) * n + row, mask=tile * BLOCK_V < V, other=0.0)
     log_total = tl.load(rows_ptr + 3 * n + row) + tl.load(rows_ptr + 4 * n + row)
-    shift, d_logprob = top - log_total, tl.load(d_rows_ptr + row)
-    common, slope, log_p, tanh, per_cap = -d_logprob, 0.0, 0.0, 0.0, 0.0
+    d_logprob = tl.load(d_rows_ptr + row)
+    common, slope = -d_logprob, 0.0
     if ENTROPY:
         d_entropy = tl.load(d_rows_ptr + n + row)
         common, slope = common - d_entropy * tl.load(rows_ptr + 2 * n + row), d_entropy * LN2
+    share = tl.exp2(top - log_total)
+    factor = (share * (common - slope * (top - log_total)))[:, None]
     if ENTROPY or CAP is not None:
-        log_e = fast_log2(tl.maximum(e, 1e-30))  # of 0: p makes nothing of it
-        log_p = log_e + shift[:, None]
+        log_e = fast_log2(tl.maximum(e, 1e-30))  # of 0: e makes nothing of it
+    if ENTROPY:
+        factor -= (share * slope)[:, None] * log_e
+    dz = e * factor
     if CAP is not None:
-        per_cap = 1 / (scale * CAP)
-        tanh = log_e * per_cap + (top * per_cap)[:, None]
-    dz = d_logit(e * tl.exp2(shift)[:, None], log_p, tanh, 0.0, common, slope, CAP, ENTROPY)
+        tanh = (per_cap * top)[:, None] + per_cap * log_e
+        dz *= 1 - tanh * tanh
     log_p = tl.load(rows_ptr + row) * (1 / LN2)
-    at_target = d_logit(tl.exp2(log_p), log_p, (log_p + log_total) * per_cap, d_logprob, common, slope, CAP, ENTROPY)
+    at_target = d_logit(tl.exp2(log_p), log_p, per_cap * (log_p + log_total), d_logprob, common, slope, CAP, ENTROPY)
     dz = tl.where(col == tl.load(target_ptr + row).to(tl.int32), at_target, dz)
     tl.store(out_ptr + row * V + col, dz.to(out_ptr.dtype.element_ty), mask=col < V)
 
@@ -365,10 +374,9 @@ def logits_to_gradient(exps, stats, target, rows, d_rows, temperature, softcap, 
     """exps [n,V] -> out [n,V], which may be the same memory. rows [5,n] of combine; d_rows [2,n]: of logprob, entropy, over the
     temperature already. block_v: the width of the tiles that stats [>=1,tiles,n] is of."""
     n, V = exps.shape
-    tiles = GRADIENT_BLOCK // block_v
+    tiles, per_cap = GRADIENT_BLOCK // block_v, temperature * LN2.value / softcap if softcap else 0.0
     logits_to_gradient_kernel[(n, triton.cdiv(V, GRADIENT_BLOCK))](
-        exps, stats, target, rows, d_rows, out, n, V, LOG2E.value / temperature, softcap, entropy, block_v, tiles,
-        num_warps=GRADIENT_WARPS)
+        exps, stats, target, rows, d_rows, out, n, V, per_cap, softcap, entropy, block_v, tiles, num_warps=GRADIENT_WARPS)
 
 
 def product(a, b):

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 PEERS = {"products": [], "decode": [], "generate": ["transformers"], "rl_step": ["trl", "transformers", "datasets", "accelerate"]}
 
 
-def run(name, out):
-    command = [sys.executable, "-m", f"bench.{name}", "--tiny", f"--out={out}"]
+def run(name, out, *more):
+    command = [sys.executable, "-m", f"bench.{name}", "--tiny", f"--out={out}", *more]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -101,6 +101,29 @@ def test_growth_fits_straight_lines_and_watches_a_run(tmp_path):
     for c in result["curves"]:
         assert len(c["seconds"]) == len(c["values"]) == 2 and min(c["seconds"]) > 0 and c["time_exponent"] is not None
     assert len(result["run"]["resident_mib"]) == 10
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no commit to compare with")
+def test_this_tree_another_commit_and_the_peers_in_one_run(tmp_path):
+    done = run("cpu", tmp_path / "out.json", "--before=HEAD", "--cases", "log-prob", "sampling")
+    assert done.returncode == 0, done.stderr[-2000:]
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert len(cases) == 4
+    for case in cases.values():
+        assert case["now"]["ratio"]["median"] == 1
+        assert all(case[side]["cpu_seconds"]["min"] > 0 for side in ("now", "before", "peer"))
+    refused = run("cpu", tmp_path / "none.json", "--before=no-such-commit")
+    assert refused.returncode != 0 and "--before no-such-commit" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("case", ["RL step", "generation"])
+def test_the_sides_of_whole_steps(case, tmp_path):
+    for peer in PEERS["rl_step"]:
+        pytest.importorskip(peer)
+    done = run("cpu", tmp_path / "out.json", "--cases", case)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ((_, sides),) = json.loads((tmp_path / "out.json").read_text())["cases"].items()
+    assert sides["now"]["seconds"]["min"] > 0 and sides["peer"]["ratio"]["median"] > 0
 
 
 def test_sides_take_turns_and_the_ratio_is_made_within_rounds():

@@ -3,8 +3,9 @@
     pytest tests/test_compile.py                              # two minutes; a few seconds once Triton has them in its cache
 
 Asserted: nothing spills, nothing is float64 that need not be, the tensor cores of that GPU are used, the shared memory fits,
-matrices are stored by 16 bytes, and the tables in the kernels' docstrings say what comes out. What it does not say: whether it
-is fast. A process whose kernels are interpreted cannot compile; there, one test runs this file in a process that can.
+matrices are stored by 16 bytes, `logits_to_gradient` takes 20 instructions a logit at most, and the tables in the kernels'
+docstrings say what comes out. What it does not say: whether it is fast. A process whose kernels are interpreted cannot compile;
+there, one test runs this file in a process that can.
 """
 
 import os
@@ -57,8 +58,7 @@ else:
             if label.startswith(("tile, stored", "d_logits", "logits_to_gradient")):  # bfloat16 or float16: 8 to 16 bytes
                 assert look(code)["stores_128"] == logits / 8, f"{code}: {code.instructions}"
             if label.startswith("logits_to_gradient"):
-                limit = 20.5 if model != "gemma2-9b" or "entropy" not in label else 23  # a cap and an entropy
-                assert sum(code.instructions.values()) / logits <= limit, code
+                assert sum(code.instructions.values()) / logits <= 20, code
             if launch.kernel is logprob_triton.persistent_tile_kernel:
                 assert code.count("USETMAXREG") > 0, f"{code}: its warps are not specialised"
         if arch == 90 and model == "smollm2":
@@ -86,7 +86,7 @@ else:
         """Lines of "model  kernel  registers  KB  blocks  a logit" for sm_90."""
         line = rf"^    ({'|'.join(MODELS)}) +(.+?)  +(\d+) +(\d+) +(\d+) +([\d.]+|-)$"
         rows = [row for module in (logprob_triton, sampling_triton) for row in re.findall(line, module.__doc__, re.M)]
-        assert len(rows) == 14
+        assert len(rows) == 15
         heads = {model: of_head(90, model) for model in MODELS}
         for model, label, *claimed in rows:
             launch, logits = heads[model][label]
