@@ -2,6 +2,7 @@
 
     Config                            flags --seeds --out --smoke --data, to subclass
     SmallCNN(channels, outputs, size, width)    features(x) [N, width], forward(x) [N, outputs]
+    mlp(*sizes)                       linear layers of these sizes, ReLUs between them
     seeded(seed, make)                make() under a fixed seed: initial weights
     batches(n, batch, seed, *purpose) index tensors of one shuffled pass
     fit(net, x, y, epochs, seed, weight, lr, weight_decay, batch)    plain training, in place
@@ -30,6 +31,7 @@ machine, torch, settings, tuned, rows. Figures come from the house's report modu
 alone.
 """
 
+import itertools
 import shlex
 import sys
 import time
@@ -104,6 +106,14 @@ class SmallCNN(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x))
+
+
+def mlp(*sizes):
+    """Linear layers of these sizes with ReLUs between them; the last one is mlp(...)[-1]."""
+    layers = [nn.Linear(*sizes[:2])]
+    for wide in itertools.pairwise(sizes[1:]):
+        layers += [nn.ReLU(), nn.Linear(*wide)]
+    return nn.Sequential(*layers)
 
 
 def seeded(seed, make):
