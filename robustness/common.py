@@ -7,6 +7,7 @@
     batches(n, batch, seed, *purpose) index tensors of one shuffled pass
     fit(net, x, y, epochs, seed, weight, lr, weight_decay, batch)    plain training, in place
     group_accuracies(logits, y, group, groups), worst_group(...)     accuracy of each, of the worst
+    balanced(group)                   weights [N], the same sum for every group
     accuracies(net, split)            (average accuracy, worst group's) of a data.Split
     logistic(x, y, l2, weight)        binary logistic regression, exact: theta [D + 1], bias last
     affine(x, theta)                  its logits [N]
@@ -156,6 +157,12 @@ def group_accuracies(logits, y, group, groups=4):
 
 def worst_group(logits, y, group, groups=4):
     return min(group_accuracies(logits, y, group, groups))
+
+
+def balanced(group):
+    """Weights [N] of mean 1, the same for every group in all."""
+    weight = 1 / torch.bincount(group)[group].float()
+    return weight / weight.mean()
 
 
 def accuracies(net, split):

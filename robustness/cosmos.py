@@ -106,10 +106,7 @@ def world(dataset, agreement, seed, kind):
 
 def classifier(dataset, train, balanced, setting, seed):
     """ERM on the source or, balanced, with equal weight of the four groups: x -> logits [N, 2]."""
-    weight = torch.ones(len(train.y))
-    if balanced:
-        weight = 1 / torch.bincount(train.group, minlength=4).clamp(min=1)[train.group].float()
-        weight = weight / weight.mean()
+    weight = common.balanced(train.group) if balanced else torch.ones(len(train.y))
     if dataset == "text":
         theta = common.logistic(train.x, train.y, setting, weight)
         return lambda x: F.pad(common.affine(x, theta).float().unsqueeze(1), (1, 0))

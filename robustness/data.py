@@ -16,6 +16,7 @@
     loops(images, digit)                     (images, y) without the 4s, y = 1 for 0, 6, 8, 9
     waterdigits(agreement, seed, data)       Split train, validation, test: a digit on a photograph
     markers(agreement, seed, data, count)    the same on black, with a 2x2 white patch in a corner
+    variance_share(images, value)            how much of their variance is between two values
 
 Waterdigits: is there a loop in the digit? Training: the photograph agrees with the label with
 probability `agreement`. Validation and test: every digit on *both* photographs, so the groups are
@@ -328,3 +329,12 @@ def _three_parts(y, agreement, seed, draw):
         a = torch.arange(2).repeat_interleave(len(rows))
         splits.append(draw(torch.cat([rows, rows]), a, purpose))
     return splits
+
+
+def variance_share(x, value):
+    """Share of the variance of images [N, ...] between value [N] = 0 and 1, half of the rows each.
+    """
+    x = x.flatten(1)
+    means = torch.stack([x[value == v].mean(0) for v in (0, 1)])
+    between = (means[0] - means[1]).square().sum() / 4
+    return (between / x.var(0, unbiased=False).sum()).item()
