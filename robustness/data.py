@@ -7,6 +7,7 @@
     photographs(data)   china.jpg and flower.jpg (scikit-learn), half size    two tensors [3, H, W]
     sentences(data)     12,000 rated sentences    MiniLM embedding [N, 384], valence [N], source [N]
     sentence_texts(data)                     their texts, in the same order
+    bag_of_words(words, data)                counts of their hashed words [N, words]
     small(images)                            [N, 28, 28] -> [N, 14, 14], 2x2 means
     crops(photos, which, size, generator)    random crops [n, 3, h, w] of photograph which[i]
     compose(ink, background)                 white ink [n, h, w] over background [n, 3, h, w]
@@ -36,6 +37,7 @@ import importlib
 import io
 import json
 import tarfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -216,6 +218,17 @@ def sentence_texts(data="real", cache=None):
     if len(texts) != len(embedding):
         raise UserError(f"{path} has {len(texts)} texts, not {len(embedding)}: delete both files")
     return texts
+
+
+@functools.cache
+def bag_of_words(words, data="real"):
+    """Counts of the sentences' lower-case words, hashed to `words` places: [N, words]."""
+    texts = sentence_texts(data)
+    out = torch.zeros(len(texts), words)
+    for i, text in enumerate(texts):
+        for word in text.lower().split():
+            out[i, zlib.crc32(word.strip(".,;:!?\"'()").encode()) % words] += 1
+    return out
 
 
 def _made_up_sentences(count=1600):
