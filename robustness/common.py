@@ -22,7 +22,7 @@
     cells(values, arms, column)       "ERM 0.505 (0.068), ENP 0.637 (0.073)"
     markdown(header, rows)            a table
     matrix(title, arms, columns, values)           cells of values(arm, column), a list over seeds
-    leads(title, arm, rivals, columns, values)     arm minus each rival, paired; * clearly positive
+    leads(title, arm, arms, columns, values)       arm minus each other; * clearly positive
     lines(axis, x, arms, columns, values)          the same as lines with error bars
     finish_run(cfg, name, argv, text, content, draw)    table.md, figure.png, results.json, summary
 
@@ -303,10 +303,10 @@ def matrix(title, arms, columns, values):
     return f"{title}, mean (sd over seeds):\n\n" + markdown(["arm", *columns], rows)
 
 
-def leads(title, arm, rivals, columns, values):
-    """The same for an arm minus each rival, paired by seed; a star where it is clearly positive."""
+def leads(title, arm, arms, columns, values):
+    """The same for an arm minus each other one, paired by seed; * where it is clearly positive."""
     rows = []
-    for rival in rivals:
+    for rival in [a for a in arms if a != arm]:
         found = [lead(values(arm, c), values(rival, c)) for c in columns]
         rows.append([rival, *(f"{m:+.3f} ({sd:.3f}){' *' * ahead}" for m, sd, ahead in found)])
     note = f"{title}, {arm} minus the other arm, paired by seed (* mean above two standard errors)"

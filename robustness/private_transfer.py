@@ -17,11 +17,11 @@ that users find together.
     local heads  private: users with ten images each and a labelling of their own; public: digits
 
 The learner is full-batch gradient descent on clipped per-row gradients with Gaussian noise; dp.py
-has it, and the accounting. Tuning costs no privacy: learning rate and steps, four settings an arm
-and epsilon, by labels of public rows (newspaper; digits 5 to 9 of other writers), on seed 100, with
-the noise per mean gradient that the private run will have. Beside it, for one arm, what tuning on
-private rows costs: the grid paid from the same budget; and the grid unpaid, by test labels, not
-private at the epsilon printed. Left out: CLIP, DP-SGD on all weights, Poisson sampling.
+has it, and the accounting; local_heads.py has (2). Tuning costs no privacy: learning rate and
+steps, four settings an arm and epsilon, by labels of public rows (newspaper; digits 5 to 9 of other
+writers), on seed 100, with the noise per mean gradient that the private run will have. Beside it,
+for one arm, tuning on private rows: the grid paid from the same budget; unpaid, by test labels, it
+is not private at the epsilon printed. Left out: CLIP, DP-SGD on all weights, Poisson sampling.
 """
 
 import functools

@@ -21,7 +21,7 @@ on what has variance. Same network for both.
 
 Selection: settings (four an arm, seed 100) and the step of every run by the worst group of a
 balanced validation set: group labels at validation, as the authors do. The last step stands beside
-it.
+it. worst_group_report.py has the tables, the claims and their rule.
 
 --published FOLDER adds a second table: the authors' own result files, aggregated again, paired.
     git clone https://github.com/athrvkk/MTL-group-robustness runs/robustness/MTL-group-robustness

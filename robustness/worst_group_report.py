@@ -29,7 +29,7 @@ def report(rows, parts, cfg, command):
                         [[name, *(f"{parts[s][i]:.3f}" for s in SHORTCUTS)]
                          for i, name in enumerate(("the shortcut's values", "the labels"))]),
         common.matrix("All arms", arms, columns, at),
-        common.leads("All columns", MTL_L1, [a for a in arms if a != MTL_L1], columns, at)])
+        common.leads("All columns", MTL_L1, arms, columns, at)])
 
     def ahead(arm, rival):
         return [worst[c] for c in common.ahead(at, arm, rival, worst)]
