@@ -183,9 +183,8 @@ def report(runs, command):
         return ", ".join(f"{x[0]:+.3f} at {n}" for n, x in zip(noises, lead(rival, *noises)))
 
     tables = [common.matrix(title, arms, runs, measured(key)) for key, title in TITLES.items()]
-    rivals = [a for a in arms if a != "BR-DRO"]
     tables += [common.matrix("Weight on mislabelled images, last epoch", arms, runs, share),
-               common.leads("Worst group", "BR-DRO", rivals, runs, worst)]
+               common.leads("Worst group", "BR-DRO", arms, runs, worst)]
     ahead = [x[2] for x in lead("CVaR", *random)]
     spared = [common.lead(share("CVaR", n), share("BR-DRO", n))[2] for n in random]
     cells = ", ".join(f"{a} {common.cell(worst(a, '10%'))}" for a in arms)

@@ -2,10 +2,12 @@
 
     Config                            flags --seeds --out --smoke --data, to subclass
     SmallCNN(channels, outputs, size, width)    features(x) [N, width], forward(x) [N, outputs]
+    mlp(*sizes)                       linear layers of these sizes, ReLUs between them
     seeded(seed, make)                make() under a fixed seed: initial weights
     batches(n, batch, seed, *purpose) index tensors of one shuffled pass
     fit(net, x, y, epochs, seed, weight, lr, weight_decay, batch)    plain training, in place
     group_accuracies(logits, y, group, groups), worst_group(...)     accuracy of each, of the worst
+    balanced(group)                   weights [N], the same sum for every group
     accuracies(net, split)            (average accuracy, worst group's) of a data.Split
     logistic(x, y, l2, weight)        binary logistic regression, exact: theta [D + 1], bias last
     affine(x, theta)                  its logits [N]
@@ -15,9 +17,12 @@
     mean_sd(values), cell(values)     mean and sample sd over seeds; the same as "0.640 (0.036)"
     clearly_positive(differences), verdict(tests)    the rule for a claim's "holds"
     lead(a, b)                        a - b paired by seed: mean, sd, clearly positive?
+    pick(rows, key, **where)          the values of key in the rows that agree with `where`
+    ahead(values, arm, rival, columns)    the columns where arm is clearly above rival
+    cells(values, arms, column)       "ERM 0.505 (0.068), ENP 0.637 (0.073)"
     markdown(header, rows)            a table
     matrix(title, arms, columns, values)           cells of values(arm, column), a list over seeds
-    leads(title, arm, rivals, columns, values)     arm minus each rival, paired; * clearly positive
+    leads(title, arm, arms, columns, values)       arm minus each other; * clearly positive
     lines(axis, x, arms, columns, values)          the same as lines with error bars
     finish_run(cfg, name, argv, text, content, draw)    table.md, figure.png, results.json, summary
 
@@ -27,6 +32,7 @@ machine, torch, settings, tuned, rows. Figures come from the house's report modu
 alone.
 """
 
+import itertools
 import shlex
 import sys
 import time
@@ -103,6 +109,14 @@ class SmallCNN(nn.Module):
         return self.head(self.features(x))
 
 
+def mlp(*sizes):
+    """Linear layers of these sizes with ReLUs between them; the last one is mlp(...)[-1]."""
+    layers = [nn.Linear(*sizes[:2])]
+    for wide in itertools.pairwise(sizes[1:]):
+        layers += [nn.ReLU(), nn.Linear(*wide)]
+    return nn.Sequential(*layers)
+
+
 def seeded(seed, make):
     """make() under a fixed seed of the global generator, which is put back afterwards.
 
@@ -143,6 +157,12 @@ def group_accuracies(logits, y, group, groups=4):
 
 def worst_group(logits, y, group, groups=4):
     return min(group_accuracies(logits, y, group, groups))
+
+
+def balanced(group):
+    """Weights [N] of mean 1, the same for every group in all."""
+    weight = 1 / torch.bincount(group)[group].float()
+    return weight / weight.mean()
 
 
 def accuracies(net, split):
@@ -256,6 +276,21 @@ def lead(a, b):
     return *mean_sd(differences), clearly_positive(differences)
 
 
+def pick(rows, key, **where):
+    """[row[key]] of the rows that agree with `where`, in their order: one value a seed."""
+    return [r[key] for r in rows if all(r[k] == v for k, v in where.items())]
+
+
+def ahead(values, arm, rival, columns):
+    """The columns where arm is clearly above rival; values(arm, column) is a list over seeds."""
+    return [c for c in columns if lead(values(arm, c), values(rival, c))[2]]
+
+
+def cells(values, arms, column, sign=False):
+    """The arms' cells at one column, for a sentence."""
+    return ", ".join(f"{arm} {cell(values(arm, column), sign)}" for arm in arms)
+
+
 def markdown(header, rows):
     """A Markdown table of strings and numbers."""
     lines = [header, ["---"] * len(header), *rows]
@@ -268,10 +303,10 @@ def matrix(title, arms, columns, values):
     return f"{title}, mean (sd over seeds):\n\n" + markdown(["arm", *columns], rows)
 
 
-def leads(title, arm, rivals, columns, values):
-    """The same for an arm minus each rival, paired by seed; a star where it is clearly positive."""
+def leads(title, arm, arms, columns, values):
+    """The same for an arm minus each other one, paired by seed; * where it is clearly positive."""
     rows = []
-    for rival in rivals:
+    for rival in [a for a in arms if a != arm]:
         found = [lead(values(arm, c), values(rival, c)) for c in columns]
         rows.append([rival, *(f"{m:+.3f} ({sd:.3f}){' *' * ahead}" for m, sd, ahead in found)])
     note = f"{title}, {arm} minus the other arm, paired by seed (* mean above two standard errors)"

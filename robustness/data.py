@@ -7,6 +7,7 @@
     photographs(data)   china.jpg and flower.jpg (scikit-learn), half size    two tensors [3, H, W]
     sentences(data)     12,000 rated sentences    MiniLM embedding [N, 384], valence [N], source [N]
     sentence_texts(data)                     their texts, in the same order
+    bag_of_words(words, data)                counts of their hashed words [N, words]
     small(images)                            [N, 28, 28] -> [N, 14, 14], 2x2 means
     crops(photos, which, size, generator)    random crops [n, 3, h, w] of photograph which[i]
     compose(ink, background)                 white ink [n, h, w] over background [n, 3, h, w]
@@ -16,6 +17,7 @@
     loops(images, digit)                     (images, y) without the 4s, y = 1 for 0, 6, 8, 9
     waterdigits(agreement, seed, data)       Split train, validation, test: a digit on a photograph
     markers(agreement, seed, data, count)    the same on black, with a 2x2 white patch in a corner
+    variance_share(images, value)            how much of their variance is between two values
 
 Waterdigits: is there a loop in the digit? Training: the photograph agrees with the label with
 probability `agreement`. Validation and test: every digit on *both* photographs, so the groups are
@@ -35,6 +37,7 @@ import importlib
 import io
 import json
 import tarfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -217,6 +220,17 @@ def sentence_texts(data="real", cache=None):
     return texts
 
 
+@functools.cache
+def bag_of_words(words, data="real"):
+    """Counts of the sentences' lower-case words, hashed to `words` places: [N, words]."""
+    texts = sentence_texts(data)
+    out = torch.zeros(len(texts), words)
+    for i, text in enumerate(texts):
+        for word in text.lower().split():
+            out[i, zlib.crc32(word.strip(".,;:!?\"'()").encode()) % words] += 1
+    return out
+
+
 def _made_up_sentences(count=1600):
     """Four sources with a direction each, the valence on another one, noise on all."""
     g = generator(0, "sentences")
@@ -328,3 +342,12 @@ def _three_parts(y, agreement, seed, draw):
         a = torch.arange(2).repeat_interleave(len(rows))
         splits.append(draw(torch.cat([rows, rows]), a, purpose))
     return splits
+
+
+def variance_share(x, value):
+    """Share of the variance of images [N, ...] between value [N] = 0 and 1, half of the rows each.
+    """
+    x = x.flatten(1)
+    means = torch.stack([x[value == v].mean(0) for v in (0, 1)])
+    between = (means[0] - means[1]).square().sum() / 4
+    return (between / x.var(0, unbiased=False).sum()).item()

@@ -3,13 +3,14 @@ subspaces.
 
 Accounting. Every release here is a sum of rows clipped to a norm, plus Gaussian noise; neighbours
 differ by one row (or user) that is added or removed; no rows are sampled, so that no amplification
-is claimed.
+is claimed; the number of rows is public.
 
     zcdp_rho(noise_multiplier, steps)    `steps` releases, sum + noise_multiplier * clip * N(0, I)
     gaussian_epsilon(rho, delta)         exact, for Gaussian releases alone: what the tables print
     rdp_epsilon(rho, delta)              what libraries print by default: 8 to 10% larger
     zcdp_epsilon(rho, delta)             true of every mechanism with this rho: 24 to 36% larger
     rho_for(epsilon, delta)              the budget that Gaussian releases may spend
+    conversions(epsilons, delta)         a table of the three
 
 Under zCDP adaptive releases add up, rho = sum of 1 / (2 s^2) (Bun and Steinke 2016, arXiv
 1605.02065). Gaussian ones equal a single release with mu = sqrt(2 rho) (Dong, Roth, Su 2022, arXiv
@@ -55,6 +56,16 @@ def rho_for(epsilon, delta):
     if math.isinf(epsilon):
         return math.inf
     return _last(lambda rho: gaussian_delta(epsilon, rho) < delta, 1e-12, 10 + 10 * epsilon)
+
+
+def conversions(epsilons, delta):
+    """Header and rows of a table: what else is printed for the budget of each exact epsilon."""
+    rows = []
+    for epsilon in epsilons:
+        rho = rho_for(epsilon, delta)
+        others = (rdp_epsilon(rho, delta), zcdp_epsilon(rho, delta))
+        rows.append([epsilon, f"{rho:.5f}", *(f"{other:.3f}" for other in others)])
+    return ["epsilon, exact", "rho (zCDP)", "by RDP", "by zCDP"], rows
 
 
 def _normal_cdf(x):

@@ -5,6 +5,8 @@ images with or without labels, more and more of them, or one that the users find
 user-level privacy. No privacy is spent where nothing is shared.
 
     personal_models(cfg)    rows {arm, seed, accuracy: mean over users}, and the ridge of each arm
+    claim(arms, at, cfg)    what they say; at(arm, ""): accuracies over seeds
+    bars(axis, arms, at)    the figure's part
 """
 
 import functools
@@ -82,3 +84,26 @@ def personal_models(cfg):
                 rows.append(dict(domain="local heads", arm=arm, epsilon="", seed=seed,
                                  accuracy=found))
     return rows, {f"local heads/{arm}": choice for arm, choice in tuned.items()}
+
+
+def claim(arms, at, cfg):
+    most = next(a for a in reversed(arms) if a.startswith("public tasks"))
+    rivals = [coordinated(e) for e in (1.0, 10.0, math.inf)]
+    few = [public_tasks(50), "all 196 pixels"]
+    return dict(
+        holds=common.verdict(common.ahead(at, most, rival, [""]) for rival in rivals),
+        claim="with enough public data users need not coordinate privately: local heads in the "
+              "public subspace do as well",
+        short="With public data local heads need no private coordination",
+        measured=f"local heads: {common.cells(at, arms, '')} ({cfg.seeds} seeds, sd)",
+        fails_when=f"public data are few: local heads: {common.cells(at, few, '')}; here "
+                   f"{cfg.users} users with ten images each, and public labels that name the digit")
+
+
+def bars(axis, arms, at):
+    for i, arm in enumerate(arms):
+        m, sd = common.mean_sd(at(arm, ""))
+        axis.barh(i, m, xerr=sd, color=common.COLOURS[3 if arm.startswith("public") else 7])
+    axis.set_yticks(range(len(arms)), arms, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(title="local heads", xlabel="test accuracy, mean over users", xlim=(0.5, None))

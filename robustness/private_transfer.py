@@ -17,18 +17,16 @@ that users find together.
     local heads  private: users with ten images each and a labelling of their own; public: digits
 
 The learner is full-batch gradient descent on clipped per-row gradients with Gaussian noise; dp.py
-has it, and the accounting. Tuning costs no privacy: learning rate and steps, four settings an arm
-and epsilon, by labels of public rows (newspaper; digits 5 to 9 of other writers), on seed 100, with
-the noise per mean gradient that the private run will have. Beside it, for one arm, what tuning on
-private rows costs: the grid paid from the same budget; and the grid unpaid, by test labels, not
-private at the epsilon printed. Left out: CLIP, DP-SGD on all weights, Poisson sampling. The number
-of rows is public.
+has it, and the accounting; local_heads.py has (2). Tuning costs no privacy: learning rate and
+steps, four settings an arm and epsilon, by labels of public rows (newspaper; digits 5 to 9 of other
+writers), on seed 100, with the noise per mean gradient that the private run will have. Beside it,
+for one arm, tuning on private rows: the grid paid from the same budget; unpaid, by test labels, it
+is not private at the epsilon printed. Left out: CLIP, DP-SGD on all weights, Poisson sampling.
 """
 
 import functools
 import itertools
 import math
-import zlib
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +35,9 @@ import torch.nn.functional as F
 from infra.cli import UserError, opt, parse, script
 from infra.runs import mean
 from infra.seeds import derive, generator
-from robustness import common, data, dp
-from robustness.common import TUNING_SEED, cell, lead
-from robustness.local_heads import DELTA, coordinated, personal_models, public_tasks
+from robustness import common, data, dp, local_heads
+from robustness.common import TUNING_SEED
+from robustness.local_heads import DELTA
 
 WORDS = 2048
 GRID = list(itertools.product((0.5, 2.0), (20, 60)))  # learning rate, steps
@@ -57,24 +55,11 @@ class Config(common.Config):
     users: int = opt(200, "with ten images each, second scenario", low=2)
 
 
-# --------------------------------------------------------------------------------------------------
-# One model for all. A domain: {arm: rows of unit norm (public, for tuning; private; test)}, labels
-# alike.
+# One model for all. Domains: {arm: unit rows (public, for tuning; private; test)}, labels alike.
 
 
 def unit(x, centre=0.0):
     return F.normalize(x - centre, dim=1)
-
-
-@functools.cache
-def bag_of_words(kind):
-    """Counts of hashed lower-case words of all sentences [N, WORDS]."""
-    texts = data.sentence_texts(kind)
-    out = torch.zeros(len(texts), WORDS)
-    for i, text in enumerate(texts):
-        for word in text.lower().split():
-            out[i, zlib.crc32(word.strip(".,;:!?\"'()").encode()) % WORDS] += 1
-    return out
 
 
 def sentence_domain(n, seed, cfg):
@@ -88,7 +73,7 @@ def sentence_domain(n, seed, cfg):
     test, private = films.tensor_split([len(films) // 4])
     parts = (public, private[:n], test)
     centre, basis = dp.public_subspace(embedding[public], 64)
-    words = bag_of_words(cfg.data)
+    words = data.bag_of_words(WORDS, cfg.data)
     arms = {WITHOUT: [unit(words[i]) for i in parts],
             FULL: [unit(embedding[i], centre) for i in parts]}
     for name, k in zip(SUBSPACES, (64, 16)):
@@ -139,8 +124,7 @@ def tune(z, y, n, rho, grid):
 
 
 def shared_model(name, draw, cfg):
-    """Rows {domain, arm, epsilon, seed, accuracy}, and what was chosen. draw(seed) -> arms,
-    labels."""
+    """Rows {domain, arm, epsilon, seed, accuracy}, what was chosen. draw(seed) -> arms, labels."""
     epsilons = [*cfg.epsilons, math.inf]
     arms, (y_public, y, _) = draw(TUNING_SEED)
     grid = GRID[:1] if cfg.smoke else GRID
@@ -163,67 +147,56 @@ def shared_model(name, draw, cfg):
                 fits[UNPAID] = max(found, key=lambda w: dp.accuracy(w, z_test, y_test))
             rows += [dict(domain=name, arm=k, epsilon=f"{e:g}", seed=seed,
                           accuracy=dp.accuracy(w, z_test, y_test)) for k, w in fits.items()]
+    print(f"{name} done", flush=True)
     return rows, {f"{name}/{arm}/{e:g}": choice for (arm, e), choice in tuned.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# Table, claims, figure.
-
-
 def report(rows, cfg, command):
-    """-> (text, claims, draw). The domains: sentences (one for each --rows), images, local
-    heads."""
+    """-> (text, claims, draw). Domains: sentences (one for each --rows), images, local heads."""
     epsilons = [f"{e:g}" for e in (*cfg.epsilons, math.inf)]
     domains = list(dict.fromkeys(r["domain"] for r in rows))
 
     def of(domain):
-        return lambda arm, e: [r["accuracy"] for r in rows
-                               if (r["domain"], r["arm"], r["epsilon"]) == (domain, arm, e)]
+        return lambda arm, e: common.pick(rows, "accuracy", domain=domain, arm=arm, epsilon=e)
 
     def names(domain):
         return list(dict.fromkeys(r["arm"] for r in rows if r["domain"] == domain))
 
-    budgets = {e: dp.rho_for(e, DELTA) for e in cfg.epsilons}
-    accounting = [[e, f"{rho:.5f}", f"{dp.rdp_epsilon(rho, DELTA):.3f}",
-                   f"{dp.zcdp_epsilon(rho, DELTA):.3f}"] for e, rho in budgets.items()]
     parts = [f"Test accuracy, {cfg.seeds} seeds; columns: epsilon at delta {DELTA:g}, exact for "
              "Gaussian noise (inf: no privacy). Selection: public labels, four settings an arm and "
              f"epsilon, seed {TUNING_SEED}."]
-    parts += [common.matrix(d, names(d), epsilons, of(d)) for d in domains[:-1]]
-    parts += [common.matrix(domains[-1], names(domains[-1]), [""], of(domains[-1])),
-              "The same budgets, as other conversions would print them:\n\n" + common.markdown(
-                  ["epsilon, exact", "rho (zCDP)", "by RDP", "by zCDP"], accounting)]
-    claims = claims_of(cfg, command, epsilons, domains, names, of)
+    columns = dict.fromkeys(domains, epsilons) | {domains[-1]: [""]}
+    parts += [common.matrix(d, names(d), columns[d], of(d)) for d in domains]
+    parts += ["The same budgets, as other conversions would print them:\n\n"
+              + common.markdown(*dp.conversions(cfg.epsilons, DELTA))]
+    claims = claims_of(cfg, epsilons, domains, of)
+    claims += [local_heads.claim(names(domains[-1]), of(domains[-1]), cfg)]
+    claims = [dict(paper="2312.15551", command=command) | claim for claim in claims]
     return "\n\n".join(parts), claims, lambda plt: draw(plt, epsilons, domains, names, of)
 
 
-def claims_of(cfg, command, epsilons, domains, names, of):
-    """The three claims. of(domain)(arm, epsilon) -> accuracies over seeds, names(domain) -> arms."""
-    *texts, images, heads = domains
+def claims_of(cfg, epsilons, domains, of):
+    """The two claims of the first scenario. of(domain)(arm, epsilon): accuracies over seeds."""
+    *texts, images, _ = domains
     lowest, middle = epsilons[0], epsilons[len(cfg.epsilons) // 2]
 
     def won(domain, arm, rival):
         """Where arm is clearly above rival: names of domain and epsilon."""
-        return [f"{domain}, epsilon {e}" for e in epsilons[:-1]
-                if lead(of(domain)(arm, e), of(domain)(rival, e))[2]]
+        better = common.ahead(of(domain), arm, rival, epsilons[:-1])
+        return [f"{domain}, epsilon {e}" for e in better]
 
     def cells(domain, e, *arms):
-        return f"{domain}: " + ", ".join(f"{a} {cell(of(domain)(a, e))}" for a in arms)
+        return f"{domain}: {common.cells(of(domain), arms, e)}"
 
     subspace = SUBSPACES[0]
     gained = [won(d, subspace, WITHOUT) for d in texts] + [won(images, FEATURES, PIXELS)]
-    tried = len(epsilons) - 1
     fewer = [f"{d}, epsilon {e}" in won(d, subspace, FULL) for d in texts for e in epsilons[:2]]
     loose = [x for d in texts for x in won(d, FULL, subspace)]
     useless = [x for d in texts for x in won(d, PUBLIC_ONLY, subspace)]
     narrow = won(images, PIXELS, FEATURES)
-    most = next(a for a in reversed(names(heads)) if a.startswith("public tasks"))
-    rivals = [coordinated(e) for e in (1.0, 10.0, math.inf)]
-    at = of(heads)
-    shared = dict(paper="2312.15551", command=command)
     seeds = f"({cfg.seeds} seeds, sd)"
     first = dict(
-        shared, holds=common.verdict(len(where) == tried for where in gained),
+        holds=common.verdict(len(where) == len(cfg.epsilons) for where in gained),
         claim="public representations make private learning better than the same without them",
         short="Public representations make private learning better",
         measured=f"epsilon {middle}; {cells(texts[-1], middle, WITHOUT, FULL, *SUBSPACES)}; "
@@ -233,23 +206,14 @@ def claims_of(cfg, command, epsilons, domains, names, of):
                    f"better at {'; '.join(narrow) or 'none'}; and without any private row, public "
                    f"labels alone are clearly better at {'; '.join(useless) or 'none'}")
     second = dict(
-        shared, holds=common.verdict(fewer),
+        holds=common.verdict(fewer),
         claim="in a subspace from public data the price of privacy falls from d to k dimensions",
         short="In a public subspace privacy costs k dimensions, not d",
         measured="; ".join(cells(d, lowest, FULL, *SUBSPACES) for d in texts)
                  + f" at epsilon {lowest} {seeds}",
         fails_when="epsilon is loose: all dimensions clearly better at "
                    f"{'; '.join(loose) or 'none'}")
-    third = dict(
-        shared, holds=common.verdict(lead(at(most, ""), at(r, ""))[2] for r in rivals),
-        claim="with enough public data users need not coordinate privately: local heads in the "
-              "public subspace do as well",
-        short="With public data local heads need no private coordination",
-        measured=f"{cells(heads, '', *names(heads))} {seeds}",
-        fails_when=f"public data are few: {cells(heads, '', public_tasks(50), 'all 196 pixels')}; "
-                   f"here {cfg.users} users with ten images each, and public labels that name the "
-                   "digit")
-    return [first, second, third]
+    return [first, second]
 
 
 def draw(plt, epsilons, domains, names, of):
@@ -261,13 +225,7 @@ def draw(plt, epsilons, domains, names, of):
         axis.set(title=domain, xlabel="epsilon (inf: no privacy)", ylabel="test accuracy")
         axis.set_ylim(bottom=axis.get_ylim()[0] - 0.15)
         axis.legend(frameon=False, fontsize=7, loc="lower right")
-    arms = names(domains[-1])
-    for i, arm in enumerate(arms):
-        m, sd = common.mean_sd(of(domains[-1])(arm, ""))
-        axes[2].barh(i, m, xerr=sd, color=common.COLOURS[3 if arm.startswith("public") else 7])
-    axes[2].set_yticks(range(len(arms)), arms, fontsize=8)
-    axes[2].invert_yaxis()
-    axes[2].set(title="local heads", xlabel="test accuracy, mean over users", xlim=(0.5, None))
+    local_heads.bars(axes[2], names(domains[-1]), of(domains[-1]))
     return fig, axes
 
 
@@ -277,17 +235,12 @@ def main(argv=None):
         raise UserError("--epsilons and --rows want one number at least")
     if cfg.smoke:
         cfg.epsilons, cfg.rows, cfg.users = [0.3, 1.0], [60, 200], 20
-    rows, tuned = [], {}
-    for n in cfg.rows:
-        name = f"sentences, {n} private"
-        found = shared_model(name, functools.partial(sentence_domain, n, cfg=cfg), cfg)
-        rows += found[0]
-        tuned |= found[1]
-        print(f"{name} done", flush=True)
-    for found in (shared_model("images", functools.partial(image_domain, cfg=cfg), cfg),
-                  personal_models(cfg)):
-        rows += found[0]
-        tuned |= found[1]
+    domains = {f"sentences, {n} private": functools.partial(sentence_domain, n, cfg=cfg)
+               for n in cfg.rows} | {"images": functools.partial(image_domain, cfg=cfg)}
+    parts = [shared_model(name, domain, cfg) for name, domain in domains.items()]
+    parts.append(local_heads.personal_models(cfg))
+    rows = [row for found, _ in parts for row in found]
+    tuned = {arm: choice for _, chosen in parts for arm, choice in chosen.items()}
     text, claims, figure = report(rows, cfg, common.command("private_transfer", argv))
     content = dict(claims=claims, tuned=tuned, rows=rows)
     common.finish_run(cfg, "private_transfer", argv, text, content, figure)

@@ -185,13 +185,10 @@ def report(runs, chosen, counts, command):
         name = arm if ", " in arm else f"{arm}, {chosen[world][arm]}"
         return [r[shift][m][name] for r in runs[world]]
 
-    def lead(arm, rival, column):
-        return common.lead(accuracy(arm, column), accuracy(rival, column))
-
     def said(found):
-        gains = [f"{w} {s} m={m} {lead('Pro^2', 'full probe', (w, s, m))[0]:+.3f}"
-                 for w, s, m in found]
-        return "; ".join(gains) or "nowhere"
+        gains = [common.lead(accuracy("Pro^2", c), accuracy("full probe", c))[0] for c in found]
+        words = [f"{w} {s} m={m} {gain:+.3f}" for (w, s, m), gain in zip(found, gains)]
+        return "; ".join(words) or "nowhere"
 
     tables = []
     for world, shift in itertools.product(runs, SHIFTS):
@@ -202,9 +199,9 @@ def report(runs, chosen, counts, command):
         tables += [common.matrix(f"{world}, target {shift}: accuracy by m", arms, counts, at),
                    common.leads("Target accuracy", "Pro^2", RIVALS, counts, at)]
     few = [c for c in columns if c[2] <= 8]
-    won = [c for c in few if lead("Pro^2", "full probe", c)[2]]
-    lost = [c for c in columns if lead("full probe", "Pro^2", c)[2]]
-    rivals = {r: sum(lead(r, "Pro^2", c)[2] for c in columns) for r in RIVALS[1:]}
+    won = common.ahead(accuracy, "Pro^2", "full probe", few)
+    lost = common.ahead(accuracy, "full probe", "Pro^2", columns)
+    rivals = {r: len(common.ahead(accuracy, r, "Pro^2", columns)) for r in RIVALS[1:]}
     seeds = " and ".join(f"{len(r)} seeds ({world})" for world, r in runs.items())
     claims = [dict(
         paper="2302.05441", command=command, holds=common.verdict(c in won for c in few),

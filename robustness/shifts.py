@@ -1,6 +1,7 @@
 """Shifts of images, rows of pixels: turned, mixed with noise, replaced. The norm is kept where it
 can be.
 
+    unbalanced_digits(kind, seed)       MNIST with fewer and fewer of the higher digits, centred
     rotate(pixels, degrees)             square images [N, side * side], turned about their centre
     at_norm_of(x, reference)            rows of x [N, D] at the norms of those of reference
     mix_noise(x, weight, generator)     towards white noise
@@ -19,6 +20,19 @@ SHIFTS = dict.fromkeys(
      "noise 0.5", "noise 0.75", "noise 1", "pixels shuffled", "photograph, centred", "photograph"],
     True) | {"x3": False, "inverted": False}
 NO_SHIFT = "none (test set)"
+
+
+def unbalanced_digits(kind, seed):
+    """Centred training images, their labels, validation (images, labels), test pixels and labels,
+    the average image. Class k is kept with probability 1, 0.9, ... 0.1."""
+    images, digit = data.digits(kind)
+    keep = torch.rand(len(digit), generator=generator(seed, "unbalanced")) < 1 - digit / 10
+    pixels = images[keep].flatten(1)
+    y = digit[keep]
+    tr, va, te = data.parts(len(y), (0.6, 0.15, 0.25), seed, "ocs")
+    average = pixels[tr].mean(0)
+    validation = (pixels[va] - average, y[va])
+    return pixels[tr] - average, y[tr], validation, pixels[te], y[te], average
 
 
 def rotate(pixels, degrees):

@@ -18,6 +18,7 @@ First the toy of the paper's theory in closed form: a shortcut that the target l
 the linear spectral contrastive loss. Then digits of 14x14: MNIST to the same turned by 35 degrees,
 MNIST to other writers' digits and back, and 100 labels of MNIST to the rest (no shift). Heads on
 frozen features only, which is the setting of the theory. The augmentations are the same for ERM.
+self_training.py has ST and the toy, digit_domains.py the digits.
 
 Selection: one learning rate an encoder of three, by accuracy on source validation labels, seed
 100. Self-training has one fixed schedule. No target label is used but to measure, and the last
@@ -28,6 +29,7 @@ thousands of steps); batches of one domain (here every batch is drawn from both)
 """
 
 import copy
+import textwrap
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +38,11 @@ import torch.nn.functional as F
 from infra.cli import opt, parse, script
 from infra.runs import mean
 from infra.seeds import derive, generator
-from robustness import common, data
-from robustness.common import TUNING_SEED, cell, lead
+from robustness import common
+from robustness.common import TUNING_SEED, cell
+from robustness.digit_domains import NO_SHIFT, PAIRS, augment, domains
 from robustness.self_training import ARMS, CLASSES, accuracy, self_train, toy
-from robustness.shifts import rotate
 
-PAIRS = ("MNIST to turned", "MNIST to optdigits", "optdigits to MNIST", "no shift: 100 labels")
-NO_SHIFT = PAIRS[-1]
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 BATCH = 128
 
@@ -51,10 +51,6 @@ BATCH = 128
 class Config(common.Config):
     epochs: int = opt(80, "of the contrastive stage, over source and target", low=1)
     images: int = opt(700, "of each domain, training", low=50)
-
-
-# --------------------------------------------------------------------------------------------------
-# Objectives.
 
 
 def nt_xent(a, b, temperature=0.2):
@@ -66,58 +62,6 @@ def nt_xent(a, b, temperature=0.2):
     similarity.fill_diagonal_(-torch.inf)
     partner = torch.arange(len(z)).roll(len(a))
     return F.cross_entropy(similarity, partner)
-
-
-# --------------------------------------------------------------------------------------------------
-# Digits.
-
-
-def augment(x, g):
-    """Another view of images [B, 1, H, W]: turned by up to 20 degrees, scaled, moved, blurred
-    (half of them), darker or lighter, a square of 4x4 cut out, noise."""
-    n, _, height, width = x.shape
-    u = 2 * torch.rand(n, 6, generator=g) - 1
-    angle = u[:, 0] * 20 * torch.pi / 180
-    scale = 1 + 0.2 * u[:, 1]
-    turn = torch.stack([
-        torch.stack([scale * angle.cos(), -scale * angle.sin(), 0.15 * u[:, 2]], 1),
-        torch.stack([scale * angle.sin(), scale * angle.cos(), 0.15 * u[:, 3]], 1)], 1)
-    x = F.grid_sample(x, F.affine_grid(turn, x.shape, align_corners=False), align_corners=False)
-    x = torch.where((u[:, 4] > 0).view(-1, 1, 1, 1), F.avg_pool2d(x, 3, 1, 1), x)
-    x = x.clamp(1e-4, 1) ** (0.5 * u[:, 5]).exp().view(-1, 1, 1, 1)
-    top = torch.randint(0, height - 3, (n, 1), generator=g)
-    left = torch.randint(0, width - 3, (n, 1), generator=g)
-    in_rows = (torch.arange(height) >= top) & (torch.arange(height) < top + 4)
-    in_columns = (torch.arange(width) >= left) & (torch.arange(width) < left + 4)
-    cut = in_rows[:, None, :, None] & in_columns[:, None, None, :]
-    return x.masked_fill(cut, 0.0) + 0.1 * torch.randn(x.shape, generator=g)
-
-
-def domains(pair, seed, cfg):
-    """Four pairs (images [N, 1, 14, 14], digit [N]): labelled source, source validation, target
-    without labels (they are for the record), target test. No digit is in two of them."""
-    x, y = data.digits(cfg.data)
-    order = torch.randperm(len(y), generator=generator(seed, "mnist"))
-    x, y = data.small(x)[order][:, None], y[order]
-    other, y_other = data.optdigits(cfg.data)
-    order = torch.randperm(len(y_other), generator=generator(seed, "optdigits"))
-    other = F.interpolate(other[order][:, None], size=(10, 10), mode="bilinear")
-    other = F.pad(other, (2, 2, 2, 2))  # they fill their frame, those of MNIST leave a margin
-    y_other = y_other[order]
-    n = min(cfg.images, len(y) // 4, len(y_other) // 2)
-    one, two, three, rest = slice(n), slice(n, 2 * n), slice(2 * n, 3 * n), slice(3 * n, None)
-    source = [(x[one], y[one]), (x[two], y[two])]
-    target = [(x[three], y[three]), (x[rest], y[rest])]
-    of_others = [(other[one], y_other[one]), (other[n:], y_other[n:])]
-    if pair == "MNIST to turned":
-        target = [(rotate(images.flatten(1), 35).view_as(images), d) for images, d in target]
-    elif pair == "MNIST to optdigits":
-        target = of_others
-    elif pair == "optdigits to MNIST":
-        source = of_others
-    else:
-        source[0] = (x[: min(n, 100)], y[: min(n, 100)])
-    return *source, *target
 
 
 def train_erm(x, y, cfg, learning_rate, seed):
@@ -205,33 +149,31 @@ def report(toys, rows, rates, cfg, command):
     """toys {setting: [{arm: accuracy} of a seed]}, rows of run() -> (text, claims, draw)."""
     budgets = sorted({r["epochs"] for r in rows})
 
-    def at(pair, key, epochs=budgets[-1]):
-        return [r[key] for r in rows if r["pair"] == pair and r["epochs"] == epochs]
+    def at(arm, pair, epochs=budgets[-1]):
+        return common.pick(rows, arm, pair=pair, epochs=epochs)
 
-    def by_arm(arm, pair):
-        return at(pair, arm)
+    def in_toy(arm, setting):
+        return common.pick(toys[setting], arm)
 
     def gain(epochs, pair):
-        rival = max(("ST", "CL"), key=lambda arm: mean(at(pair, arm, epochs)))
-        return [a - b for a, b in zip(at(pair, "STOC", epochs), at(pair, rival, epochs))]
+        rival = max(("ST", "CL"), key=lambda arm: mean(at(arm, pair, epochs)))
+        return [a - b for a, b in zip(at("STOC", pair, epochs), at(rival, pair, epochs))]
 
-    def ahead(pair):
-        return all(lead(at(pair, "STOC"), at(pair, rival))[2] for rival in ("ST", "CL"))
-
+    won = set(common.ahead(at, "STOC", "ST", PAIRS)) & set(common.ahead(at, "STOC", "CL", PAIRS))
+    flat = [pair for pair in PAIRS[:-1] if pair not in won]
     kept = ["right_of_ERM", "right_of_CL"]
     parts = [
         f"Accuracy on the target at the last step, {cfg.seeds} seeds. Selection: learning rates "
         f"{rates} by source validation labels, seed {TUNING_SEED}, of three; no target label.",
-        common.matrix("Toy in closed form", toys, ARMS, lambda t, arm: [r[arm] for r in toys[t]]),
-        common.matrix(f"Digits, {cfg.epochs} epochs of contrast", [*ARMS, *kept], PAIRS, by_arm),
-        common.leads("Digits", "STOC", ARMS[:3], PAIRS, by_arm),
+        common.matrix("Toy in closed form", toys, ARMS, lambda t, arm: in_toy(arm, t)),
+        common.matrix(f"Digits, {cfg.epochs} epochs of contrast", [*ARMS, *kept], PAIRS, at),
+        common.leads("Digits", "STOC", ARMS, PAIRS, at),
         common.matrix("STOC minus the better of the two, by epochs", budgets, PAIRS, gain)]
-    cells = [f"{pair}: " + ", ".join(f"{a} {cell(at(pair, a))}" for a in ARMS) for pair in PAIRS]
-    gained = [ahead(pair) for pair in PAIRS[:-1]]  # if nothing is, the last pair tells nothing
-    flat = [pair for pair, gain_here in zip(PAIRS, gained) if not gain_here]
+    cells = [f"{pair}: {common.cells(at, ARMS, pair)}" for pair in PAIRS]
+    gained = [pair in won for pair in PAIRS[:-1]]  # if nothing is, the last pair tells nothing
     claim = dict(
         paper="2312.03318", command=command,
-        holds=any(gained) and common.verdict([*gained, not ahead(NO_SHIFT)]),
+        holds=any(gained) and common.verdict([*gained, NO_SHIFT not in won]),
         claim="under distribution shift self-training from contrastive features adds 3 to 8% to "
               "either alone; without shift nothing",
         short="Self-training on contrastive features adds to either alone under shift",
@@ -241,31 +183,29 @@ def report(toys, rows, rates, cfg, command):
         fails_when=f"not clearly above both ST and CL: {', '.join(flat) or 'none'}; after "
                    f"{budgets[0]} epochs of contrast MNIST to turned "
                    f"{cell(gain(budgets[0], PAIRS[0]), sign=True)}")
-    found = next(iter(toys.values()))
-    in_toy = {arm: [r[arm] for r in found] for arm in ARMS}
+    shift = next(iter(toys))
     theory = dict(
         paper="2312.03318", command=command,
-        holds=common.verdict(lead(in_toy["STOC"], in_toy[rival])[2] for rival in ("ST", "CL")),
+        holds=common.verdict(common.ahead(in_toy, "STOC", r, [shift]) for r in ("ST", "CL")),
         claim="in the toy of the theory neither self-training nor contrast alone is enough, both "
               "together are",
         short="In the theory's toy only both together are enough",
-        measured=", ".join(f"{arm} {cell(in_toy[arm])}" for arm in ARMS)
-                 + f" on the target ({cfg.seeds} seeds, sd)",
+        measured=f"{common.cells(in_toy, ARMS, shift)} on the target ({cfg.seeds} seeds, sd)",
         fails_when="there is no shift: all four are right, with 10% of the labels wrong")
-    return "\n\n".join(parts), [claim, theory], lambda plt: draw(plt, toys, by_arm, gain, budgets)
+    text = "\n\n".join(parts)
+    return text, [claim, theory], lambda plt: draw(plt, toys, in_toy, at, gain, budgets)
 
 
-def draw(plt, toys, by_arm, gain, budgets):
+def draw(plt, toys, in_toy, at, gain, budgets):
     """The toy, the digits, and what the length of the contrastive stage does."""
     fig, axes = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
-    for axis, groups, values in ((axes[0], list(toys), lambda arm, t: [r[arm] for r in toys[t]]),
-                                 (axes[1], PAIRS, by_arm)):
+    for axis, groups, values in ((axes[0], list(toys), in_toy), (axes[1], PAIRS, at)):
         for k, (arm, colour) in enumerate(zip(ARMS, common.COLOURS)):
             points = [common.mean_sd(values(arm, group)) for group in groups]
             x = [i + 0.2 * (k - 1.5) for i in range(len(groups))]
             axis.bar(x, [m for m, _ in points], 0.18, yerr=[sd for _, sd in points], color=colour,
                      label=arm, capsize=2)
-        axis.set_xticks(range(len(groups)), [g.replace(" ", "\n", 1) for g in groups], fontsize=8)
+        axis.set_xticks(range(len(groups)), [textwrap.fill(g, 14) for g in groups], fontsize=8)
         axis.set(ylabel="accuracy on the target", ylim=(0, 1.15))
         axis.legend(frameon=False, fontsize=8, ncol=4, loc="upper center")
     common.lines(axes[2], budgets, PAIRS, budgets, lambda pair, epochs: gain(epochs, pair))

@@ -21,7 +21,7 @@ on what has variance. Same network for both.
 
 Selection: settings (four an arm, seed 100) and the step of every run by the worst group of a
 balanced validation set: group labels at validation, as the authors do. The last step stands beside
-it.
+it. worst_group_report.py has the tables, the claims and their rule.
 
 --published FOLDER adds a second table: the authors' own result files, aggregated again, paired.
     git clone https://github.com/athrvkk/MTL-group-robustness runs/robustness/MTL-group-robustness
@@ -30,6 +30,7 @@ Left out: ViT and BERT with their pre-training on other data (here on the same i
 causal language modelling as tasks. The official l1 is divided by the size of the first batch, here
 by that of each; batches have one size here, the official arms differ."""
 
+import copy
 from dataclasses import asdict, dataclass
 
 import torch
@@ -37,14 +38,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from infra.cli import opt, parse, script
-from infra.runs import mean
 from infra.seeds import derive, generator
 from robustness import common, data
-from robustness.common import TUNING_SEED, cell, lead
+from robustness.common import TUNING_SEED
 from robustness.worst_group_published import published, published_table
-
-SHORTCUTS = ("marker", "photograph")
-KNOWS, OURS = "balanced (knows groups)", "MTL + l1"
+from robustness.worst_group_report import KNOWS, MTL_L1, SHORTCUTS, report
 
 
 @dataclass
@@ -66,7 +64,7 @@ GRIDS = {
     "ERM": [Arm(lr=lr, weight_decay=wd) for lr in (1e-3, 3e-3) for wd in (0.01, 0.3)],
     "ERM + l1": [Arm(w_l1=p) for p in (0.03, 0.1, 0.3, 1.0)],
     "MTL": [Arm(w_mt=m) for m in (0.1, 0.3, 1.0, 3.0)],
-    OURS: BOTH,
+    MTL_L1: BOTH,
     "pre-training, ERM": [Arm(pretrain=p, lr=lr) for p in (150, 300) for lr in (1e-3, 3e-3)],
     "pre-training, MTL + l1": [Arm(w_mt=a.w_mt, w_l1=a.w_l1, pretrain=300) for a in BOTH],
     "JTT": [Arm(jtt_steps=s, jtt_factor=f) for s in (50, 100) for f in (5.0, 20.0)],
@@ -82,7 +80,6 @@ class Config(common.Config):
     published: str = opt("", "a clone of the authors' repository (see above)")
 
 
-# --------------------------------------------------------------------------------------------------
 # Objectives. Source: the authors' src/models_mt.py; their weights are exp() of hparams.yaml's.
 
 
@@ -102,18 +99,14 @@ def mtl_loss(logits, y, h, reconstruction, w_mt, w_l1, weight):
     return ce + w_mt * reconstruction + w_l1 * h.abs().mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# Training.
-
-
 class Net(nn.Module):
     """Encoder D-64-16, linear head, decoder 16-64-D. forward: logits of images of any shape."""
 
     def __init__(self, inputs):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 16))
+        self.encoder = common.mlp(inputs, 64, 16)
         self.head = nn.Linear(16, 2)
-        self.decoder = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, inputs))
+        self.decoder = common.mlp(16, 64, inputs)
 
     def forward(self, x):
         return self.head(self.encoder(x.flatten(1)))
@@ -134,10 +127,10 @@ def batch(n, seed, *purpose):
 
 def example_weights(arm, train, cfg, seed):
     """[N] with mean 1."""
-    weight = torch.ones(len(train.y))
     if arm.balanced:
-        weight = 1 / torch.bincount(train.group, minlength=4)[train.group].float()
-    elif arm.jtt_steps:
+        return common.balanced(train.group)
+    weight = torch.ones(len(train.y))
+    if arm.jtt_steps:
         first, _ = fit(Arm(), train, None, cfg, seed, min(arm.jtt_steps, cfg.steps))
         with torch.no_grad():
             wrong = first(train.x).argmax(1) != train.y
@@ -169,8 +162,8 @@ def fit(arm, train, validation, cfg, seed, steps):
         loss.backward()
         optimizer.step()
         if validation is not None and step >= 0 and (step + 1) % cfg.every == 0:
-            kept = {k: v.clone() for k, v in net.state_dict().items()}
-            looks.append((common.accuracies(net, validation)[1], kept))
+            worst = common.accuracies(net, validation)[1]
+            looks.append((worst, copy.deepcopy(net.state_dict())))
     return net, looks
 
 
@@ -186,92 +179,6 @@ def run(arm, parts, seed, cfg):
     return dict(worst=worst, average=average, last=last, validation=chosen)
 
 
-def shares(shortcut, cfg):
-    """Share of the pixels' variance between the two values of (shortcut, label), on balanced
-    images."""
-    _, _, test = splits(shortcut, 0, cfg)
-    x = test.x.flatten(1)
-    whole = x.var(0, unbiased=False).sum()
-    found = []
-    for key in (test.a, test.y):
-        means = torch.stack([x[key == v].mean(0) for v in (0, 1)])
-        found.append(((means[0] - means[1]).square().sum() / 4 / whole).item())
-    return found
-
-
-# --------------------------------------------------------------------------------------------------
-# Tables, claims, figure.
-
-
-def report(rows, parts, cfg, command):
-    """rows [{shortcut, arm, seed, worst, average, last}], parts {shortcut: shares of variance}."""
-    measures = ("worst", "average", "last")
-    columns = {f"{s}, {what}": (s, what) for s in SHORTCUTS for what in measures}
-
-    def at(arm, column):
-        shortcut, what = columns[column]
-        return [r[what] for r in rows if r["arm"] == arm and r["shortcut"] == shortcut]
-
-    worst = [f"{s}, worst" for s in SHORTCUTS]
-    text = "\n\n".join([
-        f"Test accuracy, {cfg.seeds} seeds; worst group and average at the step that the worst "
-        "group of a balanced validation set chose, last: worst group at the last step. Settings: "
-        f"four an arm, by the same on seed {TUNING_SEED}.",
-        common.markdown(["share of the pixels' variance between", *SHORTCUTS],
-                        [[name, *(f"{parts[s][i]:.3f}" for s in SHORTCUTS)]
-                         for i, name in enumerate(("the shortcut's values", "the labels"))]),
-        common.matrix("All arms", GRIDS, columns, at),
-        common.leads("All columns", OURS, [a for a in GRIDS if a != OURS], columns, at)])
-
-    def ahead(arm, rival, shortcut):
-        return lead(at(arm, f"{shortcut}, worst"), at(rival, f"{shortcut}, worst"))
-
-    def paired(arm, rival):
-        found = {s: ahead(arm, rival, s) for s in SHORTCUTS}
-        return ", ".join(f"{s} {m:+.3f} ({sd:.3f})" for s, (m, sd, _) in found.items())
-
-    def cells(*arms):
-        return "; ".join(f"{arm} " + " / ".join(cell(at(arm, c)) for c in worst) for arm in arms)
-
-    tests = {f"{s} against {rival}": ahead(OURS, rival, s)[2]
-             for s in SHORTCUTS for rival in ("ERM", "JTT")}
-    lost = [name for name, won in tests.items() if not won]
-    needed = [("MTL", "ERM + l1"), ("pre-training, MTL + l1",)]
-    claims = [dict(
-        paper="2312.03151", command=command,
-        holds=common.verdict(tests.values()),
-        claim="MTL with the pre-training objective on the end task's data, with an l1 penalty, "
-              "beats ERM and JTT on the worst group",
-        short="Reconstruction with an l1 penalty beats ERM and JTT's worst group",
-        measured=f"worst group, marker / photograph: {cells(OURS, 'ERM', 'JTT', KNOWS)}; paired "
-                 f"over ERM {paired(OURS, 'ERM')}, over JTT {paired(OURS, 'JTT')} "
-                 f"({cfg.seeds} seeds, sd)",
-        fails_when=f"not clearly ahead: {', '.join(lost) or 'nowhere'}"), dict(
-        paper="2312.03151", command=command,
-        holds=common.verdict([ahead(OURS, rival, "marker")[2] for rival in needed[0]]
-                             + [ahead(needed[1][0], OURS, "marker")[2]]),
-        claim="both parts, the task and the l1 penalty, and the pre-training are needed",
-        short="Task, l1 penalty and pre-training are all needed",
-        measured=f"worst group, marker / photograph: {cells(OURS, *needed[0], *needed[1])}; "
-                 f"pre-training before it {paired(needed[1][0], OURS)} ({cfg.seeds} seeds, sd)",
-        fails_when="pre-training is on the same images here, in the paper on others")]
-    return text, claims, lambda plt: draw(plt, at)
-
-
-def draw(plt, at):
-    """Worst group of every arm, a dot a seed, a bar for the mean."""
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True, constrained_layout=True)
-    for axis, shortcut in zip(axes, SHORTCUTS):
-        for i, (arm, colour) in enumerate(zip(GRIDS, common.COLOURS)):
-            values = at(arm, f"{shortcut}, worst")
-            axis.plot([i] * len(values), values, "o", color=colour, alpha=0.5, markersize=4)
-            axis.plot([i - 0.3, i + 0.3], [mean(values)] * 2, color=colour, linewidth=3)
-        axis.axhline(mean(at("ERM", f"{shortcut}, worst")), color="#aaaaaa", linewidth=1)
-        axis.set_xticks(range(len(GRIDS)), GRIDS, rotation=30, ha="right", fontsize=8)
-        axis.set(title=f"shortcut: {shortcut}", ylabel="accuracy of the worst group")
-    return fig, axes
-
-
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     if cfg.smoke:
@@ -279,7 +186,8 @@ def main(argv=None):
     authors = published(cfg.published) if cfg.published else None  # bad input ends before the work
     rows, tuned, parts = [], {}, {}
     for shortcut in SHORTCUTS:
-        parts[shortcut] = shares(shortcut, cfg)
+        test = splits(shortcut, 0, cfg)[2]
+        parts[shortcut] = [data.variance_share(test.x, value) for value in (test.a, test.y)]
         images = splits(shortcut, TUNING_SEED, cfg)
 
         def score(arm, setting, images=images):

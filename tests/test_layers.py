@@ -133,6 +133,22 @@ def test_a_top_file_fits_into_a_head(path):
     assert max(map(len, path.read_text().splitlines())) <= 100
 
 
+# What is shared or reads the data may be longer; a paper's file, or one beside it, is read in one go.
+PAPERS = [p for p in sorted((ROOT / "robustness").glob("*.py")) if p.stem not in ("common", "data")]
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda p: p.name)
+def test_a_file_of_an_earlier_paper_fits_into_a_head(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 250
+    assert max(map(len, lines), default=0) <= 100
+
+
+def test_what_the_earlier_papers_share_stays_readable():
+    lines = (ROOT / "robustness" / "common.py").read_text().splitlines()
+    assert len(PAPERS) >= 8 and len(lines) <= 350 and max(map(len, lines)) <= 100
+
+
 # Loops are meant to be seen whole: of training, of decoding, of a search.
 LOOPS = {"train", "main", "fit", "update", "decode_all", "beam", "table_rl", "reinforce"}
 

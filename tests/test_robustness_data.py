@@ -106,6 +106,41 @@ def test_choose_and_cells():
     assert common.cell([0.1, 0.3]) == "0.200 (0.141)"
 
 
+def test_rows_to_columns_and_sentences():
+    rows = [dict(arm=arm, at=at, right=right + seed / 100) for seed in range(3)
+            for arm, at, right in (("a", 1, 0.5), ("a", 2, 0.7), ("b", 1, 0.6), ("b", 2, 0.6))]
+
+    def values(arm, at):
+        return common.pick(rows, "right", arm=arm, at=at)
+
+    assert values("a", 2) == [0.7, 0.71, 0.72]
+    assert common.ahead(values, "a", "b", [1, 2]) == [2]
+    assert common.ahead(values, "b", "a", [1, 2]) == [1]
+    assert common.cells(values, ["b", "a"], 1) == "b 0.610 (0.010), a 0.510 (0.010)"
+    table = common.leads("Right", "a", ["a", "b"], [1, 2], values)
+    assert "| b | -0.100 (0.000) | +0.100 (0.000) * |" in table and "| a |" not in table
+
+
+def test_balanced_groups_weigh_the_same():
+    group = torch.tensor([0, 0, 0, 2, 3, 3])
+    weight = common.balanced(group)
+    assert weight.mean().item() == pytest.approx(1)
+    assert [weight[group == g].sum().item() for g in (0, 2, 3)] == pytest.approx([2, 2, 2])
+
+
+def test_variance_between_two_values():
+    x = torch.tensor([[0.0, 1.0], [0.0, -1.0], [2.0, 1.0], [2.0, -1.0]])
+    assert data.variance_share(x, torch.tensor([0, 0, 1, 1])) == pytest.approx(0.5)
+    assert data.variance_share(x, torch.tensor([0, 1, 0, 1])) == pytest.approx(0.5)
+    assert data.variance_share(x, torch.tensor([0, 1, 1, 0])) == pytest.approx(0)
+
+
+def test_bag_of_words_counts():
+    found = data.bag_of_words(64, "synthetic")
+    texts = data.sentence_texts("synthetic")
+    assert found.sum(1).tolist() == [len(text.split()) for text in texts]
+
+
 def test_synthetic_data_cannot_be_kept_as_results():
     with pytest.raises(UserError, match="no results to keep"):
         common.Config(data="synthetic", out="docs/results/x")

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from robustness import data, ocs, shifts
+from robustness import abstain, data, ocs, shifts
 
 Y = torch.tensor([0, 0, 0, 2, 2, 7])
 
@@ -45,13 +45,19 @@ def test_reward_of_each_action():
 
 def test_at_the_constant_the_reward_network_abstains():
     constant = ocs.constant_solution("reward", torch.arange(10).repeat(3))
-    assert ocs.act(constant[None]).item() == ocs.CLASSES
-    assert ocs.policy_reward(torch.tensor([10, 10]), torch.tensor([1, 2])) == 0
+    assert abstain.act(constant[None]).item() == abstain.CLASSES
+    assert abstain.policy_reward(torch.tensor([10, 10]), torch.tensor([1, 2])) == 0
+
+
+def test_policies_earn_what_the_network_is_taught():
+    y, action = torch.tensor([1, 1, 1]), torch.tensor([1, 3, abstain.CLASSES])
+    taught = ocs.reward_targets(y).gather(1, action[:, None]).mean().item()
+    assert abstain.policy_reward(action, y) == taught == -1
 
 
 def test_probability_abstains_at_four_fifths():
     p = torch.tensor([[0.79, 0.21], [0.81, 0.19]])
-    assert ocs.act_on_probability(p).tolist() == [2, 0]
+    assert abstain.act_on_probability(p).tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("loss", ocs.LOSSES)
@@ -82,7 +88,7 @@ def test_rotation_by_quarter_turns_moves_pixels_exactly():
 
 def test_every_shift_is_measured_and_says_whether_it_keeps_the_norm():
     cfg = ocs.Config(data="synthetic")
-    *_, pixels, _, average = ocs.splits(cfg, 0)
+    *_, pixels, _, average = shifts.unbalanced_digits(cfg.data, 0)
     found = shifts.shifted_images(pixels, average, data.photographs(cfg.data), 0)
     assert list(found) == list(shifts.SHIFTS)
     before = found[shifts.NO_SHIFT].norm(dim=1)
@@ -93,7 +99,7 @@ def test_every_shift_is_measured_and_says_whether_it_keeps_the_norm():
 
 def test_head_with_the_constant_starts_near_it():
     cfg = ocs.Config(data="synthetic", epochs=0)
-    x, y, *_ = ocs.splits(cfg, 0)
+    x, y, *_ = shifts.unbalanced_digits(cfg.data, 0)
     for head, near in (("constant", True), ("default", False)):
         net = ocs.train("mse", head, x, y, (1e-3, 0.0), cfg, 0)
         distance = ocs.relative_distance("mse", net(x), ocs.constant_solution("mse", y), y)
