@@ -207,7 +207,7 @@ def run_arms(cfg, root, best):
     jobs = {}
     for draw, name, seed in itertools.product(range(cfg.draws), cfg.arms, range(cfg.seeds)):
         settings = best[ARMS[name].family] | dict(seed=seed + 100 * draw)
-        if name == "outcome" and draw == 0:
+        if name == "outcome":
             settings["steps"] = cfg.long_steps
         label = f"rl_{name}_draw{draw}"
         jobs[name, seed, draw] = arm_job(name, runs, seed, label, settings)
@@ -238,7 +238,7 @@ def provers(root, seeds):
 # Report. Everything below sees the result file alone.
 
 
-def at_end(results, name, key="seed"):
+def at_end(results, name):
     """{(seed, draw): accuracy at the end of the arm's steps, at equal samples}."""
     steps = results["settings"]["steps"]
     rows = [r for r in results["rows"] if r["arm"] == name]
@@ -255,15 +255,16 @@ def by_seed(values):
 
 
 def equal_tokens(results, name):
-    """Per seed: outcome-only's accuracy once it has sampled as many tokens as the arm's RL and its
-    prover together, or at its last step."""
-    long = {r["seed"]: r["curve"] for r in results["rows"] if r["arm"] == "outcome" and not r["draw"]}
-    cost = {
-        r["seed"]: r["curve"][-1]["num_tokens"] + r["other_tokens"]
-        for r in results["rows"]
-        if r["arm"] == name and not r["draw"]
-    }
-    return [accuracy_at(long[seed], cost[seed]) for seed in sorted(cost)]
+    """Per seed: outcome-only's accuracy (mean over its draws) once it has sampled as many tokens as
+    the arm's RL and its prover together, or at its last step."""
+    out = []
+    rows = [r for r in results["rows"] if r["arm"] == name]
+    for seed in sorted({r["seed"] for r in rows}):
+        of_seed = [r for r in rows if r["seed"] == seed]
+        cost = mean(r["curve"][-1]["num_tokens"] + r["other_tokens"] for r in of_seed)
+        rivals = [r for r in results["rows"] if (r["arm"], r["seed"]) == ("outcome", seed)]
+        out.append(mean(accuracy_at(r["curve"], cost) for r in rivals))
+    return out
 
 
 def share_of_steps(results, name):
@@ -346,7 +347,7 @@ def figure(results, path):
         return
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True, sharey=True)
     for name in ARMS:
-        rows = [r for r in results["rows"] if r["arm"] == name and r["draw"] == 0]
+        rows = [r for r in results["rows"] if r["arm"] == name]
         if not rows:
             continue
         steps = [e["step"] for e in rows[0]["curve"]]

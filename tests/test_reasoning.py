@@ -22,7 +22,7 @@ def results(pav):
     """Two seeds; outcome-only runs for twice the steps; PAV's verifier cost as many tokens as its RL. pav: its ends."""
     rows = [dict(arm="outcome", seed=s, draw=0, curve=curve(0.1, 0.1, 0.2, 0.2 + 0.1 * s, 0.3), other_tokens=0)
             for s in range(2)]
-    rows += [dict(arm="outcome", seed=s, draw=1, curve=curve(0.1, 0.1, 0.4), other_tokens=0) for s in range(2)]
+    rows += [dict(arm="outcome", seed=s, draw=1, curve=curve(0.1, 0.1, 0.4, 0.4, 0.5), other_tokens=0) for s in range(2)]
     rows += [dict(arm=arm, seed=s, draw=0, curve=curve(0.1, a, 2 * a), other_tokens=2000)
              for arm, ends in pav.items() for s, a in enumerate(ends)]
     best = dict(outcome=dict(warmup_steps=0, entropy_coef=0.0), pav=dict(warmup_steps=30, entropy_coef=0.0))
@@ -35,11 +35,11 @@ def test_equal_samples_equal_tokens_and_the_share_of_steps():
     r = results({"pav-k4": [0.3, 0.25]})
     assert reasoning.by_seed(reasoning.at_end(r, "outcome")) == pytest.approx([0.3, 0.3])  # two draws a seed
     assert reasoning.by_seed(reasoning.at_end(r, "pav-k4")) == pytest.approx([0.6, 0.5])
-    assert reasoning.equal_tokens(r, "pav-k4") == pytest.approx([0.3, 0.3])  # 2000 of RL and 2000 more
-    assert reasoning.share_of_steps(r, "pav-k4") == pytest.approx([0.5, 0.6])
+    assert reasoning.equal_tokens(r, "pav-k4") == pytest.approx([0.4, 0.4])  # 2000 of RL and 2000 more
+    assert reasoning.share_of_steps(r, "pav-k4") == pytest.approx([2 / 3, 0.8])
     assert reasoning.share_of_steps(results({"pav-k4": [0.3, 0.1]}), "pav-k4")[1] is None
     row = next(line for line in reasoning.table(r).splitlines() if "K=4" in line)
-    assert "0.550 (0.071)" in row and "| 2k | 4k |" in row and "+0.250 (0.071)" in row
+    assert "0.550 (0.071)" in row and "| 2k | 4k |" in row and "+0.150 (0.071)" in row
     assert "* solved by the base: 0.250 (0.177)" in reasoning.table(r)
 
 
