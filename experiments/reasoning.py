@@ -90,15 +90,16 @@ ARMS = {
     ),
 }
 
+MAIN = ("outcome", "pav-k4", "pav-k1")  # those of which --draws runs are made
 SIBLINGS = {"measured": ["-m", "papers.measured"], "exact": ["-m", "experiments.exact_rl"]}
 
 
 @dataclass
 class Config:
     task: str = opt("countdown", "which reasoning task", choices=["countdown", "grid"])
-    arms: list = opt(["outcome", "pav-k1", "pav-k4"], "arms to run", choices=list(ARMS))
+    arms: list = opt(list(MAIN), "arms to run", choices=list(ARMS))
     seeds: int = opt(5, "each with its own base, prover and verifier", low=1)
-    draws: int = opt(1, "runs of RL of each arm on each seed's policies", low=1)
+    draws: int = opt(2, "runs of RL on each seed's policies, of the first three arms", low=1)
     steps: int = opt(300, "RL steps", low=1)
     long_steps: int = opt(650, "RL steps of outcome-only: as many as PAV's tokens in all pay for")
     tuning_steps: int = opt(200, "RL steps of a tuning run", low=1)
@@ -206,6 +207,8 @@ def run_arms(cfg, root, best):
     run_missing(stages, cfg.workers, root / "logs")
     jobs = {}
     for draw, name, seed in itertools.product(range(cfg.draws), cfg.arms, range(cfg.seeds)):
+        if draw and name not in MAIN:
+            continue
         settings = best[ARMS[name].family] | dict(seed=seed + 100 * draw)
         if name == "outcome":
             settings["steps"] = cfg.long_steps
@@ -431,7 +434,7 @@ def main(argv=None):
     root = Path(f"runs/reasoning_{cfg.task}{'_smoke' if cfg.smoke else ''}")
     cfg.out = cfg.out or (str(root / "results") if cfg.smoke else f"docs/results/reasoning_{cfg.task}")
     if cfg.smoke:
-        cfg.seeds = 1
+        cfg.seeds = cfg.draws = 1
         cfg.steps = cfg.tuning_steps = 2
         cfg.long_steps = 4
         cfg.warmup_steps = [0]
