@@ -14,6 +14,10 @@ the same policies (those of train_rl.py's own comparison, built if they are not 
     exact      the value of the scripted prover by countdown_values, at every line
                (task.exact_value)
 
+These two have different provers: the verifier learns what the *clone* of that player achieves, who
+plays worse. experiments/reasoning.py has the clone's own values, measured (--arms measured-k1),
+beside the player's exact ones (--arms exact), and the verifier read as Best-of-4.
+
 What would have falsified it: exact values that do not help at the larger batch either, or all arms
 alike.
 """
@@ -156,6 +160,7 @@ def main(argv=None):
         smoke=cfg.smoke,
         eval_split="test",
         eval_steps=20,
+        stage_flags='{"verifier": {"prover_k": 1}}',
     )
     run_missing(stages, cfg.workers, root / "logs")
     configs = [job.config for job in arms if job.label.endswith("/rl_pav")]

@@ -393,6 +393,10 @@ def claims_of(results):
         f"{mean_sd([a - b for a, b in zip(ends[n], equal_tokens(results, n))], signed=True)}"
         for n in behind
     )
+    control = ""
+    if "constant" in ends:
+        gap = [a - b for a, b in zip(ends["pav-k4"], ends["constant"])]
+        control = f" Minus the control, a verifier that says 0.5: {mean_sd(gap, signed=True)}."
     command = results["command"]
     out = [
         dict(
@@ -404,7 +408,7 @@ def claims_of(results):
             f"PAV (Best-of-4) minus outcome-only {mean_sd(samples, signed=True)} at equal samples, "
             f"{mean_sd(total, signed=True)} at equal total tokens (per seed "
             f"{' '.join(f'{d:+.2f}' for d in total)}). It is at the level of the longer outcome-only "
-            f"run after these shares of its samples: {shares}. At equal samples: {means}.",
+            f"run after these shares of its samples: {shares}. At equal samples: {means}.{control}",
             holds=together([verdict(samples), verdict(total)]),
             command=command,
             fails_when=f"at equal total tokens, outcome only tuned alike: {others}"
