@@ -12,7 +12,8 @@ starts from that base and takes the same number of samples a step:
                      cost together: its accuracy is read at equal samples and at equal total tokens
     pav-k1, k4, k16  learned progress; the one verifier, read as Best-of-K of its prover (eq. 30)
     pav-alpha3       K = 1 with three times the weight: is it the size of the bonus, or its shape?
-    constant         a verifier that says 0.5 everywhere
+    constant         a verifier that says 0.5 everywhere, as long as outcome-only: what is left is
+                     that the last line is paid the outcome once more (--guards anchor)
     strong           learned progress of a prover that (scripted) never leaves a winning line
     outcome-prover   the grader alone, from the prover's weights: what the prover is worth without
                      a verifier
@@ -67,12 +68,15 @@ class Arm:
     of: str  # the arm of train_rl.py's comparison that it is
     settings: dict = field(default_factory=dict)
     k: int = 1  # the verifier is read as Best-of-k
+    long: bool = False  # goes on until it has sampled what PAV's RL and verifier cost together
     family: str = "pav"  # whose tuned settings it takes
     colour: str = "#7f7f7f"
 
 
 ARMS = {
-    "outcome": Arm("outcome only", "outcome", family="outcome", colour=COLOURS["outcome"]),
+    "outcome": Arm(
+        "outcome only", "outcome", family="outcome", long=True, colour=COLOURS["outcome"]
+    ),
     "pav-k4": Arm("PAV, learned, K=4", "pav", k=4, colour=COLOURS["pav"]),
     "pav-k1": Arm("PAV, learned, K=1", "pav", colour="#56B4E9"),
     "pav-k16": Arm("PAV, learned, K=16", "pav", k=16, colour="#0072B2"),
@@ -80,7 +84,9 @@ ARMS = {
     "measured-k4": Arm("PAV, measured, K=4", "measured", dict(n_mc=4, prover_k=4), colour="#882255"),
     "measured-k1": Arm("PAV, measured, K=1", "measured", dict(n_mc=16), colour="#AA4499"),
     "exact": Arm("PAV, exact values of the player", "exact", colour="#0072B2"),
-    "constant": Arm("control: constant value", "constant", colour=COLOURS["constant"]),
+    "constant": Arm(
+        "control: constant value", "constant", long=True, colour=COLOURS["constant"]
+    ),
     "strong": Arm("control: prover too strong", "strong-prover", colour=COLOURS["strong-prover"]),
     "outcome-prover": Arm(
         "outcome only, from the prover",
@@ -101,7 +107,9 @@ class Config:
     seeds: int = opt(5, "each with its own base, prover and verifier", low=1)
     draws: int = opt(2, "runs of RL on each seed's policies, of the first three arms", low=1)
     steps: int = opt(300, "RL steps", low=1)
-    long_steps: int = opt(650, "RL steps of outcome-only: as many as PAV's tokens in all pay for")
+    long_steps: int = opt(
+        650, "RL steps of the arms without a verifier: as many as PAV's tokens in all pay for", low=1
+    )
     tuning_steps: int = opt(200, "RL steps of a tuning run", low=1)
     warmup_steps: list = opt([0, 30], "grid of both arms")
     entropy_coefs: list = opt([0.0, 3e-3], "grid of both arms")
@@ -210,7 +218,7 @@ def run_arms(cfg, root, best):
         if draw and name not in MAIN:
             continue
         settings = best[ARMS[name].family] | dict(seed=seed + 100 * draw)
-        if name == "outcome":
+        if ARMS[name].long:
             settings["steps"] = cfg.long_steps
         label = f"rl_{name}_draw{draw}"
         jobs[name, seed, draw] = arm_job(name, runs, seed, label, settings)
@@ -241,6 +249,11 @@ def provers(root, seeds):
 # Report. Everything below sees the result file alone.
 
 
+def tokens_at(row, steps):
+    """Tokens that a run's policy has sampled after so many steps."""
+    return next(e["num_tokens"] for e in row["curve"] if e["step"] == steps)
+
+
 def at_end(results, name):
     """{(seed, draw): accuracy at the end of the arm's steps, at equal samples}."""
     steps = results["settings"]["steps"]
@@ -257,15 +270,16 @@ def by_seed(values):
     return [mean(v for (s, _), v in values.items() if s == seed) for seed in seeds]
 
 
-def equal_tokens(results, name):
-    """Per seed: outcome-only's accuracy (mean over its draws) once it has sampled as many tokens as
-    the arm's RL and its prover together, or at its last step."""
+def equal_tokens(results, name, rival="outcome"):
+    """Per seed: the rival's accuracy (mean over its draws) once it has sampled as many tokens as the
+    arm's RL and its prover together, or at its last step."""
     out = []
+    steps = results["settings"]["steps"]
     rows = [r for r in results["rows"] if r["arm"] == name]
     for seed in sorted({r["seed"] for r in rows}):
         of_seed = [r for r in rows if r["seed"] == seed]
-        cost = mean(r["curve"][-1]["num_tokens"] + r["other_tokens"] for r in of_seed)
-        rivals = [r for r in results["rows"] if (r["arm"], r["seed"]) == ("outcome", seed)]
+        cost = mean(tokens_at(r, steps) + r["other_tokens"] for r in of_seed)
+        rivals = [r for r in results["rows"] if (r["arm"], r["seed"]) == (rival, seed)]
         out.append(mean(accuracy_at(r["curve"], cost) for r in rivals))
     return out
 
@@ -301,7 +315,7 @@ def table(results):
         mean_of = by_seed(values)
         steps = results["settings"]["steps"]
         rows = [r for r in results["rows"] if r["arm"] == name]
-        rl = mean(next(e["num_tokens"] for e in r["curve"] if e["step"] == steps) for r in rows)
+        rl = mean(tokens_at(r, steps) for r in rows)
         total = rl + mean(r["other_tokens"] for r in rows)
         draws = max(d for _, d in values) + 1
         within = [spread(v for (s, _), v in values.items() if s == seed) for seed in range(len(mean_of))]
@@ -396,7 +410,12 @@ def claims_of(results):
     control = ""
     if "constant" in ends:
         gap = [a - b for a, b in zip(ends["pav-k4"], ends["constant"])]
-        control = f" Minus the control, a verifier that says 0.5: {mean_sd(gap, signed=True)}."
+        rival = equal_tokens(results, "pav-k4", "constant")
+        longer = [a - b for a, b in zip(ends["pav-k4"], rival)]
+        control = (
+            f" Minus the control, a verifier that says 0.5: {mean_sd(gap, signed=True)}, at equal "
+            f"total tokens {mean_sd(longer, signed=True)}."
+        )
     command = results["command"]
     out = [
         dict(
