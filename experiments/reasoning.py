@@ -26,8 +26,10 @@ starts from that base and takes the same number of samples a step:
 Outcome-only and PAV choose warm-up and entropy bonus from the same grid, each for itself, on
 validation problems of a seed that is not reported; the other process-reward arms take PAV's.
 
-What would have falsified it: PAV not ahead of outcome-only at equal total tokens by two standard
-errors over the seeds. A killed run goes on with the same command; --arms and --seeds may be raised.
+What would have falsified it: PAV not ahead of outcome-only, or of the control that says 0.5, at
+equal total tokens by two standard errors over the seeds.
+
+A killed run goes on with the same command; --arms, --seeds and --draws may be raised.
 """
 
 import itertools
@@ -305,7 +307,7 @@ def share_of_steps(results, name):
 def table(results):
     lines = [
         "| arm | seeds x draws | accuracy at equal samples (sd over seeds) | per seed "
-        "| sd of two draws | tokens of RL | tokens in all | outcome only for as many tokens in all "
+        "| sd of two draws | tokens of RL | tokens in all | outcome only, as many tokens in all "
         "| difference, paired |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -320,7 +322,10 @@ def table(results):
         draws = max(d for _, d in values) + 1
         within = [spread(v for (s, _), v in values.items() if s == seed) for seed in range(len(mean_of))]
         cells = ["", ""]
-        if ARMS[name].family == "pav":
+        if ARMS[name].long and "pav-k4" in present:
+            longer = mean_sd(equal_tokens(results, "pav-k4", name))
+            cells = [f"itself, as many as K=4: {longer}", ""]
+        elif "outcome" in present:
             rival = equal_tokens(results, name)
             cells = [mean_sd(rival), mean_sd([a - b for a, b in zip(mean_of, rival)], signed=True)]
         lines.append(
@@ -407,14 +412,16 @@ def claims_of(results):
         f"{mean_sd([a - b for a, b in zip(ends[n], equal_tokens(results, n))], signed=True)}"
         for n in behind
     )
+    verdicts = [verdict(samples), verdict(total)]
     control = ""
     if "constant" in ends:
         gap = [a - b for a, b in zip(ends["pav-k4"], ends["constant"])]
         rival = equal_tokens(results, "pav-k4", "constant")
         longer = [a - b for a, b in zip(ends["pav-k4"], rival)]
+        verdicts += [verdict(gap), verdict(longer)]
         control = (
-            f" Minus the control, a verifier that says 0.5: {mean_sd(gap, signed=True)}, at equal "
-            f"total tokens {mean_sd(longer, signed=True)}."
+            f" Minus the control, a verifier that says 0.5: {mean_sd(gap, signed=True)} at equal "
+            f"samples, {mean_sd(longer, signed=True)} at equal total tokens."
         )
     command = results["command"]
     out = [
@@ -428,7 +435,7 @@ def claims_of(results):
             f"{mean_sd(total, signed=True)} at equal total tokens (per seed "
             f"{' '.join(f'{d:+.2f}' for d in total)}). It is at the level of the longer outcome-only "
             f"run after these shares of its samples: {shares}. At equal samples: {means}.{control}",
-            holds=together([verdict(samples), verdict(total)]),
+            holds=together(verdicts),
             command=command,
             fails_when=f"at equal total tokens, outcome only tuned alike: {others}"
             if others
