@@ -448,7 +448,7 @@ def claims_of(results):
             dict(
                 paper="2410.08146",
                 claim="Best-of-K of a policy is a better prover than the policy itself (K = 4 best).",
-                short=f"{task}: Best-of-4 of the prover pays better than the prover itself",
+                short=f"{task}: Best-of-4 is a better prover than the prover itself",
                 measured=f"--task {task}, the same verifier read as K=4 minus K=1, {seeds} seeds: "
                 f"{mean_sd(gain, signed=True)} (per seed {' '.join(f'{d:+.2f}' for d in gain)}).",
                 holds=verdict(gain),
