@@ -39,6 +39,7 @@ CLAIMS = {
     "pav_search/results.json": pav_search_report.claims_of,
     "provers/results.json": provers_report.claims_of,
     "reasoning_countdown/results.json": reasoning.claims_of,
+    "reasoning_grid/results.json": reasoning.claims_of,
     "stargraph/results.json": stargraph.claims_of,
     "vbvf/exact.json": vbvf_exact.claims_of,
     "vbvf/results.json": vbvf_report.claims_of,
