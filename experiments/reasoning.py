@@ -392,71 +392,75 @@ def figure(results, path):
     finish(plt, fig, axes, path)
 
 
+def minus(a, b):
+    """Paired differences, a list a seed."""
+    return [x - y for x, y in zip(a, b)]
+
+
 def claims_of(results):
-    """The claims of a result file."""
-    rows = results["rows"]
-    task = results["settings"]["task"]
-    present = [n for n in ARMS if ARMS[n].of == "pav" and any(r["arm"] == n for r in rows)]
-    if not any(r["arm"] == "outcome" for r in rows) or "pav-k4" not in present:
+    """The claims of a result file: what progress is worth, and whether Best-of-K makes the prover."""
+    present = [n for n in ARMS if any(r["arm"] == n for r in results["rows"])]
+    if not {"outcome", "pav-k4"} <= set(present):
         return []
-    ends = {n: by_seed(at_end(results, n)) for n in ARMS if any(r["arm"] == n for r in rows)}
-    seeds = len(ends["pav-k4"])
-    total = [a - b for a, b in zip(ends["pav-k4"], equal_tokens(results, "pav-k4"))]
-    samples = [a - b for a, b in zip(ends["pav-k4"], ends["outcome"])]
+    ends = {n: by_seed(at_end(results, n)) for n in present}
+    claims = [progress_claim(results, ends)]
+    if "pav-k1" in present:
+        claims.append(prover_claim(results, minus(ends["pav-k4"], ends["pav-k1"])))
+    return claims
+
+
+def progress_claim(results, ends):
+    """ends: {arm: accuracy of each seed at equal samples}."""
+    task = results["settings"]["task"]
+    total = minus(ends["pav-k4"], equal_tokens(results, "pav-k4"))
+    samples = minus(ends["pav-k4"], ends["outcome"])
     reach = share_of_steps(results, "pav-k4")
     shares = ", ".join("never" if s is None else f"{s:.2f}" for s in reach)
     means = "; ".join(f"{ARMS[n].label} {mean_sd(v)}" for n, v in ends.items())
-    behind = [n for n in present if n != "pav-k4"]
     others = ", ".join(
-        f"{ARMS[n].label} minus it "
-        f"{mean_sd([a - b for a, b in zip(ends[n], equal_tokens(results, n))], signed=True)}"
-        for n in behind
+        f"{ARMS[n].label} minus it {mean_sd(minus(ends[n], equal_tokens(results, n)), signed=True)}"
+        for n in ends
+        if ARMS[n].of == "pav" and n != "pav-k4"
     )
     verdicts = [verdict(samples), verdict(total)]
     control = ""
     if "constant" in ends:
-        gap = [a - b for a, b in zip(ends["pav-k4"], ends["constant"])]
-        rival = equal_tokens(results, "pav-k4", "constant")
-        longer = [a - b for a, b in zip(ends["pav-k4"], rival)]
+        gap = minus(ends["pav-k4"], ends["constant"])
+        longer = minus(ends["pav-k4"], equal_tokens(results, "pav-k4", "constant"))
         verdicts += [verdict(gap), verdict(longer)]
         control = (
             f" Minus the control, a verifier that says 0.5: {mean_sd(gap, signed=True)} at equal "
             f"samples, {mean_sd(longer, signed=True)} at equal total tokens."
         )
-    command = results["command"]
-    out = [
-        dict(
-            paper="2410.08146",
-            claim="RL that is paid learned progress is 5 to 6 times as sample-efficient as "
-            "outcome-reward RL, and ends 6 to 7% more accurate.",
-            short=f"{task}: learned progress beats the outcome alone, all tokens counted",
-            measured=f"--task {task}, {seeds} seeds, each with its own base, prover and verifier: "
-            f"PAV (Best-of-4) minus outcome-only {mean_sd(samples, signed=True)} at equal samples, "
-            f"{mean_sd(total, signed=True)} at equal total tokens (per seed "
-            f"{' '.join(f'{d:+.2f}' for d in total)}). It is at the level of the longer outcome-only "
-            f"run after these shares of its samples: {shares}. At equal samples: {means}.{control}",
-            holds=together(verdicts),
-            command=command,
-            fails_when=f"at equal total tokens, outcome only tuned alike: {others}"
-            if others
-            else "",
-        )
-    ]
-    if "pav-k1" in present:
-        gain = [a - b for a, b in zip(ends["pav-k4"], ends["pav-k1"])]
-        out.append(
-            dict(
-                paper="2410.08146",
-                claim="Best-of-K of a policy is a better prover than the policy itself (K = 4 best).",
-                short=f"{task}: Best-of-4 is a better prover than the prover itself",
-                measured=f"--task {task}, the same verifier read as K=4 minus K=1, {seeds} seeds: "
-                f"{mean_sd(gain, signed=True)} (per seed {' '.join(f'{d:+.2f}' for d in gain)}).",
-                holds=verdict(gain),
-                command=command,
-                fails_when="",
-            )
-        )
-    return out
+    return dict(
+        paper="2410.08146",
+        claim="RL that is paid learned progress is 5 to 6 times as sample-efficient as "
+        "outcome-reward RL, and ends 6 to 7% more accurate.",
+        short=f"{task}: learned progress beats the outcome alone, all tokens counted",
+        measured=f"--task {task}, {len(total)} seeds, each with its own base, prover and verifier: "
+        f"PAV (Best-of-4) minus outcome-only {mean_sd(samples, signed=True)} at equal samples, "
+        f"{mean_sd(total, signed=True)} at equal total tokens (per seed "
+        f"{' '.join(f'{d:+.2f}' for d in total)}). It is at the level of the longer outcome-only "
+        f"run after these shares of its samples: {shares}. At equal samples: {means}.{control}",
+        holds=together(verdicts),
+        command=results["command"],
+        fails_when=f"at equal total tokens, outcome only tuned alike: {others}" if others else "",
+    )
+
+
+def prover_claim(results, gain):
+    """gain: accuracy with K = 4 minus K = 1, of each seed."""
+    task = results["settings"]["task"]
+    return dict(
+        paper="2410.08146",
+        claim="Best-of-K of a policy is a better prover than the policy itself (K = 4 best).",
+        short=f"{task}: Best-of-4 is a better prover than the prover itself",
+        measured=f"--task {task}, the same verifier read as K=4 minus K=1, {len(gain)} seeds: "
+        f"{mean_sd(gain, signed=True)} (per seed {' '.join(f'{d:+.2f}' for d in gain)}).",
+        holds=verdict(gain),
+        command=results["command"],
+        fails_when="",
+    )
 
 
 def main(argv=None):
