@@ -12,6 +12,7 @@ correlation over the whole batch holds against it and which RL, comparing sample
 does not see.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -134,7 +135,8 @@ def describe(summary):
             line = f"{name}: solves {summary[f'success_{name}']:.3f}"
             if summary[f"solvable_{name}"] is not None:
                 line += f", {summary[f'solvable_{name}']:.3f} of first steps keep it solvable"
-            if name == "prover" and "corr_policies" in summary:
+            # A base that never succeeds has one value everywhere, which correlates with nothing.
+            if name == "prover" and math.isfinite(summary.get("corr_policies", math.nan)):
                 line += f", its values correlate {summary['corr_policies']:.2f} with the base's"
             lines.append(line)
     if "corr_first" in summary:

@@ -253,6 +253,8 @@ def test_base_and_prover_side_by_side(task, tokenizer, model):
     assert both["solvable_base"] is None and -1 <= both["corr_policies"] <= 1 and "corr_first_within" in both
     text = describe(both | dict(labels=7, auc=0.5, brier=0.1, brier_constant=0.2, corr_advantage=0.3))
     assert [line.split(":")[0] for line in text.splitlines()] == ["base", "prover", "first step", "verifier"]
+    never = both | dict(labels=7, auc=0.5, brier=0.1, brier_constant=0.2, corr_advantage=0.3, corr_policies=math.nan)
+    assert "nan" not in describe(never).splitlines()[1]
 
 
 def test_a_solver_says_which_first_steps_keep_a_problem_solvable():
