@@ -139,6 +139,8 @@ def plan(cfg, root, seed, seeds, split, steps, evaluate_every, arms):
         eval_split=split,
         eval_steps=evaluate_every,
         eval_problems=16 if cfg.smoke else 1024,
+        # Judged as its prover is; the arms say what it is read as (read_as).
+        stage_flags='{"verifier": {"prover_k": 1}}',
     )
     return stages, {job.label: job for job in runs}
 
