@@ -148,9 +148,7 @@ def label_continuations(ends, outcome, starts):
     cut = torch.tensor([len(prefix) for _, prefix, _ in starts]).repeat_interleave(n)[:, None]
     target = torch.where(ends == cut, at_cut, outcome.view(-1, 1))
     weight = (ends >= cut).float()
-    weight[:, 1:] *= (
-        ends[:, 1:] > ends[:, :-1]
-    ).float()  # padding repeats the last end: count it once
+    weight[:, 1:] *= (ends.diff() > 0).float()  # padding repeats the last end: count it once
     return target, weight
 
 
@@ -395,6 +393,8 @@ def check(cfg, task):
         raise UserError(
             "--label outcome has no prover, so Best-of-K means nothing there: leave out --prover-k"
         )
+    if cfg.eval_mc < cfg.prover_k:
+        raise UserError(f"--eval-mc must be at least --prover-k {cfg.prover_k}: pass@k judges it")
 
 
 def load_prover(cfg, base, tokenizer, device):
@@ -405,8 +405,7 @@ def load_prover(cfg, base, tokenizer, device):
     if other.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"--prover {cfg.prover} has another tokenizer than --policy {cfg.policy}; it cannot "
-            f"continue "
-            "the policy's prefixes"
+            "continue its prefixes"
         )
     return prover
 

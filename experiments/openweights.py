@@ -176,7 +176,7 @@ SMOKE = dict(
     dtype="float32",
     sft=dict(steps=4, batch_size=8, eval_problems=8),
     rft=dict(steps=2, batch_size=8, num_problems=8, num_generations=2, eval_problems=8),
-    verifier=dict(epochs=1, batch_size=8, eval_problems=8, eval_mc=2),
+    verifier=dict(epochs=1, batch_size=8, eval_problems=8, eval_mc=4),
     orm=dict(num_problems=8),
     q=dict(num_problems=8, n_cov=1, cuts=1, n_mc=1),
     rl=dict(num_prompts=2, num_generations=2, steps=2, eval_steps=1, eval_problems=8),

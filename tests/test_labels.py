@@ -128,3 +128,9 @@ def test_an_outcome_model_has_no_prover(task):
     """Best-of-K of a finished solution means nothing: its value would be 1 - (1-p)^K."""
     with pytest.raises(UserError, match="leave out --prover-k"):
         check(Config(policy="p", label="outcome", prover_k=4), task)
+
+
+def test_too_few_continuations_to_judge_the_prover_are_refused_before_anything_is_sampled(task):
+    with pytest.raises(UserError, match="eval-mc must be at least --prover-k 4"):
+        check(Config(policy="p", eval_mc=3, prover_k=4), task)
+    check(Config(policy="p", eval_mc=4, prover_k=4), task)
