@@ -190,8 +190,11 @@ class SeedPlan:
         if name == "sft" and self.cfg.policy:
             return self.cfg.policy
         if name not in self.jobs:
-            if self.task.strengths:
-                start = dict(strength=self.task.strengths["base" if name == "sft" else name])
+            strengths = self.task.strengths
+            if strengths and name == "sft":
+                start = dict(strength=strengths["base"]) | self.settings["sft"]
+            elif strengths:
+                start = dict(strength=strengths[name])
             elif name == "sft":
                 start = dict(model=self.cfg.model)
             else:

@@ -1,6 +1,8 @@
 """Is a beam steered by progress cheaper than best-of-N? Accuracy against generated tokens.
 
     python -m experiments.pav_search             # about 26 minutes of one core
+    python -m experiments.pav_search --tasks grid --rollouts 40000 --epochs 6 --orm-epochs 1 2 4 8 \
+        --out docs/results/pav_search_grid       # about an hour
     python -m experiments.pav_search --smoke     # few steps, under 20 seconds
     -> docs/results/pav_search/: results.json, table.md, curves.png
 
@@ -20,7 +22,8 @@ that is neither 1 nor large; Q^pi re-ranking whole samples is 4% above the ORM.
 The x axis is tokens generated, every candidate of every step included. Per seed: a policy (SFT),
 Q^pi and ORM, the last two trained on equally many sampled tokens. `planted`: 4 prompts, a hidden
 sequence of 4 letters each (other sequences for every seed), searched many times with other draws.
-`chain`: digit arithmetic, verifiers and search on different problems.
+`chain`: digit arithmetic, `grid`: shortest ways of 5 to 7 lines; verifiers and search on different
+problems.
 
 Tuning: orm, beam_q and beam_pav get four settings each (epochs of the ORM; children an element;
 alpha, with the paper's K=4 and 3 children), on a seed that is not reported, mean accuracy of two
@@ -66,16 +69,24 @@ from tasks import TaskFlags, get_task
 from verifier import load_verifier
 
 PAPER = dict(alpha=0.0, k=4, children=3)  # a beam's settings before any are chosen
-ARGS = {"planted": ["length=4"], "chain": []}  # --task-args
+ARGS = {"planted": ["length=4"], "chain": [], "grid": []}  # --task-args
 TINY = dict(threads=1, device="cpu", save_steps=10**6)
-POLICY = {"planted": dict(strength=7.0, steps=300), "chain": dict(strength=0.7, steps=300)}
+POLICY = {
+    "planted": dict(strength=7.0, steps=300, num_examples=6000),
+    "chain": dict(strength=0.7, steps=300, num_examples=6000),
+    # The clone solves a sixth, as the paper's policies solve a fifth of MATH.
+    "grid": dict(strength=0.85, steps=800, num_examples=100000),
+}
+LENGTH = {"grid": 19}  # tokens a completion, where it is not the longest
+# Fresh continuations that judge Q^pi: few where the policy succeeds often.
+JUDGE = {"grid": dict(eval_problems=512, eval_mc=16)}
 # Where the claims should fail; see measure.
-REGIMES = {"planted": ("weak", "cold"), "chain": ("cold",)}
+REGIMES = {"planted": ("weak", "cold"), "chain": ("cold",), "grid": ("cold",)}
 
 
 @dataclass
 class Config:
-    tasks: list = opt(["planted", "chain"], "which tasks", choices=["planted", "chain"])
+    tasks: list = opt(["planted", "chain"], "which tasks", choices=list(POLICY))
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
     sizes: list = opt(
         [3, 6, 12, 24, 48, 96],
@@ -104,9 +115,7 @@ class Config:
 
 
 def policy_of(cfg, home, task, seed):
-    shape = (
-        dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else dict(num_examples=6000)
-    )
+    shape = dict(steps=5, num_examples=64, eval_problems=8) if cfg.smoke else {}
     place = dict(task=task, task_args=ARGS[task], seed=seed, run_dir=str(home / "sft"))
     config = train_sft.Config(**(place | TINY | POLICY[task] | shape))
     return cached(home / "sft.json", lambda: train_sft.train(config))
@@ -117,7 +126,9 @@ def verifier_of(cfg, home, name, task, seed, label, epochs, rollouts, donor=None
     than drawn again."""
     if donor and (home / donor / "rollouts").exists() and not (home / name).exists():
         shutil.copytree(home / donor / "rollouts", home / name / "rollouts")
-    shape = dict(eval_problems=16, eval_mc=2) if cfg.smoke else dict(eval_problems=256, eval_mc=4)
+    shape = JUDGE.get(task, dict(eval_problems=256, eval_mc=4))
+    if cfg.smoke:
+        shape = dict(eval_problems=16, eval_mc=2)
     strength = POLICY[task]["strength"] if task == "planted" and label == "q" else -1.0
     config = pav.Config(
         **(
@@ -146,8 +157,8 @@ def verifiers_of(cfg, home, task, seed, orm_epochs, share=1):
     q = verifier_of(
         cfg, home, f"q{tail}", task, seed, "q", cfg.epochs * more, max(8, cfg.rollouts // share)
     )
-    # A completion of the policy has its full length in both tasks, but for a rare early EOS.
-    rollouts = q["sampled_tokens"] // get_task(task).max_new_tokens
+    # A completion of the policy has its full length, but for a rare early EOS; grid: on average.
+    rollouts = q["sampled_tokens"] // LENGTH.get(task, get_task(task).max_new_tokens)
     name = f"orm{tail}_epochs{orm_epochs}"
     donor = next(
         (p.name for p in sorted(home.glob(f"orm{tail}_epochs*/")) if (p / "summary.json").exists()),

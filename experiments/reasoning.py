@@ -115,6 +115,7 @@ class Config:
     tuning_steps: int = opt(200, "RL steps of a tuning run", low=1)
     warmup_steps: list = opt([0, 30], "grid of both arms")
     entropy_coefs: list = opt([0.0, 3e-3], "grid of both arms")
+    base_strength: float = opt(-1.0, "of the base's demonstrator (-1: the task's)", high=1)
     workers: int = opt(0, "jobs side by side (0: one per core)", low=0)
     out: str = opt("", "where the results go (default: docs/results/reasoning_TASK)")
     smoke: bool = opt(False, "one seed, a few steps")
@@ -126,6 +127,7 @@ class Config:
 
 def plan(cfg, root, seed, seeds, split, steps, evaluate_every, arms):
     """-> the stages' jobs, {label "seedN/rl_ARM" of train_rl.py's comparison: job}."""
+    base = dict(strength=cfg.base_strength) if cfg.base_strength >= 0 else {}
     stages, runs = comparison(
         {"steps", "eval_split", "eval_steps", "eval_problems"},
         task=cfg.task,
@@ -140,7 +142,7 @@ def plan(cfg, root, seed, seeds, split, steps, evaluate_every, arms):
         eval_steps=evaluate_every,
         eval_problems=16 if cfg.smoke else 1024,
         # Judged as its prover is; the arms say what it is read as (read_as).
-        stage_flags='{"verifier": {"prover_k": 1}}',
+        stage_flags=json.dumps(dict(verifier=dict(prover_k=1), sft=base)),
     )
     return stages, {job.label: job for job in runs}
 
@@ -467,8 +469,11 @@ def prover_claim(results, gain):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    root = Path(f"runs/reasoning_{cfg.task}{'_smoke' if cfg.smoke else ''}")
-    cfg.out = cfg.out or (str(root / "results") if cfg.smoke else f"docs/results/reasoning_{cfg.task}")
+    name = f"reasoning_{cfg.task}"
+    if cfg.base_strength >= 0:
+        name += f"_base{cfg.base_strength:g}"  # other policies, so another folder
+    root = Path(f"runs/{name}{'_smoke' if cfg.smoke else ''}")
+    cfg.out = cfg.out or (str(root / "results") if cfg.smoke else f"docs/results/{name}")
     if cfg.smoke:
         cfg.seeds = cfg.draws = 1
         cfg.steps = cfg.tuning_steps = 2

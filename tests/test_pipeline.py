@@ -75,6 +75,8 @@ def test_typed_flags_win_over_the_table():
     long = jobs_of(task="countdown", arms=["outcome-long"], steps=7, given=["steps"])["seed0/rl_outcome-long"].config
     assert long.steps == 21
     assert jobs_of(stage_flags='{"sft": {"steps": 3}}')["seed0/sft"].config.steps == 3
+    weak = jobs_of(task="countdown", stage_flags='{"sft": {"strength": 0.1}}')
+    assert [weak[f"seed0/{name}"].config.strength for name in ("sft", "prover")] == [0.1, 0.5]
 
 
 @pytest.mark.parametrize("text", ["{bad", "[1]", '{"sfx": {}}', '{"sft": 3}', '{"sft": {"stesp": 3}}'])
