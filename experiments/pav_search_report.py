@@ -32,7 +32,7 @@ TEXT = dict(  # claim, its line in README's index, where it fails
     orm=(
         "A beam ranked by Q + alpha A is 1.5 to 5 times as compute-efficient as best-of-N with "
         "an ORM, and over 8% better.",
-        "A beam by Q + alpha A beats best-of-N with an ORM",
+        "A beam by Q + alpha A beats best-of-N by ORM",
         "",
     ),
     q=(
@@ -51,8 +51,8 @@ TEXT = dict(  # claim, its line in README's index, where it fails
         "Q re-ranking whole samples is 4% better than the ORM at N=128.",
         "Whole samples: re-ranking by Q beats the ORM",
         "the ORM is trained for the end of a solution alone, Q on equally many tokens for every "
-        "prefix; the outcome is a sub-string, which the ORM reads nearly perfectly: there is "
-        "nothing left to regularise",
+        "prefix; on planted the outcome is a sub-string, which the ORM reads nearly perfectly: "
+        "there is nothing left to regularise",
     ),
 )
 
@@ -221,6 +221,7 @@ def claims_of(results):
         if t not in decisive
     ]
     parts = dict(orm=orm_part, q=q_part, k=k_part, rank=rank_part)
+    only = f"{next(iter(tasks))}: " if len(tasks) == 1 else ""
     claims = []
     for key, (says, short, fails) in TEXT.items():
         each = {t: parts[key](t, r, cfg) for t, r in tasks.items()}
@@ -229,7 +230,7 @@ def claims_of(results):
             dict(
                 paper="2410.08146",
                 claim=says,
-                short=short,
+                short=only + (short[0].lower() + short[1:] if only else short),
                 command=command,
                 measured="; ".join(words for words, _ in each.values()),
                 holds=together(v for t in decisive for v in each[t][1]),

@@ -1,4 +1,4 @@
-"""experiments/reasoning.py: what its table and claims say of curves that can be counted by hand."""
+"""experiments/reasoning_report.py: what its table and claims say of curves that can be counted by hand."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import tiny_model
 
-from experiments import reasoning
+from experiments import reasoning, reasoning_report
 from open_weights.tokenizer import alphabet_tokenizer
 from verifier import Verifier, load_verifier, save_verifier, step_values
 
@@ -33,28 +33,28 @@ def results(pav):
 
 def test_equal_samples_equal_tokens_and_the_share_of_steps():
     r = results({"pav-k4": [0.3, 0.25]})
-    assert reasoning.by_seed(reasoning.at_end(r, "outcome")) == pytest.approx([0.3, 0.3])  # two draws a seed
-    assert reasoning.by_seed(reasoning.at_end(r, "pav-k4")) == pytest.approx([0.6, 0.5])
-    assert reasoning.equal_tokens(r, "pav-k4") == pytest.approx([0.4, 0.4])  # 2000 of RL and 2000 more
-    assert reasoning.share_of_steps(r, "pav-k4") == pytest.approx([2 / 3, 0.8])
-    assert reasoning.share_of_steps(results({"pav-k4": [0.3, 0.1]}), "pav-k4")[1] is None
-    row = next(line for line in reasoning.table(r).splitlines() if "learned, K=4" in line)
+    assert reasoning_report.by_seed(reasoning_report.at_end(r, "outcome")) == pytest.approx([0.3, 0.3])  # two draws a seed
+    assert reasoning_report.by_seed(reasoning_report.at_end(r, "pav-k4")) == pytest.approx([0.6, 0.5])
+    assert reasoning_report.equal_tokens(r, "pav-k4") == pytest.approx([0.4, 0.4])  # 2000 of RL and 2000 more
+    assert reasoning_report.share_of_steps(r, "pav-k4") == pytest.approx([2 / 3, 0.8])
+    assert reasoning_report.share_of_steps(results({"pav-k4": [0.3, 0.1]}), "pav-k4")[1] is None
+    row = next(line for line in reasoning_report.table(r).splitlines() if "learned, K=4" in line)
     assert "0.550 (0.071)" in row and "| 2k | 4k |" in row and "+0.150 (0.071)" in row
-    assert "* solved by the base: 0.250 (0.177)" in reasoning.table(r)
+    assert "* solved by the base: 0.250 (0.177)" in reasoning_report.table(r)
 
 
 @pytest.mark.parametrize("ends, holds", [([0.5, 0.51], True), ([0.05, 0.05], False), ([0.6, 0.01], "open")])
 def test_the_verdict_follows_the_seeds(ends, holds):
-    claims = reasoning.claims_of(results({"pav-k4": ends, "pav-k1": [0.1, 0.11]}))
+    claims = reasoning_report.claims_of(results({"pav-k4": ends, "pav-k1": [0.1, 0.11]}))
     assert claims[0]["holds"] == holds and len(claims) == 2
-    assert reasoning.claims_of(results({})) == []
+    assert reasoning_report.claims_of(results({})) == []
 
 
 def test_a_control_that_does_as_well_makes_the_claim_partly_true():
     r = results({"pav-k4": [0.5, 0.51]})
     r["rows"] += [dict(arm="constant", seed=s, draw=0, curve=curve(0.1, 0.2, 0.3, 0.9, 1.0 + 0.02 * s), other_tokens=0)
                   for s in range(2)]
-    claim = reasoning.claims_of(r)[0]
+    claim = reasoning_report.claims_of(r)[0]
     assert claim["holds"] == "partly" and "+0.710 (0.014) at equal samples" in claim["measured"]
 
 
