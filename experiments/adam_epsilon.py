@@ -18,7 +18,6 @@ outcome's.
 """
 
 import itertools
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -33,6 +32,7 @@ from experiments.toolkit import (
     pyplot,
     run_missing,
     spread,
+    typed,
     write_results,
 )
 from infra.cli import opt, parse, script
@@ -127,7 +127,7 @@ def figure(rows, path):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    name = " ".join(["adam_epsilon", *(sys.argv[1:] if argv is None else argv)])
+    name = typed("adam_epsilon", argv)
     root = Path("runs/adam_epsilon")
     stages = Path("runs/planted")
     if cfg.smoke:

@@ -56,6 +56,7 @@ from experiments.toolkit import (
     quiet,
     spread,
     together,
+    typed,
     verdict,
     with_sd,
     write_results,
@@ -495,7 +496,7 @@ def main(argv=None):
         seeds = dict(seeds=1, table_seeds=2, learning_rates=[1e-3], table_rates=[0.1])
         vars(cfg).update(steps | seeds, eval_problems=16, out=str(root / "results"))
     results = compare_all(cfg, root)
-    name = "breaks" + " --smoke" * cfg.smoke + " --no-transformer" * (not cfg.transformer)
+    name = typed("breaks", argv)
     titles = titles_of(cfg)
     parts = []
     for regime, rows in results.items():

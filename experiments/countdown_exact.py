@@ -23,7 +23,6 @@ alike.
 """
 
 import itertools
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from experiments.toolkit import (
     pyplot,
     quiet,
     run_missing,
+    typed,
     write_results,
 )
 from infra.cli import opt, parse, script
@@ -180,7 +180,7 @@ def main(argv=None):
     write_results(
         out,
         text,
-        " ".join(["countdown_exact", *(sys.argv[1:] if argv is None else argv)]),
+        typed("countdown_exact", argv),
         cfg,
         rows=rows,
     )

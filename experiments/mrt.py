@@ -62,6 +62,7 @@ from experiments.toolkit import (
     pyplot,
     spread,
     together,
+    typed,
     verdict,
     with_sd,
     write_results,
@@ -482,7 +483,7 @@ def figure(rows, regimes, path):
     finish(plt, fig, (left, middle, right), path)
 
 
-def write(cfg, root, best, tried, runs):
+def write(cfg, root, best, tried, runs, name):
     """runs: {regime: {arm: rows, one a seed}}."""
     out = root / "results" if cfg.smoke else Path(cfg.out)
     regimes = {name: summarise(group) for name, group in runs.items()}
@@ -506,7 +507,7 @@ def write(cfg, root, best, tried, runs):
     write_results(
         out,
         text,
-        "mrt" + " --smoke" * cfg.smoke,
+        name,
         cfg,
         claims_of,
         chosen=best,
@@ -552,7 +553,7 @@ def main(argv=None):
                 flush=True,
             )
     if cfg.only == [-1]:
-        write(cfg, root, best, tried, runs)
+        write(cfg, root, best, tried, runs, typed("mrt", argv))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from experiments.toolkit import (
     cached,
     cpu_seconds,
     print_results,
+    typed,
     write_results,
 )
 from infra.cli import UserError, opt, parse, script
@@ -357,7 +358,7 @@ def reference_regimes(cfg, root, size, setting):
 
 
 
-def chain(cfg, root, out):
+def chain(cfg, root, out, name):
     results = {str(s): chain_at(cfg, root, s, 0.7, list(NAMES)) for s in cfg.sizes}
     size = cfg.sizes[len(cfg.sizes) // 2]
     chosen = {name: arm["setting"] for name, arm in results[str(size)].items()}
@@ -388,7 +389,7 @@ def chain(cfg, root, out):
     write_results(
         out,
         text,
-        "negatives" + " --smoke" * cfg.smoke,
+        name,
         cfg,
         claims_of,
         rows=rows,
@@ -402,8 +403,6 @@ def chain(cfg, root, out):
     )
     chain_figure(rows, clean_rows, reference, cfg.sizes, out / "curves.png")
     print_results(text, out)
-
-
 
 
 def main(argv=None):
@@ -421,7 +420,7 @@ def main(argv=None):
         cfg.betas = [0.3]
         cfg.dpo_steps = 2
         SAMPLING["num_generations"] = 4
-    chain(cfg, root / "chain", out)
+    chain(cfg, root / "chain", out, typed("negatives", argv))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ from experiments.toolkit import (
     pyplot,
     spread,
     together,
+    typed,
     verdict,
     with_sd,
     write_results,
@@ -512,7 +513,7 @@ def main(argv=None):
     write_results(
         out,
         f"`planted`, {cfg.seeds} seeds:\n\n{text}",
-        "pav_data" + " --smoke" * cfg.smoke,
+        typed("pav_data", argv),
         cfg,
         claims_of,
         designs=DESIGNS,

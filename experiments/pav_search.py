@@ -2,7 +2,7 @@
 
     python -m experiments.pav_search             # about 26 minutes of one core
     python -m experiments.pav_search --tasks grid --rollouts 40000 --epochs 6 --orm-epochs 1 2 4 8 \
-        --out docs/results/pav_search_grid       # about an hour
+        --sizes 3 6 12 24 48 --problems 192 --out docs/results/pav_search_grid     # 75 minutes
     python -m experiments.pav_search --smoke     # few steps, under 20 seconds
     -> docs/results/pav_search/: results.json, table.md, curves.png
 
@@ -56,6 +56,7 @@ from experiments.toolkit import (
     cpu_seconds,
     expected_best,
     print_results,
+    typed,
     vote_accuracy,
     write_results,
 )
@@ -394,7 +395,7 @@ def main(argv=None):
         f"{task}/seed*/{below}*.json" for task in cfg.tasks for below in ("", "tuning/", "curves/")
     ]
     seconds = cpu_seconds(path for pattern in cells for path in root.glob(pattern))
-    name = "pav_search" + " --smoke" * cfg.smoke
+    name = typed("pav_search", argv)
     write_results(out, text, name, cfg, claims_of, cpu_seconds=seconds, tasks=results)
     figure(results, cfg, out / "curves.png")
     print_results(text, out, seconds)

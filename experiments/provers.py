@@ -35,7 +35,6 @@ runs/planted, where train_rl.py's own comparison has them too. Killed, the same 
 """
 
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +72,7 @@ from experiments.toolkit import (
     print_results,
     quiet,
     spread,
+    typed,
     write_results,
 )
 from infra.cli import opt, parse, script
@@ -508,7 +508,7 @@ def write(cfg, exact, rows, name, seconds):
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     clock = time.process_time()
-    name = " ".join(["provers", *(sys.argv[1:] if argv is None else argv)])
+    name = typed("provers", argv)
     root = SMOKE / "provers" if cfg.smoke else Path("runs/provers")
     if cfg.smoke:
         cfg.strengths = [5, 16, 1000]

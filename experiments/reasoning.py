@@ -35,7 +35,6 @@ A killed run goes on with the same command; --arms, --seeds and --draws may be r
 import itertools
 import json
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +46,7 @@ from experiments.toolkit import (
     evaluations,
     print_results,
     run_missing,
+    typed,
     write_results,
 )
 from infra.cli import opt, parse, script
@@ -226,14 +226,13 @@ def main(argv=None):
     print(json.dumps(best), flush=True)
     rows = run_arms(cfg, root, best)
     out = Path(cfg.out)
-    words = " ".join(["reasoning", *(sys.argv[1:] if argv is None else argv)])
     said = provers(root, cfg.seeds)
     results = dict(settings=vars(cfg), best=best, tuning=tuning, rows=rows, provers=said)
     text = table(results)
     write_results(
         out,
         text,
-        words,
+        typed("reasoning", argv),
         cfg,
         claims_of,
         best=best,

@@ -37,6 +37,7 @@ from experiments.toolkit import (
     mean_sd,
     print_results,
     pyplot,
+    typed,
     verdict,
     write_results,
 )
@@ -235,7 +236,7 @@ def main(argv=None):
     write_results(
         out,
         text,
-        "stargraph" + " --smoke" * cfg.smoke,
+        typed("stargraph", argv),
         cfg,
         claims_of,
         best=best,

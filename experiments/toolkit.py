@@ -9,6 +9,8 @@ import functools
 import json
 import math
 import os
+import shlex
+import sys
 import time
 from contextlib import redirect_stdout
 from io import StringIO
@@ -50,6 +52,7 @@ __all__ = [
     "run_missing",
     "spread",
     "together",
+    "typed",
     "verdict",
     "vote_accuracy",
     "with_sd",
@@ -114,6 +117,11 @@ def run_missing(jobs, workers, log_dir):
 def evaluations(run):
     """The rows of a training run's metrics that hold an evaluation."""
     return [r for r in read_metrics(run) if "eval/accuracy" in r]
+
+
+def typed(name, argv):
+    """Experiment and flags as they were typed, which is what write_results wants. argv: main's."""
+    return shlex.join([name, *(sys.argv[1:] if argv is None else argv)])
 
 
 def write_results(out, table, name, settings, claims_of=None, file="results", **numbers):

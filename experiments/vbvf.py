@@ -55,7 +55,7 @@ import torch
 
 import train_rl
 import train_sft
-from experiments.toolkit import TUNING, cached, expected_best, print_results, write_results
+from experiments.toolkit import TUNING, cached, expected_best, print_results, typed, write_results
 from experiments.vbvf_report import BUDGETS, MIXTURES, claims_of, figure, tables
 from infra.cli import opt, parse, script
 from infra.seeds import derive, generator, shuffled
@@ -570,7 +570,7 @@ def main(argv=None):
     write_results(
         out,
         text,
-        "vbvf" + " --smoke" * cfg.smoke,
+        typed("vbvf", argv),
         cfg,
         claims_of,
         mixtures=MIXTURES,

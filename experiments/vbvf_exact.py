@@ -38,6 +38,7 @@ from experiments.toolkit import (
     print_results,
     pyplot,
     together,
+    typed,
     write_results,
 )
 from experiments.vbvf_report import MIXTURES
@@ -219,7 +220,8 @@ def main(argv=None):
         for (m, strengths), H in itertools.product(MIXTURES.items(), cfg.horizons)
     ]
     text = table(rows, cfg.n)
-    write_results(out, text, "vbvf_exact", cfg, claims_of, "exact", mixtures=MIXTURES, rows=rows)
+    name = typed("vbvf_exact", argv)
+    write_results(out, text, name, cfg, claims_of, "exact", mixtures=MIXTURES, rows=rows)
     figure(rows, cfg.n, out / "exact.png")
     print_results(text, out, figure="exact", numbers="exact")
 

@@ -155,3 +155,9 @@ def test_a_step_is_silent_only_if_no_sample_is_right(monkeypatch):
     monkeypatch.setattr(adam_epsilon, "read_metrics", lambda run: rows)
     found = adam_epsilon.look("run")
     assert (found["with_gradient"], found["silent"], found["silent_norm"]) == (3, 1, 0.5)
+
+
+def test_a_results_file_names_every_flag_that_was_typed(monkeypatch):
+    assert toolkit.typed("x", ["--out", "two words"]) == "x --out 'two words'"
+    monkeypatch.setattr("sys.argv", ["x.py", "--seeds", "3"])
+    assert toolkit.typed("x", None) == "x --seeds 3"
