@@ -14,6 +14,7 @@ from experiments.toolkit import (
     verdict,
 )
 from infra.runs import mean
+from tasks import TaskFlags, get_task
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def progress_claim(results, ends):
         paper="2410.08146",
         claim="RL that is paid learned progress is 5 to 6 times as sample-efficient as "
         "outcome-reward RL, and ends 6 to 7% more accurate.",
-        short=f"{task}: learned progress beats the outcome alone, all tokens counted",
+        short=f"{label_of(results)}: learned progress beats the outcome alone, all tokens counted",
         measured=f"--task {task}, {len(total)} seeds, each with its own base, prover and verifier: "
         f"PAV (Best-of-4) minus outcome-only {mean_sd(samples, signed=True)} at equal samples, "
         f"{mean_sd(total, signed=True)} at equal total tokens (per seed "
@@ -251,7 +252,17 @@ def progress_claim(results, ends):
 def name_of(settings):
     """The task, and the base where it is not the task's."""
     base = settings.get("base_strength", -1.0)
-    return settings["task"] + (f", base of strength {base:g}" if base >= 0 else "")
+    return settings["task"] + (f" --base-strength {base:g}" if base >= 0 else "")
+
+
+def label_of(results):
+    """The same for the index: was the base weaker or stronger than the task's?"""
+    task = results["settings"]["task"]
+    base = results["settings"].get("base_strength", -1.0)
+    if base < 0:
+        return task
+    usual = get_task(TaskFlags(task=task)).strengths["base"]
+    return f"{task}, {'weaker' if base < usual else 'stronger'} base"
 
 
 def prover_claim(results, ends):
@@ -266,7 +277,7 @@ def prover_claim(results, ends):
     return dict(
         paper="2410.08146",
         claim="Best-of-K of a policy is a better prover than the policy itself (K = 4 best).",
-        short=f"{task}: Best-of-4 is a better prover than the prover itself",
+        short=f"{label_of(results)}: Best-of-4 of the prover is a better prover",
         measured=f"--task {task}, the same verifier read as K=4 minus K=1, {len(gain)} seeds: "
         f"{mean_sd(gain, signed=True)} (per seed {' '.join(f'{d:+.2f}' for d in gain)}).{others}",
         holds=verdict(gain),
