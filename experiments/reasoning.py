@@ -11,6 +11,8 @@ starts from that base and takes the same number of samples a step:
     outcome          the grader alone, for as many tokens as PAV's RL and its verifier's rollouts
                      cost together: its accuracy is read at equal samples and at equal total tokens
     pav-k1, k4, k16  learned progress; the one verifier, read as Best-of-K of its prover (eq. 30)
+    base-k4          the same, the verifier being one of the base itself, read as Best-of-4: nothing
+                     but the base is needed, no better policy that RL could start from instead
     pav-alpha3       K = 1 with three times the weight: is it the size of the bonus, or its shape?
     constant         a verifier that says 0.5 everywhere, as long as outcome-only: what is left is
                      that the last line is paid the outcome once more (--guards anchor)
@@ -57,6 +59,7 @@ from pipeline import Job, fields_of
 from tasks import get_task
 
 MAIN = ("outcome", "pav-k4", "pav-k1")  # those of which --draws runs are made
+VERIFIERS = {"pav": "verifier", "base-prover": "verifier_base", "strong-prover": "verifier_strong"}
 SIBLINGS = {"measured": ["-m", "papers.measured"], "exact": ["-m", "experiments.exact_rl"]}
 
 
@@ -192,9 +195,9 @@ def run_arms(cfg, root, best):
         folder = Path(job.config.run_dir)
         curve = [{k: r[k] for k in ("step", "num_tokens", "eval/accuracy")} for r in evaluations(folder)]
         extra = sum(r.get("measured/sampled_tokens", 0) for r in read_metrics(folder))
-        if ARMS[name].of in ("pav", "strong-prover"):
-            verifier = "verifier" if ARMS[name].of == "pav" else "verifier_strong"
-            extra = read_json(folder.parent / verifier / "summary.json")["sampled_tokens"]
+        if ARMS[name].of in VERIFIERS:
+            verifier = folder.parent / VERIFIERS[ARMS[name].of]
+            extra = read_json(verifier / "summary.json")["sampled_tokens"]
         rows.append(dict(arm=name, seed=seed, draw=draw, curve=curve, other_tokens=extra))
     return rows
 
