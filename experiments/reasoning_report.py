@@ -23,6 +23,7 @@ class Arm:
     of: str  # the arm of train_rl.py's comparison that it is
     settings: dict = field(default_factory=dict)
     k: int = 1  # the verifier is read as Best-of-k
+    start: str = ""  # the policy that RL starts from, where it is not the arm's
     long: bool = False  # goes on until it has sampled what PAV's RL and verifier cost together
     family: str = "pav"  # whose tuned settings it takes
     colour: str = "#7f7f7f"
@@ -46,10 +47,14 @@ ARMS = {
         "control: constant value", "constant", long=True, colour=COLOURS["constant"]
     ),
     "strong": Arm("control: prover too strong", "strong-prover", colour=COLOURS["strong-prover"]),
+    "prover-k4": Arm(
+        "PAV, learned, K=4, from the prover", "pav", k=4, start="prover", colour="#117733"
+    ),
     "outcome-prover": Arm(
         "outcome only, from the prover",
         "outcome-prover",
         family="outcome",
+        long=True,
         colour=COLOURS["outcome-prover"],
     ),
 }
