@@ -81,10 +81,16 @@ def by_seed(values):
     return [mean(v for (s, _), v in values.items() if s == seed) for seed in seeds]
 
 
-def equal_tokens(results, name, rival="outcome"):
+def rival_of(name):
+    """The arm without a verifier that starts from the same policy."""
+    return "outcome-prover" if ARMS[name].start == "prover" else "outcome"
+
+
+def equal_tokens(results, name, rival=""):
     """Per seed: the rival's accuracy (mean over its draws) once it has sampled as many tokens as the
     arm's RL and its prover together, or at its last step."""
     out = []
+    rival = rival or rival_of(name)
     steps = results["settings"]["steps"]
     rows = [r for r in results["rows"] if r["arm"] == name]
     for seed in sorted({r["seed"] for r in rows}):
@@ -134,7 +140,7 @@ def table(results):
         if ARMS[name].long and "pav-k4" in present:
             longer = mean_sd(equal_tokens(results, "pav-k4", name))
             cells = [f"itself, as many as K=4: {longer}", ""]
-        elif "outcome" in present:
+        elif rival_of(name) in present:
             rival = equal_tokens(results, name)
             cells = [mean_sd(rival), mean_sd([a - b for a, b in zip(mean_of, rival)], signed=True)]
         lines.append(
@@ -215,7 +221,45 @@ def claims_of(results):
     claims = [progress_claim(results, ends)]
     if "pav-k1" in present:
         claims.append(prover_claim(results, ends))
+    if "base-k4" in present:
+        claims.append(self_claim(results, ends))
     return claims
+
+
+def self_claim(results, ends):
+    """Is Best-of-4 of the policy itself enough of a prover? From the base, and from the prover."""
+    task = name_of(results["settings"])
+    verdicts = []
+    parts = []
+    for name in ("base-k4", "prover-k4"):
+        rival = rival_of(name)
+        if not {name, rival} <= set(ends):
+            continue
+        samples = minus(ends[name], ends[rival])
+        total = minus(ends[name], equal_tokens(results, name))
+        verdicts += [verdict(samples), verdict(total)]
+        parts.append(
+            f"{ARMS[name].label} {mean_sd(ends[name])}, minus {ARMS[rival].label} "
+            f"{mean_sd(samples, signed=True)} at equal samples, {mean_sd(total, signed=True)} at "
+            f"equal total tokens (per seed {' '.join(f'{d:+.2f}' for d in total)})"
+        )
+    remarks = []
+    if "constant" in ends:
+        gap = minus(ends["base-k4"], equal_tokens(results, "base-k4", "constant"))
+        verdicts.append(verdict(gap))
+        remarks.append(
+            f"minus a verifier that says 0.5, for as many tokens in all, the base's is "
+            f"{mean_sd(gap, signed=True)}"
+        )
+    return dict(
+        paper="2410.08146",
+        claim="Best-of-K of the base policy itself is a good prover: no stronger policy is needed.",
+        short=f"{label_of(results)}: Best-of-4 of the policy itself is prover enough",
+        measured=f"--task {task}, {len(ends['base-k4'])} seeds: " + "; ".join(parts) + ".",
+        holds=together(verdicts),
+        command=results["command"],
+        fails_when="; ".join(remarks),
+    )
 
 
 def progress_claim(results, ends):
@@ -226,11 +270,6 @@ def progress_claim(results, ends):
     reach = share_of_steps(results, "pav-k4")
     shares = ", ".join("never" if s is None else f"{s:.2f}" for s in reach)
     means = "; ".join(f"{ARMS[n].label} {mean_sd(v)}" for n, v in ends.items())
-    others = ", ".join(
-        f"{ARMS[n].label} minus it {mean_sd(minus(ends[n], equal_tokens(results, n)), signed=True)}"
-        for n in ends
-        if ARMS[n].of == "pav" and n != "pav-k4"
-    )
     verdicts = [verdict(samples), verdict(total)]
     control = ""
     if "constant" in ends:
@@ -253,8 +292,27 @@ def progress_claim(results, ends):
         f"run after these shares of its samples: {shares}. At equal samples: {means}.{control}",
         holds=together(verdicts),
         command=results["command"],
-        fails_when=f"at equal total tokens, outcome only tuned alike: {others}" if others else "",
+        fails_when="; ".join(progress_failures(results, ends)),
     )
+
+
+def progress_failures(results, ends):
+    """In words: PAV's other settings at equal total tokens, and RL that starts from the prover."""
+    out = []
+    others = ", ".join(
+        f"{ARMS[n].label} minus it {mean_sd(minus(ends[n], equal_tokens(results, n)), signed=True)}"
+        for n in ends
+        if ARMS[n].of == "pav" and not ARMS[n].start and n != "pav-k4"
+    )
+    if others:
+        out.append(f"at equal total tokens, outcome only tuned alike: {others}")
+    if "outcome-prover" in ends:
+        gap = minus(ends["pav-k4"], ends["outcome-prover"])
+        out.append(
+            "RL on the outcome alone that starts from the prover's weights needs no verifier: PAV "
+            f"(Best-of-4) from the base minus that {mean_sd(gap, signed=True)} at equal samples"
+        )
+    return out
 
 
 def name_of(settings):
@@ -279,7 +337,7 @@ def prover_claim(results, ends):
     gain = minus(ends["pav-k4"], ends["pav-k1"])
     others = "".join(
         f" {ARMS[n].label} minus K=4: {mean_sd(minus(ends[n], ends['pav-k4']), signed=True)}."
-        for n in ("pav-k16", "strong", "outcome-prover")
+        for n in ("pav-k16", "strong")
         if n in ends
     )
     return dict(
