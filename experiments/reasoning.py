@@ -208,7 +208,7 @@ def run_arms(cfg, root, best):
 
 def provers(root, seeds):
     """What pav.py said of each seed's policies and verifier."""
-    beginnings = ("corr_", "success_", "solvable_")
+    beginnings = ("corr_", "success_", "greedy_", "solvable_")
     out = []
     for seed in range(seeds):
         summary = read_json(root / f"seed{seed}" / "verifier" / "summary.json")

@@ -166,6 +166,8 @@ def provers_lines(provers):
     names = {
         "success_base": "solved by the base",
         "success_prover": "solved by the prover",
+        "greedy_base": "solved by the base's likeliest tokens",
+        "greedy_prover": "solved by the prover's",
         "solvable_base": "first steps of the base that keep the target reachable",
         "solvable_prover": "first steps of the prover that do",
         "corr_policies": "correlation of the two policies' values after the base's first steps",

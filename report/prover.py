@@ -5,8 +5,11 @@ problems the base writes 8 solutions each, and after every first step of them ba
 over, eval_mc times each.
 
 A prover that is the base again promises nothing (PAV, arXiv 2410.08146, section 3.2: A^mu must
-tell steps apart where A^pi does not), so the table says how often each solves a problem, how often
-each begins with a step that can still be completed, and how alike their values are. A verifier is
+tell steps apart where A^pi does not), so the table says how often each solves a problem, sampled
+and by its likeliest tokens, how often each begins with a step that can still be completed, and how
+alike their values are. Two policies that sample alike may differ in what they find likeliest, and
+RL sharpens: countdown's prover samples as its base does, and RL starts far better from it
+(docs/log.md, 2026-11-28). A verifier is
 judged by the first step: all solutions of a prompt share V(prompt) and its error, which a
 correlation over the whole batch holds against it and which RL, comparing samples of one prompt,
 does not see.
@@ -19,7 +22,7 @@ import torch
 
 from infra.seeds import derive
 from report.judge import correlation, exact_values, monte_carlo_value
-from rollouts import continue_and_grade, distinct, step_ends
+from rollouts import continue_and_grade, distinct, grades, step_ends
 from sample import generate
 from verifier import best_of_k_value, step_values
 
@@ -59,16 +62,30 @@ def first_steps(prompts, solutions, ends):
     return starts, index
 
 
+def solved_greedily(policy, tokenizer, task, cfg, limit):
+    """Share of --eval-problems held-out problems that the policy's likeliest tokens solve."""
+    problems = task.problems("val", cfg.eval_problems, cfg.seed)
+    completions = generate(
+        policy,
+        [task.prompt_tokens(p, tokenizer) for p in problems],
+        max_new_tokens=limit,
+        temperature=0.0,
+        seed=cfg.seed,
+        stop_ids=task.stop_ids(tokenizer),
+        slots=cfg.slots,
+    )
+    return float(grades(task, problems, completions, tokenizer).mean())
+
+
 def compare(verifier, base, prover, tokenizer, task, cfg):
     """-> dict of numbers; cfg is pav.py's.
 
-    success_base, success_prover: share of their solutions that are right; solvable_*: share of
-    their first steps after which the problem can still be solved (None: no solver says);
-    corr_policies: correlation of their values after the base's first steps; corr_first and
-    corr_first_within: of the verifier's advantage of the first step with that of eval_mc
-    continuations, over all samples and centred within each prompt (_exact: with that of the
-    scripted demonstrator). A prover that is the base has no numbers of its own, an outcome model no
-    prover.
+    success_base, success_prover: share of their solutions that are right (greedy_*: at temperature
+    0); solvable_*: share of their first steps after which the problem can still be solved (None: no
+    solver says); corr_policies: correlation of their values after the base's first steps;
+    corr_first and corr_first_within: of the verifier's advantage of the first step with that of
+    eval_mc continuations, over all samples and centred within each prompt (_exact: with that of the
+    scripted demonstrator). A prover that is the base has no numbers of its own.
     """
     if cfg.label == "outcome":
         return {}
@@ -97,6 +114,7 @@ def compare(verifier, base, prover, tokenizer, task, cfg):
         rolled, before = roll(policy, prompts, cfg.eval_mc, "prompts")
         asked = [p for p in problems for _ in range(cfg.eval_mc)]
         quality[f"success_{name}"] = float(before.mean())
+        quality[f"greedy_{name}"] = solved_greedily(policy, tokenizer, task, cfg, limit)
         quality[f"solvable_{name}"] = share_solvable(task, tokenizer, asked, rolled)
         if starts:
             of_base = after
@@ -133,6 +151,8 @@ def describe(summary):
     for name in ("base", "prover"):
         if f"success_{name}" in summary:
             line = f"{name}: solves {summary[f'success_{name}']:.3f}"
+            if f"greedy_{name}" in summary:  # not in the summary of an older run
+                line += f" ({summary[f'greedy_{name}']:.3f} greedily)"
             if summary[f"solvable_{name}"] is not None:
                 line += f", {summary[f'solvable_{name}']:.3f} of first steps keep it solvable"
             # A base that never succeeds has one value everywhere, which correlates with nothing.

@@ -249,6 +249,7 @@ def test_base_and_prover_side_by_side(task, tokenizer, model):
     alone = compare(verifier, model, model, tokenizer, task, cfg)
     both = compare(verifier, model, other, tokenizer, task, cfg)
     assert "success_prover" not in alone and "corr_policies" not in alone
+    assert 0 <= both["greedy_base"] == alone["greedy_base"] and 0 <= both["greedy_prover"] <= 1
     assert both["success_base"] == alone["success_base"] and both["success_prover"] != both["success_base"]
     assert both["solvable_base"] is None and -1 <= both["corr_policies"] <= 1 and "corr_first_within" in both
     text = describe(both | dict(labels=7, auc=0.5, brier=0.1, brier_constant=0.2, corr_advantage=0.3))
