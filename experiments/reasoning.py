@@ -17,10 +17,8 @@ starts from that base and takes the same number of samples a step:
     constant         a verifier that says 0.5 everywhere, as long as outcome-only: what is left is
                      that the last line is paid the outcome once more (--guards anchor)
     strong           learned progress of a prover that (scripted) never leaves a winning line
-    outcome-prover   the grader alone, from the prover's weights, as long as outcome-only: what the
-                     prover is worth without a verifier
-    prover-k4        pav-k4 from the prover's weights: base and prover are one policy, and Best-of-4
-                     of it the prover
+    outcome-prover   the grader alone, from the prover's weights: what the prover is worth without
+                     a verifier
     measured-k4      the same prover's values measured by rollouts at every step (papers/measured.py,
                      four continuations of each distinct prefix): nothing is learned
     measured-k1      the same for K = 1, from 16 continuations: what the verifier would say if it
@@ -141,8 +139,6 @@ def arm_job(name, runs, policies, label, settings):
         config = replace(config, **arm.settings)
         return Job(f"seed{policies}/{label}", SIBLINGS[arm.of], config, [])
     config = replace(config, **arm.settings)
-    if arm.start:
-        config.policy = str(home / arm.start)
     if config.reward == "outcome":
         config.verifier = ""
     elif config.verifier != "constant":
