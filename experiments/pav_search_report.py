@@ -249,7 +249,7 @@ def orm_part(task, r, cfg):
     better = [verdict(difference(r, "beam_pav", "orm", i)) for i in targets]
     verdicts = [v if c or v is not True else False for c, v in zip(cheap, better)]
     mid = sizes.index(cfg["regime_sizes"][-1])
-    listed = [i for i in targets if i in (mid, mid + 1, len(sizes) - 1)]
+    listed = [i for i in targets if i in (mid - 1, mid, mid + 1, len(sizes) - 1)]
     words = f"{task}: " + ", ".join(
         f"N={sizes[i]} {times(*beam['efficiency'][i])} and "
         f"{plus(difference(r, 'beam_pav', 'orm', i))}"

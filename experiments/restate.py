@@ -37,6 +37,7 @@ CLAIMS = {
     "negatives/results.json": negatives.claims_of,
     "pav_data/results.json": pav_data.claims_of,
     "pav_search/results.json": pav_search_report.claims_of,
+    "pav_search_grid/results.json": pav_search_report.claims_of,
     "provers/results.json": provers_report.claims_of,
     "reasoning_countdown/results.json": reasoning_report.claims_of,
     "reasoning_grid/results.json": reasoning_report.claims_of,
