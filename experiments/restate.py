@@ -41,6 +41,7 @@ CLAIMS = {
     "provers/results.json": provers_report.claims_of,
     "reasoning_countdown/results.json": reasoning_report.claims_of,
     "reasoning_grid/results.json": reasoning_report.claims_of,
+    "reasoning_grid_base0.5/results.json": reasoning_report.claims_of,
     "stargraph/results.json": stargraph.claims_of,
     "vbvf/exact.json": vbvf_exact.claims_of,
     "vbvf/results.json": vbvf_report.claims_of,
