@@ -36,9 +36,7 @@ ARMS = {
     "pav-k1": Arm("PAV, learned, K=1", "pav", colour="#56B4E9"),
     "pav-k16": Arm("PAV, learned, K=16", "pav", k=16, colour="#0072B2"),
     "pav-alpha3": Arm("PAV, learned, K=1, alpha 3", "pav", dict(alpha=3.0), colour="#D55E00"),
-    "base-k4": Arm(
-        "PAV, learned, Best-of-4 of the base", "base-prover", k=4, colour=COLOURS["base-prover"]
-    ),
+    "base-k4": Arm("PAV, learned, Best-of-4 of the base", "base-prover", k=4, colour="#332288"),
     "measured-k4": Arm("PAV, measured, K=4", "measured", dict(n_mc=4, prover_k=4), colour="#882255"),
     "measured-k1": Arm("PAV, measured, K=1", "measured", dict(n_mc=16), colour="#AA4499"),
     "exact": Arm("PAV, exact values of the player", "exact", colour="#44AA99"),
