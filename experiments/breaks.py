@@ -28,11 +28,12 @@ grader alone (`graded`).
 Claims: arXiv 2410.08146, section 3.1 and appendix G (Q as the reward is no use, RL on it collapses)
 and its discount 0; the telescoping is arithmetic (tests/test_advantages.py); over-optimisation of
 learned verifiers is Gao et al. 2022 (2210.10760). What would have falsified them: a mistake whose
-accuracy is within two standard errors of the right way. Where a mistake does not hurt is measured
-too: an easy task (four letters); discount 0, under which q and progress have the same expected
-gradient, as V(before) is then only a baseline; and the weak verifier with a policy that already
-solves a tenth (`able`). Every arm gets the same grid of learning rates, on a seed that is not
-reported. Runs stay in runs/breaks: killed, the same command goes on.
+accuracy does not differ from that of the right way (the 95% interval of the paired difference holds
+0). Where a mistake does not hurt is measured too: an easy task (four letters); discount 0, under
+which q and progress have the same expected gradient, as V(before) is then only a baseline; and the
+weak verifier with a policy that already solves a tenth (`able`). Every arm gets the same grid of
+learning rates, on a seed that is not reported. Runs stay in runs/breaks: killed, the same command
+goes on.
 """
 
 import time

@@ -5,6 +5,7 @@ import numpy as np
 
 from experiments.toolkit import (
     finish,
+    margin,
     mean_sd,
     pyplot,
     spread,
@@ -80,19 +81,20 @@ def runs_claims(results):
 
 def robustness_claims(results):
     """Of robustness.json. What the change costs examples of low minus what it costs those of
-    high pre-memorization accuracy, within each run; two standard errors over the runs, or of one
-    run over its examples, on either side of MATTERS decide."""
+    high pre-memorization accuracy, within each run; the 95% interval over the runs, or of one run
+    over its examples, decides which side of MATTERS it is on."""
     rows = results["rows"]
     if not rows:
         return []
     extra = [r["low"]["cost"] - r["high"]["cost"] for r in rows]
-    error = (
-        spread(extra) / len(extra) ** 0.5
-        if len(rows) > 1
-        else (rows[0]["low"]["error"] ** 2 + rows[0]["high"]["error"] ** 2) ** 0.5
-    )
-    above = mean(extra) - 2 * error > MATTERS
-    below = mean(extra) + 2 * error < MATTERS
+    if len(rows) > 1:
+        error = spread(extra) / len(extra) ** 0.5
+        half = margin(extra)
+    else:
+        error = (rows[0]["low"]["error"] ** 2 + rows[0]["high"]["error"] ** 2) ** 0.5
+        half = 2 * error
+    above = mean(extra) - half > MATTERS
+    below = mean(extra) + half < MATTERS
 
     def show(k):
         return (

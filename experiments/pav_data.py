@@ -31,7 +31,7 @@ anything else.
 
 What would have falsified the claims: mc16 not below mc1 at the lowest budget, or not above it at
 the highest; first_pit not above the best of the three uniform arms at a budget. A difference counts
-if it is two standard errors from 0, paired over seeds.
+if its 95% interval leaves out 0, paired over seeds (Student's t).
 
 Everything stays in runs/pav_data: killed, the same command goes on.
 """

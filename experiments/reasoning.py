@@ -29,7 +29,7 @@ Outcome-only and PAV choose warm-up and entropy bonus from the same grid, each f
 validation problems of a seed that is not reported; the other process-reward arms take PAV's.
 
 What would have falsified it: PAV not ahead of outcome-only, or of the control that says 0.5, at
-equal total tokens by two standard errors over the seeds.
+equal total tokens (the 95% interval of the paired difference over the seeds).
 
 A killed run goes on with the same command; --arms, --seeds and --draws may be raised.
 """

@@ -1,8 +1,8 @@
 """What several experiments share: cells, one verdict rule, the exact verifier, best-of-n.
 
-The rule of every verdict in docs/results: a difference, paired over seeds, is shown where its mean
-lies two standard errors from the threshold (0, where the claim names no other); otherwise the
-question is open. `verdict` judges one comparison, `together` a claim of several.
+The rule of every verdict in docs/results: a difference, paired over seeds, is shown where the 95%
+interval of its mean (Student's t) leaves out the threshold (0, where the claim names no other);
+otherwise the question is open. `verdict` judges one comparison, `together` a claim of several.
 """
 
 import functools
@@ -32,7 +32,7 @@ from report.figures import (
     pyplot,
 )
 from report.figures import NAMES as ARM_NAMES
-from report.statistics import spread, vote
+from report.statistics import margin, spread, vote
 
 __all__ = [
     "ARM_NAMES",
@@ -45,6 +45,7 @@ __all__ = [
     "evaluations",
     "expected_best",
     "finish",
+    "margin",
     "mean_sd",
     "print_results",
     "pyplot",
@@ -152,15 +153,15 @@ def write_results(out, table, name, settings, claims_of=None, file="results", **
 
 
 def verdict(differences, least=0.0):
-    """Is a paired difference above `least`? True: its mean is, by two standard errors over the
-    seeds; False: it is below by as much; "open": neither, or fewer than two seeds."""
+    """Is a paired difference above `least`? True: the 95% interval of its mean over the seeds is
+    (Student's t); False: it is below; "open": neither, or fewer than two seeds."""
     differences = list(differences)
     if len(differences) < 2:
         return "open"
-    error = spread(differences) / math.sqrt(len(differences))
-    if mean(differences) - 2 * error > least:
+    error = margin(differences)
+    if mean(differences) - error > least:
         return True
-    return False if mean(differences) + 2 * error < least else "open"
+    return False if mean(differences) + error < least else "open"
 
 
 def together(verdicts):

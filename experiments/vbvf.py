@@ -32,7 +32,7 @@ is, so that the summed variances of its steps are the variance of the trace's re
 (tests/test_vbvf.py checks this by enumeration).
 
 What would have falsified the claim: the paired gap VB - VF (RL, tokens after the first right point,
-largest n) not above 0 by two standard errors at the longest H, or not larger there than at the
+largest n) not above 0 (its 95% interval) at the longest H, or not larger there than at the
 shortest; or a gap as large from the concentrated base as from the mixed one. Where VF should win,
 and is measured: few labels, small N, a base whose failures are filtered away by rejection (the
 widest mixture at short H). And greedy decoding, which the paper's setting leaves out.

@@ -178,7 +178,7 @@ def grows_with_H(c):
     won = (
         "VF is ahead with " + "; ".join(wins)
         if wins
-        else "VF is ahead by two standard errors in no cell of the sweep"
+        else "VF is ahead in no cell of the sweep"
     )
     return dict(
         claim="From a heterogeneous base the advantage of verifier-based over verifier-free "

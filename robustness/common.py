@@ -48,7 +48,8 @@ from infra.runs import mean, write_json
 from infra.seeds import generator
 
 # The one place of this folder that knows where figures live.
-from report.figures import finish, machine, print_results, pyplot, spread
+from report.figures import finish, machine, print_results, pyplot
+from report.statistics import margin, spread
 
 TUNING_SEED = 100
 # Okabe-Ito, safe for colour-blind readers.
@@ -259,9 +260,9 @@ def cell(values, sign=False):
 
 
 def clearly_positive(differences):
-    """Paired differences over seeds: is their mean above two standard errors?"""
+    """Paired differences over seeds: is the 95% interval of their mean above 0 (Student's t)?"""
     differences = list(differences)
-    return mean(differences) > 2 * spread(differences) / len(differences) ** 0.5
+    return mean(differences) > margin(differences)
 
 
 def verdict(tests):
@@ -309,7 +310,7 @@ def leads(title, arm, arms, columns, values):
     for rival in [a for a in arms if a != arm]:
         found = [lead(values(arm, c), values(rival, c)) for c in columns]
         rows.append([rival, *(f"{m:+.3f} ({sd:.3f}){' *' * ahead}" for m, sd, ahead in found)])
-    note = f"{title}, {arm} minus the other arm, paired by seed (* mean above two standard errors)"
+    note = f"{title}, {arm} minus the other arm, paired by seed (* 95% interval above 0)"
     return f"{note}:\n\n" + markdown(["minus", *columns], rows)
 
 

@@ -18,7 +18,7 @@ from infra.runs import mean
 RESULTS = Path(__file__).parent.parent / "docs/results"
 
 
-def test_a_verdict_needs_two_standard_errors():
+def test_a_verdict_needs_the_95_percent_interval():
     assert (
         toolkit.verdict([0.1, 0.12, 0.11]) is True
         and toolkit.verdict([-0.1, -0.12, -0.11]) is False
@@ -31,11 +31,20 @@ def test_a_verdict_needs_two_standard_errors():
     )
     assert (
         toolkit.verdict([0.1, 0.12, 0.11], least=0.2) is False
-        and toolkit.verdict([1.6, 1.7, 1.8], 1.5) is True
+        and toolkit.verdict([1.6, 1.7, 1.8], 1.4) is True
     )
     error = 0.5 / 3**0.5  # of four values half a unit from their mean
-    assert toolkit.verdict([2.01 * error + x for x in (0.5, -0.5, 0.5, -0.5)]) is True
-    assert toolkit.verdict([1.99 * error + x for x in (0.5, -0.5, 0.5, -0.5)]) == "open"
+    # Student's t with three degrees of freedom: 3.182.
+    assert toolkit.verdict([3.19 * error + x for x in (0.5, -0.5, 0.5, -0.5)]) is True
+    assert toolkit.verdict([3.17 * error + x for x in (0.5, -0.5, 0.5, -0.5)]) == "open"
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10, 31, 60])
+def test_noise_is_called_a_difference_in_one_case_of_twenty(seeds):
+    """Whatever the number of seeds; two standard errors would do so in one of nine with five."""
+    noise = torch.randn(4000, seeds, generator=torch.Generator().manual_seed(0)).tolist()
+    shown = mean(toolkit.verdict(row) != "open" for row in noise)
+    assert 0.038 < shown < 0.062
 
 
 def test_a_claim_of_parts():
