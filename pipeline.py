@@ -75,12 +75,13 @@ def fields_of(cfg, cls):
 # ------------------------------------------------------------------------------------------------
 # 1. Plan.
 
-# Verifier -> its prover (a clone of the demonstrator; None: the base policy), --label.
+# Verifier -> its prover (a clone of the demonstrator, or the base policy), --label. The main one's
+# prover may be another: a stage's flag, as all others.
 VERIFIERS = {
     "verifier": ("prover", "q"),
     "verifier_strong": ("strong", "q"),
-    "verifier_base": (None, "q"),
-    "verifier_outcome": (None, "outcome"),
+    "verifier_base": ("base", "q"),
+    "verifier_outcome": ("base", "outcome"),
 }
 SHARED = ("max_completion_length", "device", "dtype", "threads", "smoke", "seed")
 
@@ -211,21 +212,23 @@ class SeedPlan:
         return str(self.home / name)
 
     def add_verifier(self, name):
-        """A verifier and its prover; without a scripted demonstrator the base policy is the prover
-        of the main one."""
+        """A verifier and its prover. The main one's is what the settings of the stage say: "base",
+        a folder, or the stage "prover", which is the default where there is a demonstrator."""
         if name == "verifier" and self.cfg.verifier:
             self.verifiers[name] = self.cfg.verifier
             return
         prover, label = VERIFIERS[name]
-        if name == "verifier" and not self.task.strengths:
-            prover = None
-        config = pav.Config(**self.shared | self.settings["verifier"])
+        stage = self.settings["verifier"]
+        if name == "verifier":
+            prover = stage.get("prover", prover if self.task.strengths else "base")
+        config = pav.Config(**self.shared | stage)
         config.policy, config.label = self.start_of("sft"), label
         config.temperature = self.settings["rl"].get("temperature", self.cfg.temperature)
-        if prover:
-            config.prover = self.start_of(prover)
+        config.prover = self.start_of(prover) if prover in ("prover", "strong") else prover
         if self.task.strengths:
-            config.prover_strength = self.task.strengths[prover or "base"]
+            base = self.settings["sft"].get("strength", self.task.strengths["base"])
+            strengths = self.task.strengths | dict(base=base)
+            config.prover_strength = strengths.get(prover, config.prover_strength)
         if label == "outcome":
             config.prover_k = 1  # an outcome model has no prover
         self.add(name, ["pav.py"], config, ["sft", prover])

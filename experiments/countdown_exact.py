@@ -160,7 +160,7 @@ def main(argv=None):
         smoke=cfg.smoke,
         eval_split="test",
         eval_steps=20,
-        stage_flags='{"verifier": {"prover_k": 1}}',
+        stage_flags='{"verifier": {"prover": "prover", "prover_k": 1}}',
     )
     run_missing(stages, cfg.workers, root / "logs")
     configs = [job.config for job in arms if job.label.endswith("/rl_pav")]

@@ -31,7 +31,8 @@ validation problems of a seed that is not reported; the other process-reward arm
 What would have falsified it: PAV not ahead of outcome-only, or of the control that says 0.5, at
 equal total tokens (the 95% interval of the paired difference over the seeds).
 
-A killed run goes on with the same command; --arms, --seeds and --draws may be raised.
+A killed run goes on with the same command; --arms, --seeds, --draws and --more-seeds may be raised
+(--more-seeds alone adds seeds of the arms that need nothing but a base).
 """
 
 import itertools
@@ -59,6 +60,7 @@ from pipeline import Job, fields_of
 from tasks import get_task
 
 MAIN = ("outcome", "pav-k4", "pav-k1")  # those of which --draws runs are made
+LEAN = ("outcome", "base-k4", "constant")  # nothing but a base is needed: --more-seeds
 VERIFIERS = {"pav": "verifier", "base-prover": "verifier_base", "strong-prover": "verifier_strong"}
 SIBLINGS = {"measured": ["-m", "papers.measured"], "exact": ["-m", "experiments.exact_rl"]}
 
@@ -68,7 +70,8 @@ class Config:
     task: str = opt("countdown", "which reasoning task", choices=["countdown", "grid"])
     arms: list = opt(list(MAIN), "arms to run", choices=list(ARMS))
     seeds: int = opt(5, "each with its own base, prover and verifier", low=1)
-    draws: int = opt(2, "runs of RL on each seed's policies, of the first three arms", low=1)
+    draws: int = opt(2, f"runs of RL on each seed's policies, of {', '.join(MAIN)}", low=1)
+    more_seeds: int = opt(0, f"further seeds, one run of RL each, of {', '.join(LEAN)}", low=0)
     steps: int = opt(300, "RL steps", low=1)
     long_steps: int = opt(
         650, "RL steps of the arms without a verifier: as many as PAV's tokens in all pay for", low=1
@@ -89,11 +92,14 @@ class Config:
 def plan(cfg, root, seed, seeds, split, steps, evaluate_every, arms):
     """-> the stages' jobs, {label "seedN/rl_ARM" of train_rl.py's comparison: job}."""
     base = dict(strength=cfg.base_strength) if cfg.base_strength >= 0 else {}
+    of = {ARMS[a].of for a in arms}
+    if of & set(SIBLINGS):  # they need the other policy, which is a stage of the arm pav
+        of = of - set(SIBLINGS) | {"pav"}
     stages, runs = comparison(
         {"steps", "eval_split", "eval_steps", "eval_problems"},
         task=cfg.task,
-        reward="pav",
-        arms=sorted({ARMS[a].of for a in arms} - set(SIBLINGS)) or ["pav"],
+        reward="pav" if "pav" in of else "outcome",
+        arms=sorted(of),
         seed=seed,
         seeds=seeds,
         run_dir=str(root),
@@ -102,8 +108,8 @@ def plan(cfg, root, seed, seeds, split, steps, evaluate_every, arms):
         eval_split=split,
         eval_steps=evaluate_every,
         eval_problems=16 if cfg.smoke else 1024,
-        # Judged as its prover is; the arms say what it is read as (read_as).
-        stage_flags=json.dumps(dict(verifier=dict(prover_k=1), sft=base)),
+        # Another policy, judged as it is; the arms say what the verifier is read as (read_as).
+        stage_flags=json.dumps(dict(verifier=dict(prover="prover", prover_k=1), sft=base)),
     )
     return stages, {job.label: job for job in runs}
 
@@ -179,11 +185,18 @@ def tune(cfg, root):
 def run_arms(cfg, root, best):
     """All runs of all seeds -> rows {arm, seed, draw, curve, tokens, verifier_tokens}."""
     stages, runs = plan(cfg, root, 0, cfg.seeds, "test", cfg.steps, 50, cfg.arms)
+    wanted = itertools.product(range(cfg.draws), cfg.arms, range(cfg.seeds))
+    wanted = [(draw, name, seed) for draw, name, seed in wanted if name in MAIN or not draw]
+    if cfg.more_seeds:
+        lean = [name for name in cfg.arms if name in LEAN]
+        more = plan(cfg, root, cfg.seeds, cfg.more_seeds, "test", cfg.steps, 50, lean)
+        stages += more[0]
+        runs |= more[1]
+        seeds = range(cfg.seeds, cfg.seeds + cfg.more_seeds)
+        wanted += itertools.product([0], lean, seeds)
     run_missing(stages, cfg.workers, root / "logs")
     jobs = {}
-    for draw, name, seed in itertools.product(range(cfg.draws), cfg.arms, range(cfg.seeds)):
-        if draw and name not in MAIN:
-            continue
+    for draw, name, seed in wanted:
         settings = best[ARMS[name].family] | dict(seed=seed + 100 * draw)
         if ARMS[name].long:
             settings["steps"] = cfg.long_steps
@@ -203,11 +216,12 @@ def run_arms(cfg, root, best):
 
 
 def provers(root, seeds):
-    """What pav.py said of each seed's policies and verifier."""
+    """What pav.py said of each seed's policies and verifier (nothing where no arm needed one)."""
     beginnings = ("corr_", "success_", "greedy_", "solvable_")
     out = []
     for seed in range(seeds):
-        summary = read_json(root / f"seed{seed}" / "verifier" / "summary.json")
+        files = [root / f"seed{seed}" / name / "summary.json" for name in VERIFIERS.values()]
+        summary = next((read_json(file) for file in files if file.exists()), {})
         out.append({k: v for k, v in summary.items() if k.startswith(beginnings)})
     return out
 
@@ -221,6 +235,7 @@ def main(argv=None):
     cfg.out = cfg.out or (str(root / "results") if cfg.smoke else f"docs/results/{name}")
     if cfg.smoke:
         cfg.seeds = cfg.draws = 1
+        cfg.more_seeds = min(cfg.more_seeds, 1)
         cfg.steps = cfg.tuning_steps = 2
         cfg.long_steps = 4
         cfg.warmup_steps = [0]

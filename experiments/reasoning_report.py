@@ -7,6 +7,7 @@ from experiments.toolkit import (
     COLOURS,
     accuracy_at,
     finish,
+    margin,
     mean_sd,
     pyplot,
     spread,
@@ -37,12 +38,12 @@ ARMS = {
     "pav-k16": Arm("PAV, learned, K=16", "pav", k=16, colour="#0072B2"),
     "pav-alpha3": Arm("PAV, learned, K=1, alpha 3", "pav", dict(alpha=3.0), colour="#D55E00"),
     "base-k4": Arm("PAV, learned, Best-of-4 of the base", "base-prover", k=4, colour="#332288"),
-    "measured-k4": Arm("PAV, measured, K=4", "measured", dict(n_mc=4, prover_k=4), colour="#882255"),
+    "measured-k4": Arm(
+        "PAV, measured, K=4", "measured", dict(n_mc=4, prover_k=4), colour="#882255"
+    ),
     "measured-k1": Arm("PAV, measured, K=1", "measured", dict(n_mc=16), colour="#AA4499"),
     "exact": Arm("PAV, exact values of the player", "exact", colour="#44AA99"),
-    "constant": Arm(
-        "control: constant value", "constant", long=True, colour=COLOURS["constant"]
-    ),
+    "constant": Arm("control: constant value", "constant", long=True, colour=COLOURS["constant"]),
     "strong": Arm("control: prover too strong", "strong-prover", colour=COLOURS["strong-prover"]),
     "outcome-prover": Arm(
         "outcome only, from the prover",
@@ -69,31 +70,37 @@ def at_end(results, name):
 
 
 def by_seed(values):
-    """{(seed, draw): value} -> [mean over the seed's draws]."""
+    """{(seed, draw): value} -> {seed: mean over its draws}."""
     seeds = sorted({seed for seed, _ in values})
-    return [mean(v for (s, _), v in values.items() if s == seed) for seed in seeds]
+    return {seed: mean(v for (s, _), v in values.items() if s == seed) for seed in seeds}
 
 
 def equal_tokens(results, name, rival="outcome"):
-    """Per seed: the rival's accuracy (mean over its draws) once it has sampled as many tokens as the
-    arm's RL and its prover together, or at its last step."""
-    out = []
+    """{seed: the rival's accuracy (mean over its draws) once it has sampled as many tokens as the
+    arm's RL and its prover together, or at its last step}, for the seeds that both have."""
+    out = {}
     steps = results["settings"]["steps"]
     rows = [r for r in results["rows"] if r["arm"] == name]
     for seed in sorted({r["seed"] for r in rows}):
         of_seed = [r for r in rows if r["seed"] == seed]
         cost = mean(tokens_at(r, steps) + r["other_tokens"] for r in of_seed)
         rivals = [r for r in results["rows"] if (r["arm"], r["seed"]) == (rival, seed)]
-        out.append(mean(accuracy_at(r["curve"], cost) for r in rivals))
+        if rivals:
+            out[seed] = mean(accuracy_at(r["curve"], cost) for r in rivals)
     return out
 
 
+def minus(a, b):
+    """{seed: value} twice -> paired differences over the seeds that both have."""
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
 def share_of_steps(results, name):
-    """Per seed: the share of its steps after which the arm is at the level that outcome-only ends
-    with at equal total tokens (a mean over draws; linear between evaluations); None: never."""
+    """{seed: the share of its steps after which the arm is at the level that outcome-only ends with
+    at equal total tokens (a mean over draws; linear between evaluations); None: never}."""
     steps = results["settings"]["steps"]
-    out = []
-    for seed, level in enumerate(equal_tokens(results, name)):
+    out = {}
+    for seed, level in equal_tokens(results, name).items():
         curves = [r["curve"] for r in results["rows"] if (r["arm"], r["seed"]) == (name, seed)]
         mean_curve = [
             (points[0]["step"], mean(p["eval/accuracy"] for p in points)) for points in zip(*curves)
@@ -102,7 +109,7 @@ def share_of_steps(results, name):
         for (s0, a0), (s1, a1) in itertools.pairwise(mean_curve):
             if a1 >= level and reached is None:
                 reached = (s0 + (s1 - s0) * max(0.0, level - a0) / max(a1 - a0, 1e-9)) / steps
-        out.append(reached)
+        out[seed] = reached
     return out
 
 
@@ -116,26 +123,25 @@ def table(results):
     present = [name for name in ARMS if any(r["arm"] == name for r in results["rows"])]
     for name in present:
         values = at_end(results, name)
-        mean_of = by_seed(values)
+        ends = by_seed(values)
         steps = results["settings"]["steps"]
         rows = [r for r in results["rows"] if r["arm"] == name]
         rl = mean(tokens_at(r, steps) for r in rows)
         total = rl + mean(r["other_tokens"] for r in rows)
-        draws = max(d for _, d in values) + 1
-        within = [spread(v for (s, _), v in values.items() if s == seed) for seed in range(len(mean_of))]
         cells = ["", ""]
         if ARMS[name].long and "pav-k4" in present:
-            longer = mean_sd(equal_tokens(results, "pav-k4", name))
+            longer = mean_sd(equal_tokens(results, "pav-k4", name).values())
             cells = [f"itself, as many as K=4: {longer}", ""]
         elif "outcome" in present:
             rival = equal_tokens(results, name)
-            cells = [mean_sd(rival), mean_sd([a - b for a, b in zip(mean_of, rival)], signed=True)]
+            cells = [mean_sd(rival.values()), mean_sd(minus(ends, rival), signed=True)]
         lines.append(
-            f"| {ARMS[name].label} | {len(mean_of)} x {draws} | {mean_sd(mean_of)} "
-            f"| {' '.join(f'{v:.2f}' for v in mean_of)} "
-            f"| {f'{mean(within):.3f}' if draws > 1 else ''} | {rl / 1e3:.0f}k | {total / 1e3:.0f}k "
+            f"| {ARMS[name].label} | {draws_of(values)} | {mean_sd(ends.values())} "
+            f"| {each(ends.values())} "
+            f"| {two_draws(values)} | {rl / 1e3:.0f}k | {total / 1e3:.0f}k "
             f"| {cells[0]} | {cells[1]} |"
         )
+    lines += contrast_lines(results)
     lines += provers_lines(results["provers"])
     lines += ["", "Tuning (seed 1000, validation): warm-up, entropy bonus: mean over the run, end"]
     for r in results["tuning"]:
@@ -146,6 +152,56 @@ def table(results):
             f"{r['accuracy']:.3f}{' (chosen)' if chosen else ''}"
         )
     return "\n".join(lines)
+
+
+def draws_of(values):
+    """{(seed, draw): value} -> "5 x 2", or "10, 5 of them twice"."""
+    seeds = {seed for seed, _ in values}
+    twice = sum(draw == 1 for _, draw in values)
+    return (
+        f"{len(seeds)}, {twice} of them twice"
+        if 0 < twice < len(seeds)
+        else (f"{len(seeds)} x {2 if twice else 1}")
+    )
+
+
+def two_draws(values):
+    """The sd of two draws of RL on one seed's policies, a mean over the seeds that have two."""
+    pairs = [[v for (s, _), v in values.items() if s == seed] for seed, draw in values if draw == 1]
+    return f"{mean(spread(pair) for pair in pairs):.3f}" if pairs else ""
+
+
+def each(values, sign=""):
+    """One number a seed: "0.45 0.53"."""
+    return " ".join(f"{v:{sign}.2f}" for v in values)
+
+
+# What a pair of arms tells apart, at equal samples.
+CONTRASTS = [
+    ("pav-k4", "pav-k1", "Best-of-4 of the prover or the prover itself, one verifier"),
+    ("pav-k16", "pav-k4", "K = 16 or 4"),
+    ("pav-alpha3", "pav-k1", "three times the weight"),
+    ("strong", "pav-k1", "a prover that never leaves a winning line, or the usual one"),
+    ("base-k4", "pav-k4", "the base or another policy as the prover"),
+    ("measured-k4", "pav-k4", "what the fit loses, K = 4"),
+    ("measured-k1", "pav-k1", "what the fit loses, K = 1"),
+    ("exact", "measured-k1", "the scripted player's values or those of its clone"),
+    ("pav-k4", "constant", "is the verifier worth anything"),
+    ("pav-k4", "outcome-prover", "a verifier of the prover, or RL from its weights"),
+]
+
+
+def contrast_lines(results):
+    """Arms against each other, paired over the seeds that both have."""
+    ends = {name: by_seed(at_end(results, name)) for name in ARMS}
+    lines = []
+    for name, rival, question in CONTRASTS:
+        if differences := minus(ends[name], ends[rival]):
+            lines.append(
+                f"* {question}: {ARMS[name].label} minus {ARMS[rival].label} {gap(differences)}"
+            )
+    title = "At equal samples, paired by seed (sd, half the 95% interval of the mean):"
+    return ["", title, "", *lines] if lines else []
 
 
 def provers_lines(provers):
@@ -179,7 +235,9 @@ def figure(results, path):
         steps = [e["step"] for e in rows[0]["curve"]]
         accuracy = [[e["eval/accuracy"] for e in r["curve"]] for r in rows]
         middle = [mean(column) for column in zip(*accuracy)]
-        tokens = [mean(c) / 1e6 for c in zip(*[[e["num_tokens"] for e in r["curve"]] for r in rows])]
+        tokens = [
+            mean(c) / 1e6 for c in zip(*[[e["num_tokens"] for e in r["curve"]] for r in rows])
+        ]
         other = mean(r["other_tokens"] for r in rows) / 1e6
         if "measured" in name:  # paid at every step, not before the first
             in_all = [t + other * s / steps[-1] for t, s in zip(tokens, steps)]
@@ -190,15 +248,12 @@ def figure(results, path):
         if name in ("outcome", "pav-k4"):
             for curve in accuracy:
                 axes[0].plot(tokens, curve, color=ARMS[name].colour, alpha=0.25, linewidth=0.8)
-    axes[0].set(xlabel="tokens sampled in RL, millions", ylabel="sampled accuracy, test", ylim=(0, None))
+    axes[0].set(
+        xlabel="tokens sampled in RL, millions", ylabel="sampled accuracy, test", ylim=(0, None)
+    )
     axes[1].set(xlabel="all sampled tokens, the prover's counted, millions")
     axes[0].legend(frameon=False, fontsize=8)
     finish(plt, fig, axes, path)
-
-
-def minus(a, b):
-    """Paired differences, a list a seed."""
-    return [x - y for x, y in zip(a, b)]
 
 
 def claims_of(results):
@@ -215,62 +270,61 @@ def claims_of(results):
     return claims
 
 
-def self_claim(results, ends):
-    """Is Best-of-4 of the base itself prover enough? ends: {arm: accuracy of each seed}."""
-    task = name_of(results["settings"])
-    samples = minus(ends["base-k4"], ends["outcome"])
-    total = minus(ends["base-k4"], equal_tokens(results, "base-k4"))
-    other = minus(ends["base-k4"], ends["pav-k4"])
-    fails = ""
-    if "constant" in ends:
-        gap = minus(ends["base-k4"], equal_tokens(results, "base-k4", "constant"))
-        fails = (
-            "the rival is a verifier that says 0.5, for as many tokens in all: minus it "
-            f"{mean_sd(gap, signed=True)}"
+def gap(differences):
+    """Paired differences over seeds: "+0.095 (0.089, 95% +-0.111)": mean, sd, half its interval."""
+    return f"{mean(differences):+.3f} ({spread(differences):.3f}, 95% +-{margin(differences):.3f})"
+
+
+def against_rivals(results, ends, name):
+    """An arm minus outcome-only and, where it ran, minus the control that says 0.5, both at equal
+    samples and at equal total tokens -> (in words, the verdicts)."""
+    words = []
+    verdicts = []
+    for rival, title in (("outcome", "outcome-only"), ("constant", "a verifier that says 0.5")):
+        if rival not in ends:
+            continue
+        samples = minus(ends[name], ends[rival])
+        total = minus(ends[name], equal_tokens(results, name, rival))
+        words.append(
+            f"minus {title} {gap(samples)} at equal samples, {gap(total)} at equal total tokens "
+            f"(per seed {each(total, '+')})"
         )
+        verdicts += [verdict(samples), verdict(total)]
+    return "; ".join(words), verdicts
+
+
+def self_claim(results, ends):
+    """Is Best-of-4 of the base itself prover enough? ends: {arm: {seed: accuracy}}."""
+    words, verdicts = against_rivals(results, ends, "base-k4")
+    other = minus(ends["base-k4"], ends["pav-k4"])
     return dict(
         paper="2410.08146",
         claim="Best-of-K of the base policy itself is a good prover: no stronger policy is needed.",
         short=f"{label_of(results)}: Best-of-4 of the base itself is prover enough",
-        measured=f"--task {task}, {len(total)} seeds: Best-of-4 of the base {mean_sd(ends['base-k4'])}, "
-        f"minus outcome-only {mean_sd(samples, signed=True)} at equal samples, "
-        f"{mean_sd(total, signed=True)} at equal total tokens (per seed "
-        f"{' '.join(f'{d:+.2f}' for d in total)}); minus Best-of-4 of the other policy "
-        f"{mean_sd(other, signed=True)}.",
-        holds=together([verdict(samples), verdict(total)]),
+        measured=f"--task {name_of(results['settings'])}, {len(ends['base-k4'])} seeds: Best-of-4 "
+        f"of the base {mean_sd(ends['base-k4'].values())}, {words}; minus Best-of-4 of the other "
+        f"policy ({len(other)} seeds) {gap(other)}.",
+        holds=together(verdicts),
         command=results["command"],
-        fails_when=fails,
+        fails_when="",
     )
 
 
 def progress_claim(results, ends):
-    """ends: {arm: accuracy of each seed at equal samples}."""
-    task = name_of(results["settings"])
-    total = minus(ends["pav-k4"], equal_tokens(results, "pav-k4"))
-    samples = minus(ends["pav-k4"], ends["outcome"])
+    """ends: {arm: {seed: accuracy at equal samples}}."""
+    words, verdicts = against_rivals(results, ends, "pav-k4")
     reach = share_of_steps(results, "pav-k4")
-    shares = ", ".join("never" if s is None else f"{s:.2f}" for s in reach)
-    means = "; ".join(f"{ARMS[n].label} {mean_sd(v)}" for n, v in ends.items())
-    verdicts = [verdict(samples), verdict(total)]
-    control = ""
-    if "constant" in ends:
-        gap = minus(ends["pav-k4"], ends["constant"])
-        longer = minus(ends["pav-k4"], equal_tokens(results, "pav-k4", "constant"))
-        verdicts += [verdict(gap), verdict(longer)]
-        control = (
-            f" Minus the control, a verifier that says 0.5: {mean_sd(gap, signed=True)} at equal "
-            f"samples, {mean_sd(longer, signed=True)} at equal total tokens."
-        )
+    shares = ", ".join("never" if s is None else f"{s:.2f}" for s in reach.values())
+    means = "; ".join(f"{ARMS[n].label} {mean_sd(v.values())}" for n, v in ends.items())
     return dict(
         paper="2410.08146",
         claim="RL that is paid learned progress is 5 to 6 times as sample-efficient as "
         "outcome-reward RL, and ends 6 to 7% more accurate.",
         short=f"{label_of(results)}: learned progress beats the outcome alone, all tokens counted",
-        measured=f"--task {task}, {len(total)} seeds, each with its own base, prover and verifier: "
-        f"PAV (Best-of-4) minus outcome-only {mean_sd(samples, signed=True)} at equal samples, "
-        f"{mean_sd(total, signed=True)} at equal total tokens (per seed "
-        f"{' '.join(f'{d:+.2f}' for d in total)}). It is at the level of the longer outcome-only "
-        f"run after these shares of its samples: {shares}. At equal samples: {means}.{control}",
+        measured=f"--task {name_of(results['settings'])}, {len(ends['pav-k4'])} seeds, each with "
+        f"its own base, prover and verifier: PAV (Best-of-4) {words}. It is at the level of the "
+        f"longer outcome-only run after these shares of its samples: {shares}. At equal samples: "
+        f"{means}.",
         holds=together(verdicts),
         command=results["command"],
         fails_when="; ".join(progress_failures(results, ends)),
@@ -313,7 +367,7 @@ def label_of(results):
 
 
 def prover_claim(results, ends):
-    """ends: {arm: accuracy of each seed at equal samples}."""
+    """ends: {arm: {seed: accuracy at equal samples}}."""
     task = name_of(results["settings"])
     gain = minus(ends["pav-k4"], ends["pav-k1"])
     others = "".join(
@@ -326,7 +380,7 @@ def prover_claim(results, ends):
         claim="Best-of-K of a policy is a better prover than the policy itself (K = 4 best).",
         short=f"{label_of(results)}: Best-of-4 of the prover is a better prover",
         measured=f"--task {task}, the same verifier read as K=4 minus K=1, {len(gain)} seeds: "
-        f"{mean_sd(gain, signed=True)} (per seed {' '.join(f'{d:+.2f}' for d in gain)}).{others}",
+        f"{mean_sd(gain, signed=True)} (per seed {each(gain, '+')}).{others}",
         holds=verdict(gain),
         command=results["command"],
         fails_when="",

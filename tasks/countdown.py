@@ -65,9 +65,9 @@ class Countdown(LineGame):
     strengths = dict(base=0.3, prover=0.5, strong=1.0)
     stages = dict(
         sft=dict(steps=1200, num_examples=100000),
-        # 470 steps of fitting learn nothing, 4,700 do. The prover samples hardly better than the
-        # base; Best-of-4 of either is another policy (docs/results/reasoning_countdown).
-        verifier=dict(num_problems=100000, prover_k=4),
+        # 470 steps of fitting learn nothing, 4,700 do. The prover is Best-of-4 of the base itself:
+        # a clone of a better player does no better (docs/results/reasoning_countdown).
+        verifier=dict(num_problems=100000, prover="base", prover_k=4),
         # With 128 samples a step no arm moves.
         rl=dict(num_prompts=64, guards=["anchor", "center", "legal"]),
         long=3,

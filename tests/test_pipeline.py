@@ -76,7 +76,22 @@ def test_typed_flags_win_over_the_table():
     assert long.steps == 21
     assert jobs_of(stage_flags='{"sft": {"steps": 3}}')["seed0/sft"].config.steps == 3
     weak = jobs_of(task="countdown", stage_flags='{"sft": {"strength": 0.1}}')
-    assert [weak[f"seed0/{name}"].config.strength for name in ("sft", "prover")] == [0.1, 0.5]
+    assert weak["seed0/sft"].config.strength == weak["seed0/verifier"].config.prover_strength == 0.1
+
+
+def test_the_main_prover_is_the_base_another_policy_or_a_folder():
+    """countdown's is Best-of-4 of the base: no second policy is built."""
+    jobs = jobs_of(task="countdown")
+    verifier = jobs["seed0/verifier"].config
+    assert "seed0/prover" not in jobs and (verifier.prover, verifier.prover_k, verifier.prover_strength) == ("base", 4, 0.3)
+    other = jobs_of(task="countdown", stage_flags='{"verifier": {"prover": "prover"}}')
+    assert other["seed0/prover"].config.strength == 0.5 == other["seed0/verifier"].config.prover_strength
+    assert other["seed0/verifier"].config.prover == "runs/x/seed0/prover" and other["seed0/verifier"].needs[-1] == "seed0/prover"
+    folder = jobs_of(stage_flags='{"verifier": {"prover": "D"}}')["seed0/verifier"].config  # no strength is known of it
+    assert (folder.prover, folder.prover_strength) == ("D", pav.Config().prover_strength)
+    controls = jobs_of(arms=CONTROLS, stage_flags='{"verifier": {"prover": "D"}}')
+    assert controls["seed0/verifier_base"].config.prover == "base"
+    assert controls["seed0/verifier_strong"].config.prover == "runs/x/seed0/strong"
 
 
 @pytest.mark.parametrize("text", ["{bad", "[1]", '{"sfx": {}}', '{"sft": 3}', '{"sft": {"stesp": 3}}'])
@@ -103,15 +118,14 @@ def test_a_policy_given_alone_leaves_the_prover_before_its_verifier():
 def test_every_task_can_be_planned(name):
     """Its settings stand beside it or are the contract's: no third place to enter a new task."""
     model = dict(model="M") if task_class(name).needs_model else {}
-    task = type("Planned", (), dict(vars(task_class(name))))  # no file is read
     jobs = {job.label.split("/")[1]: job for job in plan_of_class(task_class(name), task=name, **model)}
     scripted = task_class(name).strengths is not None
-    assert set(jobs) == {"sft", "verifier", "rl_pav", "rl_outcome"} | ({"prover"} if scripted else set())
+    another = scripted and task_class(name).stages["verifier"].get("prover") != "base"
+    assert set(jobs) == {"sft", "verifier", "rl_pav", "rl_outcome"} | ({"prover"} if another else set())
     classes = {"train_sft.py": train_sft.Config, "pav.py": pav.Config, "train_rl.py": train_rl.Config}
     for job in jobs.values():
         assert cli.parse(classes[job.script[0]], job.command()[1:]) == job.config  # the command line says it all
     assert scripted or jobs["verifier"].config.prover_k == 4
-    assert task is not None
 
 
 def plan_of_class(cls, **options):

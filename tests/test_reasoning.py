@@ -33,14 +33,29 @@ def results(pav):
 
 def test_equal_samples_equal_tokens_and_the_share_of_steps():
     r = results({"pav-k4": [0.3, 0.25]})
-    assert reasoning_report.by_seed(reasoning_report.at_end(r, "outcome")) == pytest.approx([0.3, 0.3])  # two draws a seed
-    assert reasoning_report.by_seed(reasoning_report.at_end(r, "pav-k4")) == pytest.approx([0.6, 0.5])
-    assert reasoning_report.equal_tokens(r, "pav-k4") == pytest.approx([0.4, 0.4])  # 2000 of RL and 2000 more
-    assert reasoning_report.share_of_steps(r, "pav-k4") == pytest.approx([2 / 3, 0.8])
+    assert reasoning_report.by_seed(reasoning_report.at_end(r, "outcome")) == pytest.approx({0: 0.3, 1: 0.3})  # two draws a seed
+    assert reasoning_report.by_seed(reasoning_report.at_end(r, "pav-k4")) == pytest.approx({0: 0.6, 1: 0.5})
+    assert reasoning_report.equal_tokens(r, "pav-k4") == pytest.approx({0: 0.4, 1: 0.4})  # 2000 of RL and 2000 more
+    assert reasoning_report.share_of_steps(r, "pav-k4") == pytest.approx({0: 2 / 3, 1: 0.8})
     assert reasoning_report.share_of_steps(results({"pav-k4": [0.3, 0.1]}), "pav-k4")[1] is None
     row = next(line for line in reasoning_report.table(r).splitlines() if "learned, K=4" in line)
     assert "0.550 (0.071)" in row and "| 2k | 4k |" in row and "+0.150 (0.071)" in row
     assert "* solved by the base: 0.250 (0.177)" in reasoning_report.table(r)
+
+
+def test_arms_with_other_seeds_are_compared_over_those_that_both_have():
+    """Two draws of two seeds, one of the third; K = 1 lacks the first seed."""
+    r = results({"pav-k4": [0.3, 0.25, 0.2], "pav-k1": [0.0, 0.2, 0.1]})
+    r["rows"] = [row for row in r["rows"] if (row["arm"], row["seed"]) != ("pav-k1", 0)]
+    r["rows"].append(dict(arm="pav-k4", seed=1, draw=1, curve=curve(0.1, 0.3, 0.6), other_tokens=2000))
+    ends = {arm: reasoning_report.by_seed(reasoning_report.at_end(r, arm)) for arm in ("pav-k4", "pav-k1")}
+    assert ends["pav-k4"] == pytest.approx({0: 0.6, 1: 0.55, 2: 0.4})
+    assert reasoning_report.minus(ends["pav-k4"], ends["pav-k1"]) == pytest.approx([0.15, 0.2])
+    assert reasoning_report.equal_tokens(r, "pav-k4") == pytest.approx({0: 0.4, 1: 0.4})  # no outcome-only of seed 2
+    text = reasoning_report.table(r)
+    assert "| 3, 1 of them twice |" in text and "| 0.071 |" in text  # 0.5 and 0.6
+    # Student's t of two values: 12.706 standard errors.
+    assert "PAV, learned, K=4 minus PAV, learned, K=1 +0.175 (0.035, 95% +-0.318)" in text
 
 
 @pytest.mark.parametrize("ends, holds", [([0.5, 0.51], True), ([0.05, 0.05], False), ([0.6, 0.01], "open")])
@@ -55,7 +70,7 @@ def test_a_control_that_does_as_well_makes_the_claim_partly_true():
     r["rows"] += [dict(arm="constant", seed=s, draw=0, curve=curve(0.1, 0.2, 0.3, 0.9, 1.0 + 0.02 * s), other_tokens=0)
                   for s in range(2)]
     claim = reasoning_report.claims_of(r)[0]
-    assert claim["holds"] == "partly" and "+0.710 (0.014) at equal samples" in claim["measured"]
+    assert claim["holds"] == "partly" and "says 0.5 +0.710 (0.014, 95% +-0.127) at equal samples" in claim["measured"]
 
 
 def test_best_of_4_of_the_base_itself_and_the_outcome_alone_from_the_prover():
@@ -63,9 +78,9 @@ def test_best_of_4_of_the_base_itself_and_the_outcome_alone_from_the_prover():
     r["rows"] += [dict(arm="outcome-prover", seed=s, draw=0, curve=curve(0.1, 0.6, 0.8), other_tokens=0) for s in range(2)]
     progress, own = reasoning_report.claims_of(r)
     assert "starts from the prover's weights" in progress["fails_when"] and "+0.210 (0.014)" in progress["fails_when"]
-    assert own["holds"] is True and "+0.310 (0.014) at equal samples" in own["measured"]  # 0.6 and 0.62 against 0.3
-    assert "+0.210 (0.014) at equal total tokens" in own["measured"]  # ... against 0.4
-    assert "other policy -0.400 (0.000)" in own["measured"]
+    assert own["holds"] is True and "+0.310 (0.014, 95% +-0.127) at equal samples" in own["measured"]  # 0.6 and 0.62 against 0.3
+    assert "+0.210 (0.014, 95% +-0.127) at equal total tokens" in own["measured"]  # ... against 0.4
+    assert "other policy (2 seeds) -0.400 (0.000, " in own["measured"]
 
 
 def test_the_same_verifier_is_read_as_best_of_k(tmp_path):
