@@ -27,8 +27,9 @@ def main(argv=None):
         raise UserError("give --policy (train_sft.py makes one) and --run-dir")
     cfg = prepare(cfg, "rl", argv, cfg.policy)
     task = get_task(cfg)
-    if task.strengths is None:
-        raise UserError(f"--task {cfg.task} has no solver: take planted, countdown or grid")
+    problem = task.problems("train", 1)[0]
+    if task.strengths is None or task.exact_value(problem, "", cfg.strength) is None:
+        raise UserError(f"--task {cfg.task} has no solver: take planted, countdown, grid or probe")
     verifier = ExactVerifier(task, task.tokenizer(), cfg.strength, cfg.prover_k)
     return train_rl.train(cfg, verifier)
 

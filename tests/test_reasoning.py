@@ -6,7 +6,8 @@ import pytest
 import torch
 from toy import tiny_model
 
-from experiments import reasoning, reasoning_report
+from experiments import exact_rl, reasoning, reasoning_report
+from infra.cli import UserError
 from open_weights.tokenizer import alphabet_tokenizer
 from verifier import Verifier, load_verifier, save_verifier, step_values
 
@@ -95,3 +96,8 @@ def test_the_same_verifier_is_read_as_best_of_k(tmp_path):
     tokens, ends = torch.randint(10, (3, 6)), torch.tensor([[2, 4, 6]] * 3)
     values = step_values(load_verifier(reasoning.read_as(str(folder), 4), TOKENIZER), tokens, ends)
     torch.testing.assert_close(values, 1 - (1 - step_values(verifier, tokens, ends)) ** 4)
+
+
+def test_exact_values_need_a_solver(tmp_path):
+    with pytest.raises(UserError, match="chain has no solver"):
+        exact_rl.main(["--task", "chain", "--policy", str(tmp_path), "--run-dir", str(tmp_path / "run")])
