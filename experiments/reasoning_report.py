@@ -277,9 +277,10 @@ def gap(differences):
 
 def against_rivals(results, ends, name):
     """An arm minus outcome-only and, where it ran, minus the control that says 0.5, both at equal
-    samples and at equal total tokens -> (in words, the verdicts)."""
+    samples and at equal total tokens -> (in words, the verdict). The control can take a "yes" away
+    and gives nothing: it may collapse by itself, as on grid."""
     words = []
-    verdicts = []
+    verdicts = {}
     for rival, title in (("outcome", "outcome-only"), ("constant", "a verifier that says 0.5")):
         if rival not in ends:
             continue
@@ -289,13 +290,16 @@ def against_rivals(results, ends, name):
             f"minus {title} {gap(samples)} at equal samples, {gap(total)} at equal total tokens "
             f"(per seed {each(total, '+')})"
         )
-        verdicts += [verdict(samples), verdict(total)]
-    return "; ".join(words), verdicts
+        verdicts[rival] = together([verdict(samples), verdict(total)])
+    holds = verdicts["outcome"]
+    if holds is True and verdicts.get("constant", True) is not True:
+        holds = "partly"
+    return "; ".join(words), holds
 
 
 def self_claim(results, ends):
     """Is Best-of-4 of the base itself prover enough? ends: {arm: {seed: accuracy}}."""
-    words, verdicts = against_rivals(results, ends, "base-k4")
+    words, holds = against_rivals(results, ends, "base-k4")
     other = minus(ends["base-k4"], ends["pav-k4"])
     return dict(
         paper="2410.08146",
@@ -304,7 +308,7 @@ def self_claim(results, ends):
         measured=f"--task {name_of(results['settings'])}, {len(ends['base-k4'])} seeds: Best-of-4 "
         f"of the base {mean_sd(ends['base-k4'].values())}, {words}; minus Best-of-4 of the other "
         f"policy ({len(other)} seeds) {gap(other)}.",
-        holds=together(verdicts),
+        holds=holds,
         command=results["command"],
         fails_when="",
     )
@@ -312,7 +316,7 @@ def self_claim(results, ends):
 
 def progress_claim(results, ends):
     """ends: {arm: {seed: accuracy at equal samples}}."""
-    words, verdicts = against_rivals(results, ends, "pav-k4")
+    words, holds = against_rivals(results, ends, "pav-k4")
     reach = share_of_steps(results, "pav-k4")
     shares = ", ".join("never" if s is None else f"{s:.2f}" for s in reach.values())
     means = "; ".join(f"{ARMS[n].label} {mean_sd(v.values())}" for n, v in ends.items())
@@ -325,7 +329,7 @@ def progress_claim(results, ends):
         f"its own base, prover and verifier: PAV (Best-of-4) {words}. It is at the level of the "
         f"longer outcome-only run after these shares of its samples: {shares}. At equal samples: "
         f"{means}.",
-        holds=together(verdicts),
+        holds=holds,
         command=results["command"],
         fails_when="; ".join(progress_failures(results, ends)),
     )

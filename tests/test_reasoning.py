@@ -74,6 +74,12 @@ def test_a_control_that_does_as_well_makes_the_claim_partly_true():
     assert claim["holds"] == "partly" and "says 0.5 +0.710 (0.014, 95% +-0.127) at equal samples" in claim["measured"]
 
 
+def test_a_control_that_collapses_gives_nothing():
+    r = results({"pav-k4": [0.05, 0.05]})
+    r["rows"] += [dict(arm="constant", seed=s, draw=0, curve=curve(*[0.0] * 5), other_tokens=0) for s in range(2)]
+    assert reasoning_report.claims_of(r)[0]["holds"] is False
+
+
 def test_best_of_4_of_the_base_itself_and_the_outcome_alone_from_the_prover():
     r = results({"pav-k4": [0.5, 0.51], "base-k4": [0.3, 0.31]})
     r["rows"] += [dict(arm="outcome-prover", seed=s, draw=0, curve=curve(0.1, 0.6, 0.8), other_tokens=0) for s in range(2)]
