@@ -187,6 +187,7 @@ CONTRASTS = [
     ("measured-k1", "pav-k1", "what the fit loses, K = 1"),
     ("exact", "measured-k1", "the scripted player's values or those of its clone"),
     ("pav-k4", "constant", "is the verifier worth anything"),
+    ("base-k4", "constant", "the same of the verifier of the base"),
     ("pav-k4", "outcome-prover", "a verifier of the prover, or RL from its weights"),
 ]
 
