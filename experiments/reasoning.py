@@ -16,7 +16,7 @@ starts from that base and takes the same number of samples a step:
     pav-alpha3       K = 1 with three times the weight: is it the size of the bonus, or its shape?
     constant         a verifier that says 0.5 everywhere, as long as outcome-only: what is left is
                      that the last line is paid the outcome once more (--guards anchor)
-    strong           learned progress of a prover that (scripted) never leaves a winning line
+    strong           learned progress of the clone of a player that never leaves a winning line
     outcome-prover   the grader alone, from the prover's weights: what the prover is worth without
                      a verifier
     measured-k4      the same prover's values measured by rollouts at every step (papers/measured.py,

@@ -44,7 +44,9 @@ ARMS = {
     "measured-k1": Arm("PAV, measured, K=1", "measured", dict(n_mc=16), colour="#AA4499"),
     "exact": Arm("PAV, exact values of the player", "exact", colour="#44AA99"),
     "constant": Arm("control: constant value", "constant", long=True, colour=COLOURS["constant"]),
-    "strong": Arm("control: prover too strong", "strong-prover", colour=COLOURS["strong-prover"]),
+    "strong": Arm(
+        "PAV, learned, clone of the strong player", "strong-prover", colour=COLOURS["strong-prover"]
+    ),
     "outcome-prover": Arm(
         "outcome only, from the prover",
         "outcome-prover",
@@ -340,17 +342,20 @@ def progress_failures(results, ends):
     """In words: PAV's other settings at equal total tokens, and RL that starts from the prover."""
     out = []
     others = ", ".join(
-        f"{ARMS[n].label} minus it {mean_sd(minus(ends[n], equal_tokens(results, n)), signed=True)}"
+        f"{ARMS[n].label} minus it {gap(minus(ends[n], equal_tokens(results, n)))}"
         for n in ends
-        if ARMS[n].of == "pav" and n != "pav-k4"
+        if ARMS[n].of in ("pav", "strong-prover", "measured") and n != "pav-k4"
     )
     if others:
         out.append(f"at equal total tokens, outcome only tuned alike: {others}")
+    if "exact" in ends:
+        exact = gap(minus(ends["exact"], ends["outcome"]))
+        out.append(f"exact values of the scripted player, which cost nothing, minus it {exact}")
     if "outcome-prover" in ends:
-        gap = minus(ends["pav-k4"], ends["outcome-prover"])
+        rest = gap(minus(ends["pav-k4"], ends["outcome-prover"]))
         out.append(
             "RL on the outcome alone that starts from the prover's weights needs no verifier: PAV "
-            f"(Best-of-4) from the base minus that {mean_sd(gap, signed=True)} at equal samples"
+            f"(Best-of-4) from the base minus that {rest} at equal samples"
         )
     return out
 
