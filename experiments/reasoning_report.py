@@ -230,7 +230,7 @@ def provers_lines(provers):
 def figure(results, path):
     if (plt := pyplot()) is None:
         return
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True, sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 5.2), constrained_layout=True, sharey=True)
     for name in ARMS:
         rows = [r for r in results["rows"] if r["arm"] == name]
         if not rows:
@@ -242,12 +242,13 @@ def figure(results, path):
             mean(c) / 1e6 for c in zip(*[[e["num_tokens"] for e in r["curve"]] for r in rows])
         ]
         other = mean(r["other_tokens"] for r in rows) / 1e6
+        style = {"measured": "--", "exact": ":", "constant": "-."}.get(ARMS[name].of, "-")
         if "measured" in name:  # paid at every step, not before the first
             in_all = [t + other * s / steps[-1] for t, s in zip(tokens, steps)]
         else:
             in_all = [t + other for t in tokens]
         for axis, x in zip(axes, (tokens, in_all)):
-            axis.plot(x, middle, color=ARMS[name].colour, label=ARMS[name].label)
+            axis.plot(x, middle, style, color=ARMS[name].colour, label=ARMS[name].label)
         if name in ("outcome", "pav-k4"):
             for curve in accuracy:
                 axes[0].plot(tokens, curve, color=ARMS[name].colour, alpha=0.25, linewidth=0.8)
@@ -255,7 +256,8 @@ def figure(results, path):
         xlabel="tokens sampled in RL, millions", ylabel="sampled accuracy, test", ylim=(0, None)
     )
     axes[1].set(xlabel="all sampled tokens, the prover's counted, millions")
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     finish(plt, fig, axes, path)
 
 
