@@ -31,7 +31,8 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.negatives import DPO, NAMES, SAMPLING, Arm
+from experiments.negatives import DPO, SAMPLING, Arm
+from experiments.negatives_report import NAMES as METHODS
 from experiments.toolkit import (
     METHOD_COLOURS,
     TUNING,
@@ -47,6 +48,7 @@ from experiments.toolkit import (
 from infra.cli import UserError, opt, parse, script
 from infra.runs import mean
 
+NAMES = METHODS | dict(rft="RFT")
 GUESS = 0.5  # at the first node: two neighbours of the centre lie on the two arms
 
 
