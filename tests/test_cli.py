@@ -271,7 +271,7 @@ def test_next_commands_bring_the_settings_that_work(monkeypatch, capsys):
         train_sft.main(["--task", task, "--run-dir", "r"])
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  python pav.py")]
         cfg = cli.parse(importlib.import_module("pav").Config, shlex.split(lines[0])[2:])
-        assert cfg.prover == "r_prover" and cfg.policy == "r"
+        assert cfg.prover == dict(planted="r_prover", countdown="base")[task] and cfg.policy == "r"
         for name, value in task_class(task).stages["verifier"].items():
             assert getattr(cfg, name) == value
 
