@@ -10,16 +10,18 @@ times; DPO on whole solutions is worth nothing. Here, on the task `chain` (tasks
 demonstrations end right but contain wrong steps:
 
     sft            demonstrations, one a problem; epochs tuned at every size
-    rft            demonstrations and up to 4 right samples a problem of an SFT policy, from the
-                   same random weights; optimizer steps tuned over the same grid
-    dpo_per_step   from that SFT policy, its negatives cut at their first pit; learning rate and
-                   beta tuned
+    rft            demonstrations and up to 4 right samples a problem of the SFT policy that the
+                   grid of SFT picked, from the same random weights; optimizer steps tuned over the
+                   same grid
+    rft_early      the same of the SFT policy from which DPO starts
+    dpo_per_step   from an SFT policy of 20 epochs, its negatives cut at their first pit; learning
+                   rate and beta tuned
     dpo_whole      the same with whole negatives, over the same grid
     dpo_random_cut the same with negatives cut anywhere: a control, at the setting of dpo_per_step,
     not tuned
 
-The policy that is sampled, and from which DPO starts, has seen every demonstration 20 times: the
-best policy by accuracy is trained longer and makes few mistakes on its own problems (last table).
+The policy from which DPO starts has seen every demonstration 20 times: the best policy by accuracy
+is trained longer and makes few mistakes on its own problems (last table).
 All arms of a seed see the same problems and the same 16 samples a problem. Four settings an arm are
 tried, on a tuning seed and `val`; the reported numbers come from other seeds and `test`: greedy
 accuracy, mean and standard deviation over seeds.
@@ -74,10 +76,10 @@ class Config:
     seeds: int = opt(5, "seeds of the reported numbers (0, 1, ...)", low=2)
     tuning_seeds: int = opt(1, "seeds of the search (1000, 1001, ...)", low=1)
     epochs: list = opt(
-        [20, 40, 80, 160],
+        [20, 80, 160, 320],
         "grid of SFT: passes over the demonstrations; RFT takes as many optimizer steps",
     )
-    policy_epochs: int = opt(20, "epochs of the SFT policy that the others sample", low=1)
+    policy_epochs: int = opt(20, "epochs of the SFT policy that DPO starts from", low=1)
     learning_rates: list = opt([1e-3, 3e-3], "grid of the DPO arms")
     betas: list = opt([0.5, 2.0], "grid of the DPO arms")
     dpo_steps: int = opt(150, "optimizer steps of 64 pairs of every DPO run", low=1)
@@ -208,7 +210,7 @@ class Arm:
         for other in sorted(home.glob("*/*/rollouts")):
             if (other.parent / "summary.json").exists():
                 borrow(run, other.parent)
-        if self.name == "rft":
+        if self.name in ("rft", "rft_early"):
             settings = sft_settings(self.task, self.size, self.seed, run) | SAMPLING | more
             config = rft.Config(**settings, policy=str(policy), shard_problems=200)
             return trained(run, self.cfg, rft.train, config), run
@@ -221,15 +223,21 @@ def steps_of(epochs, size):
     return max(1, round(epochs * size / 64))
 
 
-def grids(cfg, size):
-    """Settings to try, by method, four each. SFT and RFT: steps. DPO: learning rate x beta."""
-    policy = dict(policy=steps_of(cfg.policy_epochs, size))
+def grid_of(cfg, name, size, best):
+    """Settings to try of a method, four. SFT and RFT: steps. DPO: learning rate x beta. best: those
+    that were chosen for the methods before it."""
     steps = [dict(steps=steps_of(e, size)) for e in cfg.epochs]
-    dpo = [
-        policy | dict(learning_rate=lr, beta=b)
-        for lr, b in itertools.product(cfg.learning_rates, cfg.betas)
-    ]
-    return {"sft": steps, "rft": [policy | s for s in steps]} | dict.fromkeys(DPO, dpo)
+    early = dict(policy=steps_of(cfg.policy_epochs, size))
+    if name == "sft":
+        return steps
+    if name == "rft":
+        return [dict(policy=best["sft"]["steps"]) | s for s in steps]
+    if name == "rft_early":
+        return [early | s for s in steps]
+    if name in UNTUNED:
+        return [best["dpo_per_step"]]
+    pairs = itertools.product(cfg.learning_rates, cfg.betas)
+    return [early | dict(learning_rate=lr, beta=b) for lr, b in pairs]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,7 +247,6 @@ def grids(cfg, size):
 def chain_at(cfg, root, size, strength, arms, given=None):
     """Tune every arm on the tuning seeds, then run it on the others. -> {arm: {setting, rows
     (one a seed), tuning}}. given: settings instead of the search."""
-    grid = grids(cfg, size)
     best = dict(given or {})
     tuning = {}
 
@@ -248,7 +255,7 @@ def chain_at(cfg, root, size, strength, arms, given=None):
 
     for name in arms if not given else ():
         scores = []
-        for setting in [best["dpo_per_step"]] if name in UNTUNED else grid[name]:
+        for setting in grid_of(cfg, name, size, best):
             tuned = [
                 Arm(cfg, "chain", name, size, seed, home(seed), strength).run(setting)[0]
                 for seed in range(TUNING, TUNING + cfg.tuning_seeds)
@@ -330,32 +337,6 @@ def reference_regimes(cfg, root, size, setting):
             flush=True,
         )
     return rows
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def chain(cfg, root, out, name):

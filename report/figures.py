@@ -16,6 +16,7 @@ COLOURS = {name: arm.colour for name, arm in ARMS.items()}
 METHOD_COLOURS = {
     "sft": "#000000",
     "rft": "#E69F00",
+    "rft_early": "#AA4499",
     "dpo_per_step": "#009E73",
     "dpo_shared_prefix": "#56B4E9",
     "dpo_whole": "#D55E00",

@@ -28,7 +28,17 @@ def test_gains_are_paired_by_seed():
     rft = found[1]
     assert rft["gain"] == pytest.approx(0.1) and rft["gain_sd"] == pytest.approx(0, abs=1e-9)
     assert rft["sd"] == pytest.approx(0.02**0.5) and rft["worth"] == pytest.approx(2 ** (1 / 3))
-    assert "| 100 | RFT |" in negatives_report.chain_table(found)
+    assert "| 100 | RFT, of SFT's best policy |" in negatives_report.chain_table(found)
+
+
+def test_every_arm_gets_as_many_settings_and_rft_the_policy_that_sft_picked():
+    cfg = negatives.Config()
+    best = dict(sft=dict(steps=960), dpo_per_step=dict(policy=120, learning_rate=1.0, beta=2.0))
+    grid = {name: negatives.grid_of(cfg, name, 384, best) for name in negatives.NAMES}
+    assert {len(grid[name]) for name in grid if name not in negatives.UNTUNED} == {4}
+    assert [s["steps"] for s in grid["sft"]] == [s["steps"] for s in grid["rft"]] == [s["steps"] for s in grid["rft_early"]]
+    assert {s["policy"] for s in grid["rft"]} == {960} and {s["policy"] for s in grid["rft_early"]} == {120}
+    assert {s["policy"] for s in grid["dpo_whole"]} == {120} and grid["dpo_random_cut"] == [best["dpo_per_step"]]
 
 
 def test_cuts_are_held_against_the_first_wrong_step(tmp_path):
