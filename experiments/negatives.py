@@ -1,6 +1,6 @@
 """What wrong solutions are worth: accuracy against training problems, with and without them.
 
-    python -m experiments.negatives              # about 20 minutes of one core
+    python -m experiments.negatives              # about 45 minutes of one core
     python -m experiments.negatives --smoke      # few steps, under a minute
     -> docs/results/negatives/: results.json, table.md, curves.png
 
