@@ -220,7 +220,7 @@ class SeedPlan:
         prover, label = VERIFIERS[name]
         stage = self.settings["verifier"]
         if name == "verifier":
-            prover = stage.get("prover", prover if self.task.strengths else "base")
+            prover = stage.get("prover", self.task.main_prover())
         config = pav.Config(**self.shared | stage)
         config.policy, config.label = self.start_of("sft"), label
         config.temperature = self.settings["rl"].get("temperature", self.cfg.temperature)

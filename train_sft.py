@@ -337,7 +337,7 @@ def next_commands(cfg):
         )
     ]
     pav = ["pav.py", "--policy", run, "--run-dir", f"{run}_verifier"]
-    if task.strengths and task.stages["verifier"].get("prover") != "base":
+    if task.main_prover() == "prover":
         strength = f"--strength={task.strengths['prover']:g}"
         clone = ["train_sft.py", strength, "--run-dir", f"{run}_prover"]
         clone += stage_words(cfg, task.stages["sft"])

@@ -157,14 +157,12 @@ def table(results):
 
 
 def draws_of(values):
-    """{(seed, draw): value} -> "5 x 2", or "10, 5 of them twice"."""
+    """{(seed, draw): value} -> "5 x 2" (seeds x draws), or "10, 5 of them twice"."""
     seeds = {seed for seed, _ in values}
     twice = sum(draw == 1 for _, draw in values)
-    return (
-        f"{len(seeds)}, {twice} of them twice"
-        if 0 < twice < len(seeds)
-        else (f"{len(seeds)} x {2 if twice else 1}")
-    )
+    if 0 < twice < len(seeds):
+        return f"{len(seeds)}, {twice} of them twice"
+    return f"{len(seeds)} x {2 if twice else 1}"
 
 
 def two_draws(values):

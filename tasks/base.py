@@ -63,6 +63,12 @@ class Task:
         return cls(**(cls.args_of(cfg) | options))
 
     @classmethod
+    def main_prover(cls):
+        """Whose success the main verifier learns: the stage "prover", a clone of the demonstrator,
+        or "base", the base policy itself; what the stage's settings say, else the first there is."""
+        return cls.stages["verifier"].get("prover", "prover" if cls.strengths else "base")
+
+    @classmethod
     def args_of(cls, cfg):
         """--task-args -> {KEY: value}, the defaults among them. UserError: a KEY that the class does
         not have; --data for a task that reads none."""
