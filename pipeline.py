@@ -25,8 +25,10 @@ from infra.cli import (
     STAGE,
     UserError,
     command_line,
+    flag_words,
     flags,
     opt,
+    parse,
     print_next_command,
     run_folder,
     typed,
@@ -117,13 +119,11 @@ def stage_flags(text):
     if not stages_only or set(stages) - set(known):
         raise UserError(f"--stage-flags maps a stage (sft, verifier) to its flags: {example}")
     for stage, settings in stages.items():
-        names = {f.name for f in dataclasses.fields(known[stage])}
-        for name in set(settings) - names:
-            raise UserError(
-                f"--stage-flags: the stage {stage} has no flag {name!r}; --help of its script "
-                f"lists "
-                "them, with _ for -"
-            )
+        try:
+            config = parse(known[stage], flag_words(settings))
+        except UserError as e:
+            raise UserError(f"--stage-flags, {stage}: {e}") from None
+        stages[stage] = {name: getattr(config, name) for name in settings}
     return stages
 
 
@@ -292,6 +292,9 @@ def check(cfg):
         resolve(cfg.policy)
     if getattr(cfg, "verifier", "") not in ("", "constant"):
         resolve(cfg.verifier, verifier=True)
+    prover = stage_flags(cfg.stage_flags).get("verifier", {}).get("prover", "base")
+    if prover not in ("base", "prover", "strong"):
+        resolve(prover)
 
 
 def run_plan(root, jobs, workers):

@@ -94,10 +94,19 @@ def test_the_main_prover_is_the_base_another_policy_or_a_folder():
     assert controls["seed0/verifier_strong"].config.prover == "runs/x/seed0/strong"
 
 
-@pytest.mark.parametrize("text", ["{bad", "[1]", '{"sfx": {}}', '{"sft": 3}', '{"sft": {"stesp": 3}}'])
+@pytest.mark.parametrize("text", ["{bad", "[1]", '{"sfx": {}}', '{"sft": 3}', '{"sft": {"stesp": 3}}',
+                                  '{"sft": {"steps": "many"}}', '{"verifier": {"prover_k": 0}}',
+                                  '{"verifier": {"label": ["q", "q"]}}', '{"sft": {"steps": null}}'])
 def test_stage_flags_that_mean_nothing_are_refused(text):
     with pytest.raises(UserError, match="--stage-flags"):
         jobs_of(stage_flags=text)
+
+
+def test_a_prover_that_is_no_policy_is_refused_before_the_first_stage(tmp_path):
+    words = ["--run-dir", str(tmp_path / "run"), "--stage-flags", json.dumps(dict(verifier=dict(prover="nowhere")))]
+    with pytest.raises(UserError, match="no model at 'nowhere'"):
+        train_rl.main(words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_given_policies_and_verifiers_are_not_built():
