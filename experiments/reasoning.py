@@ -31,8 +31,7 @@ validation problems of a seed that is not reported; the other process-reward arm
 What would have falsified it: PAV not ahead of outcome-only, or of the control that says 0.5, at
 equal total tokens (the 95% interval of the paired difference over the seeds).
 
-A killed run goes on with the same command; --arms, --seeds, --draws and --more-seeds may be raised
-(--more-seeds alone adds seeds of the arms that need nothing but a base).
+A killed run goes on with the same command; --arms, --seeds, --draws and --more-seeds may be raised.
 """
 
 import itertools
@@ -59,8 +58,7 @@ from papers import measured
 from pipeline import Job, fields_of
 from tasks import get_task
 
-MAIN = ("outcome", "pav-k4", "pav-k1")  # those of which --draws runs are made
-LEAN = ("outcome", "base-k4", "constant")  # nothing but a base is needed: --more-seeds
+MAIN = ["outcome", "pav-k4", "pav-k1"]
 VERIFIERS = {"pav": "verifier", "base-prover": "verifier_base", "strong-prover": "verifier_strong"}
 SIBLINGS = {"measured": ["-m", "papers.measured"], "exact": ["-m", "experiments.exact_rl"]}
 
@@ -68,10 +66,12 @@ SIBLINGS = {"measured": ["-m", "papers.measured"], "exact": ["-m", "experiments.
 @dataclass
 class Config:
     task: str = opt("countdown", "which reasoning task", choices=["countdown", "grid"])
-    arms: list = opt(list(MAIN), "arms to run", choices=list(ARMS))
+    arms: list = opt(MAIN, "arms to run", choices=list(ARMS))
     seeds: int = opt(5, "each with its own base, prover and verifier", low=1)
-    draws: int = opt(2, f"runs of RL on each seed's policies, of {', '.join(MAIN)}", low=1)
-    more_seeds: int = opt(0, f"further seeds, one run of RL each, of {', '.join(LEAN)}", low=0)
+    draws: int = opt(2, "runs of RL on each seed's policies", low=1)
+    draws_of: list = opt(MAIN, "... of these of the arms (of the others one)", choices=list(ARMS))
+    more_seeds: int = opt(0, "further seeds, one run of RL each", low=0)
+    more_of: list = opt(MAIN, "... of these of the arms", choices=list(ARMS))
     steps: int = opt(300, "RL steps", low=1)
     long_steps: int = opt(
         650, "RL steps of the arms without a verifier: as many as PAV's tokens in all pay for", low=1
@@ -182,21 +182,29 @@ def tune(cfg, root):
     return best, rows
 
 
+def wanted(cfg):
+    """The runs of RL: (arm, seed, draw)."""
+    out = []
+    for draw, name, seed in itertools.product(range(cfg.draws), cfg.arms, range(cfg.seeds)):
+        if draw == 0 or name in cfg.draws_of:
+            out.append((name, seed, draw))
+    for name, seed in itertools.product(cfg.arms, range(cfg.more_seeds)):
+        if name in cfg.more_of:
+            out.append((name, cfg.seeds + seed, 0))
+    return out
+
+
 def run_arms(cfg, root, best):
-    """All runs of all seeds -> rows {arm, seed, draw, curve, tokens, verifier_tokens}."""
+    """All runs of all seeds -> rows {arm, seed, draw, curve, other_tokens}."""
     stages, runs = plan(cfg, root, 0, cfg.seeds, "test", cfg.steps, 50, cfg.arms)
-    wanted = itertools.product(range(cfg.draws), cfg.arms, range(cfg.seeds))
-    wanted = [(draw, name, seed) for draw, name, seed in wanted if name in MAIN or not draw]
     if cfg.more_seeds:
-        lean = [name for name in cfg.arms if name in LEAN]
-        more = plan(cfg, root, cfg.seeds, cfg.more_seeds, "test", cfg.steps, 50, lean)
+        arms = [name for name in cfg.arms if name in cfg.more_of]
+        more = plan(cfg, root, cfg.seeds, cfg.more_seeds, "test", cfg.steps, 50, arms)
         stages += more[0]
         runs |= more[1]
-        seeds = range(cfg.seeds, cfg.seeds + cfg.more_seeds)
-        wanted += itertools.product([0], lean, seeds)
     run_missing(stages, cfg.workers, root / "logs")
     jobs = {}
-    for draw, name, seed in wanted:
+    for name, seed, draw in wanted(cfg):
         settings = best[ARMS[name].family] | dict(seed=seed + 100 * draw)
         if ARMS[name].long:
             settings["steps"] = cfg.long_steps
@@ -216,14 +224,13 @@ def run_arms(cfg, root, best):
 
 
 def provers(root, seeds):
-    """What pav.py said of each seed's policies and verifier (nothing where no arm needed one)."""
+    """What pav.py said of each seed's policies and verifier, the first of VERIFIERS that there is."""
     beginnings = ("corr_", "success_", "greedy_", "solvable_")
-    out = []
-    for seed in range(seeds):
-        files = [root / f"seed{seed}" / name / "summary.json" for name in VERIFIERS.values()]
-        summary = next((read_json(file) for file in files if file.exists()), {})
-        out.append({k: v for k, v in summary.items() if k.startswith(beginnings)})
-    return out
+    for name in VERIFIERS.values():
+        files = [root / f"seed{seed}" / name / "summary.json" for seed in range(seeds)]
+        if said := [read_json(file) for file in files if file.exists()]:
+            return [{k: v for k, v in s.items() if k.startswith(beginnings)} for s in said]
+    return []
 
 
 def main(argv=None):
@@ -244,7 +251,7 @@ def main(argv=None):
     print(json.dumps(best), flush=True)
     rows = run_arms(cfg, root, best)
     out = Path(cfg.out)
-    said = provers(root, cfg.seeds)
+    said = provers(root, cfg.seeds + cfg.more_seeds)
     results = dict(settings=vars(cfg), best=best, tuning=tuning, rows=rows, provers=said)
     text = table(results)
     write_results(

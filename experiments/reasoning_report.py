@@ -220,6 +220,8 @@ def provers_lines(provers):
         "corr_first_within_exact": "the same, first steps, within a prompt",
     }
     known = [k for k in names if all(p.get(k) is not None for p in provers)]
+    if not provers:
+        return []
     return ["", "Who is the prover?", ""] + [
         f"* {names[k]}: {mean_sd([p[k] for p in provers])}" for k in known
     ]
@@ -293,11 +295,20 @@ def against_rivals(results, ends, name):
             f"minus {title} {gap(samples)} at equal samples, {gap(total)} at equal total tokens "
             f"(per seed {each(total, '+')})"
         )
+        if rival == "outcome" and (later := later_seeds(results, ends[name])):
+            fresh = minus(later, equal_tokens(results, name, rival))
+            words[-1] += f", of which the {len(fresh)} seeds added later {gap(fresh)}"
         verdicts[rival] = together([verdict(samples), verdict(total)])
     holds = verdicts["outcome"]
     if holds is True and verdicts.get("constant", True) is not True:
         holds = "partly"
     return "; ".join(words), holds
+
+
+def later_seeds(results, values):
+    """{seed: value} -> those of --more-seeds, which were run once the others had been looked at."""
+    first = results["settings"].get("seeds", 0)
+    return {seed: v for seed, v in values.items() if first and seed >= first}
 
 
 def self_claim(results, ends):
@@ -342,7 +353,8 @@ def progress_failures(results, ends):
     """In words: PAV's other settings at equal total tokens, and RL that starts from the prover."""
     out = []
     others = ", ".join(
-        f"{ARMS[n].label} minus it {gap(minus(ends[n], equal_tokens(results, n)))}"
+        f"{ARMS[n].label} ({len(ends[n])} seeds) minus it "
+        f"{gap(minus(ends[n], equal_tokens(results, n)))}"
         for n in ends
         if ARMS[n].of in ("pav", "strong-prover", "measured") and n != "pav-k4"
     )

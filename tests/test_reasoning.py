@@ -1,13 +1,15 @@
 """experiments/reasoning_report.py: what its table and claims say of curves that can be counted by hand."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from toy import tiny_model
 
 from experiments import exact_rl, reasoning, reasoning_report
-from infra.cli import UserError
+from infra.cli import UserError, parse
 from open_weights.tokenizer import alphabet_tokenizer
 from verifier import Verifier, load_verifier, save_verifier, step_values
 
@@ -88,6 +90,21 @@ def test_best_of_4_of_the_base_itself_and_the_outcome_alone_from_the_prover():
     assert own["holds"] is True and "+0.310 (0.014, 95% +-0.127) at equal samples" in own["measured"]  # 0.6 and 0.62 against 0.3
     assert "+0.210 (0.014, 95% +-0.127) at equal total tokens" in own["measured"]  # ... against 0.4
     assert "other policy (2 seeds) -0.400 (0.000, " in own["measured"]
+
+
+def test_which_runs_are_made():
+    words = "--arms outcome pav-k4 strong --seeds 2 --draws 2 --draws-of outcome exact --more-seeds 1 --more-of strong"
+    assert sorted(reasoning.wanted(parse(reasoning.Config, words.split()))) == [
+        ("outcome", 0, 0), ("outcome", 0, 1), ("outcome", 1, 0), ("outcome", 1, 1),
+        ("pav-k4", 0, 0), ("pav-k4", 1, 0), ("strong", 0, 0), ("strong", 1, 0), ("strong", 2, 0)]
+
+
+@pytest.mark.parametrize("folder", ["reasoning_countdown", "reasoning_grid", "reasoning_grid_base0.5"])
+def test_a_committed_table_has_the_runs_of_its_command(folder):
+    file = Path(__file__).parent.parent / "docs" / "results" / folder / "results.json"
+    committed = json.loads(file.read_text())
+    cfg = parse(reasoning.Config, shlex.split(committed["command"])[3:])
+    assert sorted((r["arm"], r["seed"], r["draw"]) for r in committed["rows"]) == sorted(reasoning.wanted(cfg))
 
 
 def test_the_same_verifier_is_read_as_best_of_k(tmp_path):
