@@ -295,9 +295,9 @@ def against_rivals(results, ends, name):
             f"minus {title} {gap(samples)} at equal samples, {gap(total)} at equal total tokens "
             f"(per seed {each(total, '+')})"
         )
-        if rival == "outcome" and (later := later_seeds(results, ends[name])):
-            fresh = minus(later, equal_tokens(results, name, rival))
-            words[-1] += f", of which the {len(fresh)} seeds added later {gap(fresh)}"
+        later = minus(later_seeds(results, ends[name]), equal_tokens(results, name, rival))
+        if rival == "outcome" and len(later) > 1:
+            words[-1] += f", of which the {len(later)} seeds added later {gap(later)}"
         verdicts[rival] = together([verdict(samples), verdict(total)])
     holds = verdicts["outcome"]
     if holds is True and verdicts.get("constant", True) is not True:

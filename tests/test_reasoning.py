@@ -92,6 +92,15 @@ def test_best_of_4_of_the_base_itself_and_the_outcome_alone_from_the_prover():
     assert "other policy (2 seeds) -0.400 (0.000, " in own["measured"]
 
 
+def test_seeds_that_were_added_later_are_told_apart():
+    r = results({"pav-k4": [0.5, 0.51, 0.3, 0.31]})
+    r["rows"] += [dict(arm="outcome", seed=s, draw=0, curve=curve(0.1, 0.1, 0.2, 0.2, 0.3), other_tokens=0) for s in (2, 3)]
+    r["settings"] |= dict(seeds=2)
+    words = reasoning_report.claims_of(r)[0]["measured"]
+    assert "4 seeds, each" in words and "added later +0.310 (0.014, 95% +-0.127)" in words  # 0.6 and 0.62 against 0.3
+    assert "added later" not in reasoning_report.claims_of(r | dict(settings=dict(task="grid", steps=200)))[0]["measured"]
+
+
 def test_which_runs_are_made():
     words = "--arms outcome pav-k4 strong --seeds 2 --draws 2 --draws-of outcome exact --more-seeds 1 --more-of strong"
     assert sorted(reasoning.wanted(parse(reasoning.Config, words.split()))) == [
