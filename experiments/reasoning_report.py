@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
+from statistics import correlation
 
 from experiments.toolkit import (
     COLOURS,
@@ -145,6 +146,7 @@ def table(results):
         )
     lines += contrast_lines(results)
     lines += provers_lines(results["provers"])
+    lines += foretold_lines(results)
     lines += ["", "Tuning (seed 1000, validation): warm-up, entropy bonus: mean over the run, end"]
     for r in results["tuning"]:
         best = results["best"][r["family"]]
@@ -225,6 +227,23 @@ def provers_lines(provers):
     return ["", "Who is the prover?", ""] + [
         f"* {names[k]}: {mean_sd([p[k] for p in provers])}" for k in known
     ]
+
+
+def foretold_lines(results):
+    """Does what pav.py says of a verifier tell beforehand what RL will gain by it? Correlation over
+    the seeds with the gain of K = 4 over outcome-only at equal total tokens."""
+    ends = by_seed(at_end(results, "pav-k4"))
+    gains = minus(ends, equal_tokens(results, "pav-k4"))
+    lines = []
+    for key, truth in (("", "fresh rollouts"), ("_exact", "the player's exact values")):
+        said = [p.get(f"corr_first_within{key}") for p in results["provers"]]
+        if len(said) == len(gains) > 2 and None not in said:
+            lines.append(
+                f"* does its correlation within a prompt with {truth} foretell what K=4 gains at "
+                f"equal total tokens? Over {len(gains)} seeds the two correlate "
+                f"{correlation(said, gains):.2f}"
+            )
+    return lines
 
 
 def figure(results, path):

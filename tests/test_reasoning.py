@@ -101,6 +101,14 @@ def test_seeds_that_were_added_later_are_told_apart():
     assert "added later" not in reasoning_report.claims_of(r | dict(settings=dict(task="grid", steps=200)))[0]["measured"]
 
 
+def test_whether_the_verifier_foretells_the_gain():
+    r = results({"pav-k4": [0.3, 0.25, 0.2]})
+    r["rows"].append(dict(arm="outcome", seed=2, draw=0, curve=curve(0.1, 0.1, 0.2, 0.2, 0.4), other_tokens=0))
+    r["provers"] = [dict(corr_first_within=c) for c in (0.9, 0.8, 0.7)]  # gains 0.2, 0.1, 0.0
+    lines = [line for line in reasoning_report.table(r).splitlines() if "foretell" in line]
+    assert len(lines) == 1 and "with fresh rollouts" in lines[0] and lines[0].endswith("Over 3 seeds the two correlate 1.00")
+
+
 def test_which_runs_are_made():
     words = "--arms outcome pav-k4 strong --seeds 2 --draws 2 --draws-of outcome exact --more-seeds 1 --more-of strong"
     assert sorted(reasoning.wanted(parse(reasoning.Config, words.split()))) == [
