@@ -267,7 +267,8 @@ def figure(results, path):
         else:
             in_all = [t + other for t in tokens]
         for axis, x in zip(axes, (tokens, in_all)):
-            axis.plot(x, middle, style, color=ARMS[name].colour, label=ARMS[name].label)
+            label = f"{ARMS[name].label} (n={len({r['seed'] for r in rows})})"
+            axis.plot(x, middle, style, color=ARMS[name].colour, label=label)
         if name in ("outcome", "pav-k4"):
             for curve in accuracy:
                 axes[0].plot(tokens, curve, color=ARMS[name].colour, alpha=0.25, linewidth=0.8)
