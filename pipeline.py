@@ -119,6 +119,12 @@ def stage_flags(text):
     if not stages_only or set(stages) - set(known):
         raise UserError(f"--stage-flags maps a stage (sft, verifier) to its flags: {example}")
     for stage, settings in stages.items():
+        unknown = settings.keys() - {f.name for f in dataclasses.fields(known[stage])}
+        if unknown:
+            raise UserError(
+                f"--stage-flags: the stage {stage} has no flag {min(unknown)!r}; --help of its "
+                "script lists them, with _ for -"
+            )
         try:
             config = parse(known[stage], flag_words(settings))
         except UserError as e:

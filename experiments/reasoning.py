@@ -69,9 +69,9 @@ class Config:
     arms: list = opt(MAIN, "arms to run", choices=list(ARMS))
     seeds: int = opt(5, "each with its own base, prover and verifier", low=1)
     draws: int = opt(2, "runs of RL on each seed's policies", low=1)
-    draws_of: list = opt(MAIN, "... of these of the arms (of the others one)", choices=list(ARMS))
+    draws_of: list = opt(MAIN, "arms of which --draws runs are made (of others one)", choices=list(ARMS))
     more_seeds: int = opt(0, "further seeds, one run of RL each", low=0)
-    more_of: list = opt(MAIN, "... of these of the arms", choices=list(ARMS))
+    more_of: list = opt(MAIN, "arms that run on the further seeds, too", choices=list(ARMS))
     steps: int = opt(300, "RL steps", low=1)
     long_steps: int = opt(
         650, "RL steps of the arms without a verifier: as many as PAV's tokens in all pay for", low=1

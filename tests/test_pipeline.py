@@ -96,7 +96,8 @@ def test_the_main_prover_is_the_base_another_policy_or_a_folder():
 
 @pytest.mark.parametrize("text", ["{bad", "[1]", '{"sfx": {}}', '{"sft": 3}', '{"sft": {"stesp": 3}}',
                                   '{"sft": {"steps": "many"}}', '{"verifier": {"prover_k": 0}}',
-                                  '{"verifier": {"label": ["q", "q"]}}', '{"sft": {"steps": null}}'])
+                                  '{"verifier": {"label": ["q", "q"]}}', '{"sft": {"steps": null}}',
+                                  '{"verifier": {"prover-k": 4}}'])
 def test_stage_flags_that_mean_nothing_are_refused(text):
     with pytest.raises(UserError, match="--stage-flags"):
         jobs_of(stage_flags=text)
